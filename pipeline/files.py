@@ -1,0 +1,126 @@
+"""Files that are whole or not there, whatever stops the writer: a kill, a full disk, a power cut.
+
+The order is always the same: write beside the target, fsync what was written, rename over the target (atomic within a
+file system), fsync the folder, which holds the name. What a crash leaves behind starts with a dot and is never read.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.errors import UserError
+
+log = logging.getLogger("cascade")
+
+
+def sync(path: Path) -> None:
+    """Returns when the file, or the folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_file(path: Path) -> str:
+    """Hexadecimal SHA-256, read in pieces: the files are larger than a machine's memory is free."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """`path` holds the old bytes or the new ones at every moment. After an OSError, the old ones."""
+    side = path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")  # two writers must not share one
+    try:
+        side.write_bytes(data)
+        sync(side)
+        side.replace(path)
+    except OSError:
+        side.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def replace_folder(side: Path, target: Path) -> None:
+    """Puts the complete folder `side`, from the same parent, in the place of `target`; one writer at a time.
+
+    Folders cannot be renamed over one another, so for an instant neither is at `target`: a crash there leaves the old
+    one as `.old-NAME`, and the next call starts by putting it back.
+    """
+    for path in sorted(side.rglob("*")):
+        sync(path)
+    sync(side)
+    old = target.with_name(f".old-{target.name}")
+    if old.exists() and not target.exists():
+        old.rename(target)
+    remove_folder(old)
+    if target.exists():
+        target.rename(old)
+    try:
+        side.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
+    sync(target.parent)
+    remove_folder(old)
+
+
+def remove_folder(path: Path) -> None:
+    """Renamed first, so that half a folder is never taken for a whole one. What resists stays, with a warning."""
+    if not path.exists():
+        return
+    try:
+        if not path.name.startswith("."):
+            path = path.rename(path.with_name(f".old-{path.name}"))
+        shutil.rmtree(path)
+    except OSError as error:
+        log.warning("%s: cannot be removed: %s", path, error.strerror)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """A safetensors file, not yet synced. OSError if it cannot be written."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    try:
+        # save_file takes an array's memory as it lies, so a transposed view would be written as if it were not one.
+        save_file({name: np.asarray(array, order="C") for name, array in tensors.items()}, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from None
+    path.chmod(0o666 & path.parent.stat().st_mode)  # save_file lets only the owner read; the folder knows the umask
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Keeps `folder`, made if it is missing, to this process. However the process ends, the kernel then lets go.
+
+    UserError if another process has it, or if it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}; choose another folder") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        pid = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
+        os.close(descriptor)
+        raise UserError(f"{folder}: in use by another run (pid {pid}); stop it or choose another folder") from None
+    except OSError as error:  # some cluster file systems are mounted without locks
+        log.warning("%s: not locked, as its file system has no locks (%s): start one run only", folder, error.strerror)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"{os.getpid()}\n".encode())
+        yield
+    finally:
+        os.close(descriptor)

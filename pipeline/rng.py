@@ -1,0 +1,31 @@
+"""Randomness as data: every draw is a pure function of (seed, purpose, counters).
+
+NumPy's Philox is a counter-based generator (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): a
+key and a 256-bit counter name a stream. The seed and the purpose are the key; step, position in the global batch or
+image number are the high words of the counter. A draw therefore depends neither on the rank that makes it, nor on the
+size of the batch it is part of, nor on how often the job was restarted.
+"""
+
+import numpy as np
+
+# One number a purpose, so that two kinds of draw never share a stream. Part of a run's identity: never reuse one.
+PURPOSES = {
+    "order": 1,  # permutation of the samples of an epoch
+    "crop": 2,  # which square of a picture
+    "time": 3,  # diffusion time of a training sample
+    "noise": 4,  # eps of a training sample
+    "drop": 5,  # which captions are dropped
+    "augment": 6,  # level and noise of the low resolution
+    "replace": 7,  # stand-in for a sample that cannot be decoded
+    "init": 8,  # parameters
+    "sample": 9,  # noise of sampling, by image number and stage
+    "shapes": 10,  # synthetic scenes
+    "window": 11,  # which window of the square, for super-resolution
+}
+
+
+def generator(seed: int, purpose: str, *counters: int) -> np.random.Generator:
+    """The stream of `purpose` under `seed` at up to three `counters` (each in [0, 2**64)): step, position, ..."""
+    words = [0, *counters, *[0] * (3 - len(counters))]  # the lowest word counts the draws within the stream
+    key, counter = np.array([seed, PURPOSES[purpose]], np.uint64), np.array(words, np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))

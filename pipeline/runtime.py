@@ -1,0 +1,55 @@
+"""Device, threads and logging of MindSpore: the only file that touches the environment and MindSpore's context.
+
+`prepare_environment` runs when `pipeline` is imported, before MindSpore can be: some of its libraries read their
+environment only once. It sets defaults; what the user has set stands.
+"""
+
+import os
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+
+def prepare_environment() -> None:
+    """Defaults that have to stand before `import mindspore`."""
+    defaults = {
+        "GLOG_v": "3",  # MindSpore's log: errors only
+        "LOCAL_DEFAULT_PATH": str(Path(tempfile.gettempdir()) / "mindformers"),  # else it makes ./output at import
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",  # transformers announces that PyTorch is missing; we do not use it
+    }
+    if not on_ascend():
+        # oneDNN 3.10 runs 3x3 convolutions in its reference code on machines with AVX-512: 70 times slower.
+        defaults["ONEDNN_MAX_CPU_ISA"] = "AVX2"
+    late = "mindspore" in sys.modules and any(name not in os.environ for name in ("ONEDNN_MAX_CPU_ISA", "GLOG_v"))
+    if late and not on_ascend():
+        warnings.warn(
+            "mindspore was imported before pipeline, so ONEDNN_MAX_CPU_ISA=AVX2 comes too late and convolutions may be "
+            "many times slower; import pipeline first or set it in the environment",
+            stacklevel=3,
+        )
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def on_ascend() -> bool:
+    """Whether this machine has an Ascend device (its driver's device file)."""
+    return Path("/dev/davinci_manager").exists()
+
+
+def rank() -> int:
+    """This process's number among those of its job."""
+    return int(os.environ.get("RANK_ID", "0"))
+
+
+def world() -> int:
+    """How many processes share the job's global batch."""
+    return int(os.environ.get("MS_WORKER_NUM", "1"))
+
+
+def compile(function):  # type: ignore[no-untyped-def]
+    """`function` of tensors, given positionally, as one compiled graph."""
+    import mindspore as ms
+
+    return ms.jit(function)

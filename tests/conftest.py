@@ -1,0 +1,76 @@
+"""Fixtures that several test files share."""
+
+import pipeline  # noqa: F401  (first: it prepares the environment for MindSpore)
+
+# isort: split
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tools import shapes, tiny_t5
+
+
+@pytest.fixture(scope="session")
+def shards_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 captioned scenes of 96 px in two tars, 00000.tar and 00001.tar. Read only: all tests share it."""
+    folder = tmp_path_factory.mktemp("data") / "shards"
+    shapes.write(folder, num=24, size=96, seed=1, shard_size=12, workers=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def t5_folder(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A T5 of width 16 whose tokenizer knows the captions of `shards_folder`."""
+    folder = tmp_path_factory.mktemp("models") / "t5"
+    tiny_t5.make(folder, sorted(shards_folder.glob("*.tar")), width=16, layers=1, heads=2, vocab=64, seed=0)
+    return folder
+
+
+def stage_yaml(kind: str, run: Path, shards: Path, t5: Path) -> dict[str, Any]:
+    """The smallest stage that has all parts: `base` 16 px, `sr32` 16 to 32 px, `sr64` 32 to 64 px on windows."""
+    size = {"base": 16, "sr32": 32, "sr64": 64}[kind]
+    raw: dict[str, Any] = {
+        "kind": "base" if kind == "base" else "super_resolution",
+        "run": str(run),
+        "size": size,
+        "text": {"encoder": str(t5), "width": 16, "length": 12},
+        "diffusion": {"prediction": "v"},
+        "unet": {
+            "kind": "adm" if kind == "base" else "efficient",
+            "channels": 16,
+            "channel_mults": [1, 2],
+            "num_blocks": [1, 1],
+            "attention": ["none", "cross" if kind == "sr64" else "self"],
+            "head_channels": 16,
+            "text_channels": 16,
+            "patch": size // 16 if kind != "sr64" else 2,
+        },
+        "data": {"shards": f"{shards}/*.tar", "global_batch": 4},
+        "optimizer": {"lr": 1.0e-3, "warmup_steps": 2},
+        "train": {"steps": 4, "checkpoint_every": 2, "report_every": 1, "sample_every": 4, "num_samples": 2},
+        "sample": {"sampler": "dpm_solver++", "steps": 3, "guidance": 2.0, "batch": 4},
+    }
+    if kind != "base":
+        raw["low_res"] = {"size": size // 2} | ({"window": 32} if kind == "sr64" else {})
+    return raw
+
+
+@pytest.fixture(scope="session")
+def trained(shards_folder: Path, t5_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the run folders base, sr32 and sr64 of three stages trained for 4 steps, and cascade/ of them.
+
+    Read only: all tests share it.
+    """
+    from pipeline.cascade import export
+    from pipeline.config import build
+    from pipeline.kinds import stage_class
+    from pipeline.train.loop import train
+
+    folder = tmp_path_factory.mktemp("trained")
+    for name in ("base", "sr32", "sr64"):
+        raw = stage_yaml(name, folder / name, shards_folder, t5_folder)
+        cls = stage_class(raw["kind"])
+        assert train(cls(build(cls.Config, raw)))
+    export({name: folder / name / "stage" for name in ("base", "sr32", "sr64")}, t5_folder, folder / "cascade")
+    return folder
