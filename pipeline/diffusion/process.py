@@ -1,0 +1,73 @@
+"""The forward process and the three things a network may predict, as functions of tensors.
+
+z = alpha x + sigma eps, with alpha^2 = sigmoid(logsnr) and sigma^2 = sigmoid(-logsnr). Of x, eps and
+v = alpha eps - sigma x (Salimans & Ho, arXiv 2202.00512) any one gives the others once z is known:
+
+    x = (z - sigma eps) / alpha = alpha z - sigma v         eps = (z - alpha x) / sigma = alpha v + sigma z
+
+Images are float32 (B, C, H, W); logsnr is (B,).
+"""
+
+from typing import Literal
+
+from mindspore import Tensor, ops
+
+Prediction = Literal["eps", "x0", "v"]
+
+
+def per_image(level_B: Tensor) -> Tensor:
+    """(B,) -> (B, 1, 1, 1), to go with images."""
+    return level_B.reshape((-1, 1, 1, 1))
+
+
+def alpha_sigma(logsnr: Tensor) -> tuple[Tensor, Tensor]:
+    """Signal and noise rates, of logsnr's shape."""
+    return ops.sqrt(ops.sigmoid(logsnr)), ops.sqrt(ops.sigmoid(-logsnr))
+
+
+def add_noise(x: Tensor, eps: Tensor, logsnr_B: Tensor) -> Tensor:
+    """z = alpha x + sigma eps."""
+    alpha, sigma = alpha_sigma(per_image(logsnr_B))
+    return alpha * x + sigma * eps
+
+
+def x_from_eps(z: Tensor, eps: Tensor, logsnr_B: Tensor) -> Tensor:
+    """x = (z - sigma eps) / alpha."""
+    alpha, sigma = alpha_sigma(per_image(logsnr_B))
+    return (z - sigma * eps) / alpha
+
+
+def eps_from_x(z: Tensor, x: Tensor, logsnr_B: Tensor) -> Tensor:
+    """eps = (z - alpha x) / sigma."""
+    alpha, sigma = alpha_sigma(per_image(logsnr_B))
+    return (z - alpha * x) / sigma
+
+
+def v_target(x: Tensor, eps: Tensor, logsnr_B: Tensor) -> Tensor:
+    """v = alpha eps - sigma x."""
+    alpha, sigma = alpha_sigma(per_image(logsnr_B))
+    return alpha * eps - sigma * x
+
+
+def x_from_v(z: Tensor, v: Tensor, logsnr_B: Tensor) -> Tensor:
+    """x = alpha z - sigma v."""
+    alpha, sigma = alpha_sigma(per_image(logsnr_B))
+    return alpha * z - sigma * v
+
+
+def target(prediction: Prediction, x: Tensor, eps: Tensor, logsnr_B: Tensor) -> Tensor:
+    """What a network that predicts `prediction` should answer."""
+    if prediction == "eps":
+        return eps
+    if prediction == "x0":
+        return x
+    return v_target(x, eps, logsnr_B)
+
+
+def x_from(prediction: Prediction, output: Tensor, z: Tensor, logsnr_B: Tensor) -> Tensor:
+    """The image that the answer `output` of a network that predicts `prediction` stands for."""
+    if prediction == "eps":
+        return x_from_eps(z, output, logsnr_B)
+    if prediction == "x0":
+        return output
+    return x_from_v(z, output, logsnr_B)

@@ -1,0 +1,124 @@
+"""Samplers: from noise to an image along a falling sequence of noise levels.
+
+Given the network's x at z, every sampler here takes a step that is linear in what is known,
+
+    z' = c_z z + c_x x + c_last x_last + c_noise noise,
+
+so a sampler is no more than four numbers, computed in float64 from three levels: the last one, this one and the next.
+The final step goes to logsnr = infinity, where z' = x for each of them.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+import numpy as np
+from mindspore import Tensor
+
+from pipeline.config import ConfigError
+from pipeline.diffusion.guidance import Threshold
+from pipeline.diffusion.schedule import SCHEDULES, ScheduleName
+
+SamplerName = Literal["ddpm", "ddim", "dpm_solver++"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerConfig:
+    """How a stage is sampled unless the call says otherwise."""
+
+    sampler: SamplerName = "ddpm"
+    steps: int = 256
+    batch: int = 8  # pictures a call of the network; fewer are filled up, so that there is one graph to compile
+    guidance: float = 1.0  # weight of classifier-free guidance; 1 is none
+    threshold: Threshold = "dynamic"
+    percentile: float = 0.995
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise ConfigError(f"batch: {self.batch} is not positive; give 1 or more")
+        if self.steps < 1:
+            raise ConfigError(f"steps: {self.steps} is not positive; DPM-Solver++ needs 20 to 25, ancestral about 250")
+        if not 0 < self.percentile <= 1:
+            raise ConfigError(f"percentile: {self.percentile} is not in (0, 1]; Imagen has 0.995")
+
+
+class Step(NamedTuple):
+    """The coefficients of one step. Python's floats: NumPy's, multiplied with a tensor, would give a NumPy array."""
+
+    z: float
+    x: float
+    x_last: float = 0.0
+    noise: float = 0.0
+
+
+def _alpha_sigma(logsnr: float) -> tuple[float, float]:
+    return 1 / math.sqrt(1 + math.exp(-logsnr)), 1 / math.sqrt(1 + math.exp(logsnr))
+
+
+def ddpm(last: float | None, now: float, following: float) -> Step:
+    """Ancestral: a draw from q(z' | z, x) (Ho et al., arXiv 2006.11239, eq. 7; in continuous time 2107.00630, eq. 16).
+
+    With r = snr(z) / snr(z') < 1: mean r (alpha' / alpha) z + (1 - r) alpha' x, variance (1 - r) sigma'^2.
+    """
+    (alpha, _), (alpha_next, sigma_next) = _alpha_sigma(now), _alpha_sigma(following)
+    ratio = math.exp(now - following)
+    return Step(z=ratio * alpha_next / alpha, x=(1 - ratio) * alpha_next, noise=math.sqrt(1 - ratio) * sigma_next)
+
+
+def ddim(last: float | None, now: float, following: float) -> Step:
+    """Deterministic: keep eps, change its share (Song et al., arXiv 2010.02502, eq. 12 with sigma = 0)."""
+    (alpha, sigma), (alpha_next, sigma_next) = _alpha_sigma(now), _alpha_sigma(following)
+    return Step(z=sigma_next / sigma, x=alpha_next - alpha * sigma_next / sigma)
+
+
+def dpm_solver_pp(last: float | None, now: float, following: float) -> Step:
+    """DPM-Solver++(2M): DDIM with x extrapolated in lambda = logsnr / 2 (Lu et al., arXiv 2211.01095, algorithm 2).
+
+    The first step has no x_last and the final one no finite length: both are DDIM's, which is the first-order solver.
+    """
+    step = ddim(last, now, following)
+    if last is None or math.isinf(following):
+        return step
+    half_r = (following - now) / (now - last) / 2  # 1 / (2 r), r the ratio of the last step's length to this one's
+    return Step(z=step.z, x=step.x * (1 + half_r), x_last=-step.x * half_r)
+
+
+SAMPLERS: dict[SamplerName, Callable[[float | None, float, float], Step]] = {
+    "ddpm": ddpm,
+    "ddim": ddim,
+    "dpm_solver++": dpm_solver_pp,
+}
+
+
+def levels(schedule: ScheduleName, steps: int) -> np.ndarray:
+    """The logsnr of `steps` network calls, evenly spaced in time from t = 1, and infinity: (steps + 1,), rising."""
+    return np.append(SCHEDULES[schedule](np.linspace(1, 0, steps + 1)[:-1]), np.inf)
+
+
+def sample(
+    denoise: Callable[[Tensor, float], Tensor],
+    noise: Callable[[int], Tensor],
+    sampler: SamplerName,
+    logsnrs: np.ndarray,
+) -> Tensor:
+    """The image at the end of `logsnrs`.
+
+    Args:
+        denoise: (z, logsnr) -> x, the network with its guidance and thresholding.
+        noise: step -> unit noise of z's shape; `noise(0)` is where sampling starts, and only a sampler that adds noise
+            asks for `noise(i)`, i >= 1, in step i - 1.
+        logsnrs: rising levels, one more than there are steps.
+    """
+    z, last, x_last = noise(0), None, 0.0
+    for i, (now, following) in enumerate(pairwise(logsnrs.tolist())):
+        x = denoise(z, now)
+        step = SAMPLERS[sampler](last, now, following)
+        z = step.z * z + step.x * x
+        if step.x_last:
+            z = z + step.x_last * x_last
+        if step.noise:
+            z = z + step.noise * noise(i + 1)
+        last, x_last = now, x
+    return z
