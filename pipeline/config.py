@@ -142,8 +142,7 @@ def _convert(hint: Any, raw: Any, where: str) -> Any:
         return tuple(_convert(hints[number], item, f"{where}[{number}]") for number, item in enumerate(raw))
     if is_dataclass(hint):
         return build(cast(type, hint), raw, where)
-    if kind is dict and isinstance(raw, dict):
-        return raw  # free content, such as another file's configuration
+    hint = dict if kind is dict else hint  # `dict[str, Any]`: free content, such as another file's configuration
     if kind is Literal:
         if any(type(raw) is type(choice) and raw == choice for choice in args):
             return raw
@@ -151,7 +150,7 @@ def _convert(hint: Any, raw: Any, where: str) -> Any:
         raise ConfigError(f"{where}: {_got(raw)} is not one of {', '.join(map(repr, args))}; {fix}")
     raw = float(raw) if hint is float and type(raw) is int else raw
     if type(raw) is not hint:
-        raise ConfigError(f"{where}: expected {_NAMES[kind or hint]}, got {_got(raw)}; {_fix(hint, raw)}")
+        raise ConfigError(f"{where}: expected {_NAMES[hint]}, got {_got(raw)}; {_fix(hint, raw)}")
     if hint is float and not math.isfinite(raw):
         raise ConfigError(f"{where}: {raw} is not a finite number; give a finite one")
     return raw
@@ -203,7 +202,7 @@ def _fix(hint: type, raw: Any) -> str:
     if hint is str and not isinstance(raw, list | dict):
         return "put it in quotes" + (", as YAML reads a bare yes or off as true or false" if type(raw) is bool else "")
     number = re.fullmatch(r"([-+]?\d+)(\.\d*)?(?:e([-+]?)(\d+))?", str(raw).lower())
-    if hint is bool or not number or (hint is int and not float(raw).is_integer()):
+    if hint in (bool, dict) or not number or (hint is int and not float(raw).is_integer()):
         return f"give {_NAMES[hint]}" + (" without quotes" if isinstance(raw, str) else "")
     if hint is int:
         return f"write {int(float(raw))}"

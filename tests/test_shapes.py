@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from launch.terminal import run
 from pipeline.errors import UserError
-from tools.command import run
 from tools.shapes import BACKGROUNDS, COLOURS, POSITIONS, SHAPES, SIZES, Scene, caption, draw, main, parse, random_scene
 
 SCENES = [

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from launch.terminal import Parser, run
 from pipeline.errors import UserError
-from tools.command import Parser, run
 from tools.shapes import BACKGROUNDS, COLOURS, SHAPES, Scene, draw, parse
 
 SIDE = 64  # pictures are judged at this size, whatever their own

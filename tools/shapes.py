@@ -27,9 +27,9 @@ import simplejpeg
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from launch.terminal import Parser, positive, run
 from pipeline.errors import UserError
 from pipeline.rng import generator
-from tools.command import Parser, positive, run
 
 SIZES = {"small": 0.25, "large": 0.5}  # width of the shape, as a share of the picture's
 COLOURS = {

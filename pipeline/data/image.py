@@ -11,7 +11,7 @@ import io
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 100_000_000  # a larger header is a mistake or an attack: 300 MB decoded
 FORMATS = (
@@ -47,6 +47,8 @@ def decode(data: bytes, min_side: int) -> np.ndarray:
             return np.asarray(_rgb(image))
     except BadImage:
         raise
+    except UnidentifiedImageError:  # its own words name an address in memory
+        raise BadImage(f"is none of {', '.join(FORMATS)}") from None
     except Exception as error:  # damaged bytes surface as almost anything: OSError, SyntaxError, struct.error, ...
         raise BadImage(f"cannot be decoded ({str(error).strip() or type(error).__name__})") from error
 

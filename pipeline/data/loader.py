@@ -23,6 +23,7 @@ from pipeline.data.order import replacement, sample_ids
 from pipeline.data.shards import Rejected, Shards
 from pipeline.data.text_store import TextStore, build
 from pipeline.errors import UserError
+from pipeline.files import write_atomically
 from pipeline.rng import generator
 
 if TYPE_CHECKING:
@@ -72,11 +73,21 @@ class Quarantine:
 
     def __init__(self, path: Path) -> None:
         self.path, self.lock = path, threading.Lock()
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.known = {(entry["shard"], entry["key"]) for entry in map(json.loads, lines)}
+        text = path.read_text() if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:  # a full disk cut the last line short
+            write_atomically(path, whole.encode())
+        self.known = self.read()
+
+    def read(self) -> set[tuple[str, str]]:
+        """Shard and key of what the file lists."""
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        return {(entry["shard"], entry["key"]) for entry in map(json.loads, lines)}
 
     def add(self, rejected: Rejected) -> None:
         with self.lock:
+            if (rejected.shard, rejected.key) not in self.known:
+                self.known = self.read()  # the job's other processes write it too
             if (rejected.shard, rejected.key) in self.known:
                 return
             self.known.add((rejected.shard, rejected.key))

@@ -1,7 +1,7 @@
-"""What the tools share at the command line: how a mistake is reported, and the exit code.
+"""What every command shares: how a mistake is reported, and the exit code.
 
-0 done, 2 the user's input (one line on stderr), 130 interrupted. Anything else is a fault of the tool and shows its
-traceback.
+0 done, 2 the user's input (one line on stderr), 130 interrupted; anything else that is raised is a fault, with its
+traceback and code 1.
 """
 
 import argparse
@@ -16,7 +16,7 @@ class Parser(argparse.ArgumentParser):
     """argparse whose complaints are one line like all others, rather than the usage and then a line."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog}: {message}; see --help")
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def positive(text: str) -> int:
@@ -27,14 +27,14 @@ def positive(text: str) -> int:
     return number
 
 
-def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
-    """`main` with this process's arguments, and its end as an exit code."""
+def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> NoReturn:
+    """`main` with `argv` or else this process's arguments, and its answer (None is 0) as the exit code."""
     try:
-        main(sys.argv[1:])
+        code = main(sys.argv[1:] if argv is None else argv) or 0
     except UserError as error:
         print(error, file=sys.stderr)
-        sys.exit(2)
+        code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    sys.exit(0)
+        code = 130
+    sys.exit(code)

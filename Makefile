@@ -1,0 +1,46 @@
+# install, demo, test, test-parity, lint: each builds .venv if it is missing.
+PYTHON ?= python3.11
+BIN := .venv/bin
+DEMO := runs/demo
+.DELETE_ON_ERROR:
+
+.PHONY: install
+install: .venv/installed
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	touch $@
+
+.venv/parity: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test,parity]'
+	touch $@
+
+# The demo: from nothing to 1024-px pictures by the commands that a user would give. Each goes on where it stopped.
+.PHONY: demo
+demo: .venv/installed
+	$(BIN)/python -m tools.shapes $(DEMO)/shards --num 1024 --size 1024 --seed 0
+	$(BIN)/python -m tools.tiny_t5 $(DEMO)/t5 --captions $(DEMO)/shards/*.tar
+	$(BIN)/python -m tools.cache_text configs/tiny/base64.yaml
+	$(BIN)/cascade train configs/tiny/base64.yaml
+	$(BIN)/cascade train configs/tiny/sr256.yaml
+	$(BIN)/cascade train configs/tiny/sr1024.yaml
+	$(BIN)/python -m tools.export configs/tiny/cascade.yaml
+	$(BIN)/cascade sample $(DEMO)/cascade --prompts configs/tiny/prompts.txt --out $(DEMO)/images --seed 0
+	$(BIN)/python -m tools.overview $(DEMO)/images $(DEMO)/overview.png
+	$(BIN)/cascade sample $(DEMO)/cascade --prompts configs/tiny/captions.txt --out $(DEMO)/agreement --seed 0 --to base
+	$(BIN)/python -m tools.agreement $(DEMO)/agreement
+
+.PHONY: test
+test: .venv/installed
+	$(BIN)/pytest
+
+.PHONY: test-parity
+test-parity: .venv/parity
+	$(BIN)/pytest -m parity
+
+.PHONY: lint
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy

@@ -1,0 +1,5 @@
+"""`python -m launch` is `cascade`."""
+
+from launch.cli import main
+
+main()

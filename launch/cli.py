@@ -1,0 +1,149 @@
+"""The `cascade` command: check, train, sample.
+
+Exit codes: 0 done; 1 the job failed; 2 the user's input, in one line on stderr; 75 stopped by a signal after saving,
+the same command goes on. MindSpore is imported only once the command line is known to be in order.
+"""
+
+import argparse
+import json
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn, TypeVar
+
+from launch.terminal import Parser, run
+from pipeline.errors import UserError
+
+T = TypeVar("T")
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
+
+
+def parser() -> Parser:
+    """All that can be said on the command line."""
+    top = Parser(prog="cascade", description="Train the stages of an Imagen-style cascade and sample from them.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="check|train|sample")
+
+    check = commands.add_parser("check", help="what a configuration or a cascade amounts to, before anything runs")
+    check.add_argument("path", metavar="CONFIG|CASCADE", help="a YAML file of configs/, or a cascade folder")
+    check.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="instead of the file's, as data.global_batch=8"
+    )
+    check.add_argument("--json", action="store_true", help="one JSON object instead of text")
+
+    train = commands.add_parser("train", help="train one stage; the same command again resumes")
+    train.add_argument("path", metavar="CONFIG", help="a YAML file of configs/")
+    train.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="instead of the file's, as train.steps=1000"
+    )
+
+    sample = commands.add_parser("sample", help="text to pictures; the same command again makes what is missing")
+    sample.add_argument("path", metavar="CASCADE", help="a cascade folder")
+    text = sample.add_mutually_exclusive_group()
+    text.add_argument("--prompt", metavar="TEXT", nargs="+", default=[], help="one picture each")
+    text.add_argument("--prompts", metavar="FILE", type=Path, help="one prompt a line; empty lines do not count")
+    sample.add_argument("--out", metavar="DIR", type=Path, required=True, help="gets STAGE/00000.png, manifest.jsonl")
+    sample.add_argument("--seed", metavar="N", type=int, default=0, help="of the noise (default 0)")
+    for name, kind, what in (
+        ("steps", int, "network calls, for each stage that runs or one for all"),
+        ("guidance", float, "weight of the text, for each stage that runs or one for all; 1 is no guidance"),
+        ("augment", float, "noise on the low resolution, for each super-resolution stage that runs or one for all"),
+    ):
+        sample.add_argument(f"--{name}", metavar=name[0].upper(), type=kind, nargs="+", default=[], help=what)
+    sample.add_argument("--from", dest="start", metavar="STAGE", help="first stage to run, from the pictures in --out")
+    sample.add_argument("--to", dest="stop", metavar="STAGE", help="last stage to run")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    run(answer, argv)
+
+
+def answer(argv: Sequence[str]) -> int:
+    """Does what `argv` says; the exit code."""
+    arguments = parser().parse_args(argv)
+    return {"check": run_check, "train": run_train, "sample": run_sample}[arguments.command](arguments)
+
+
+def run_check(arguments: argparse.Namespace) -> int:
+    from launch.report import as_text, check
+
+    report = check(arguments.path, arguments.overrides)
+    print(json.dumps(report) if arguments.json else as_text(report))
+    return 0
+
+
+def run_train(arguments: argparse.Namespace) -> int:
+    from launch.command import LaunchConfig
+    from pipeline.config import build
+    from pipeline.kinds import read_stage_config, stage_class
+    from pipeline.log import setup_logging
+
+    setup_logging()
+    config, launch = read_stage_config(arguments.path, arguments.overrides)
+    build(LaunchConfig, launch, "launch")
+    from pipeline.train.loop import train
+
+    stopped: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if stopped and number == signal.SIGINT:  # a second Ctrl-C does not wait for the step
+            raise KeyboardInterrupt
+        stopped.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    stage = stage_class(config.kind)(config)
+    return 0 if train(stage, lambda: bool(stopped)) else STOPPED
+
+
+def run_sample(arguments: argparse.Namespace) -> int:
+    prompts = arguments.prompt
+    if arguments.prompts:
+        try:
+            lines = arguments.prompts.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{arguments.prompts}: cannot be read ({error}); give a UTF-8 text file") from None
+        prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts or not all(prompt.strip() for prompt in prompts):
+        raise UserError("no prompt; give --prompt TEXT or --prompts FILE with a prompt a line")
+    if not 0 <= arguments.seed < 2**63:
+        raise UserError(f"--seed: {arguments.seed} is not in [0, 2**63)")
+
+    from pipeline.cascade import Cascade, Options, read_cascade, span
+    from pipeline.gallery import generate
+    from pipeline.log import setup_logging
+
+    setup_logging()
+    folder = Path(arguments.path)
+    manifests, _ = read_cascade(folder)
+    names = span(list(manifests), arguments.start, arguments.stop)
+    enlarging = [name for name in names if manifests[name].size_in is not None]
+    options = Options(
+        steps=by_stage("steps", arguments.steps, names),
+        guidance=by_stage("guidance", arguments.guidance, names),
+        augment=by_stage("augment", arguments.augment, enlarging),
+    )
+    for name, level in options.augment.items():
+        low, high = manifests[name].augment or (0.0, 0.0)
+        if not low <= level <= high:
+            raise UserError(f"--augment: {level} is not in [{low}, {high}], which {name} was trained with")
+    if any(number < 1 for number in options.steps.values()):
+        raise UserError(f"--steps: {arguments.steps} holds a number below 1; give positive numbers")
+    written = generate(
+        Cascade.load(folder), prompts, arguments.out, arguments.seed, options, arguments.start, arguments.stop
+    )
+    print(f"{arguments.out}: {written} pictures written for {len(prompts)} prompts, listed in manifest.jsonl")
+    return 0
+
+
+def by_stage(name: str, values: Sequence[T], stages: Sequence[str]) -> dict[str, T]:
+    """One value for all stages, or one for each."""
+    if len(values) == 1:
+        values = list(values) * len(stages)
+    if values and len(values) != len(stages):
+        raise UserError(
+            f"--{name}: {len(values)} values for {len(stages)} stages ({', '.join(stages)}); give one for each or one "
+            "for all"
+        )
+    return dict(zip(stages, values, strict=False))

@@ -1,0 +1,133 @@
+"""What `cascade check` says: everything that can be known of a run, or of a cascade, before it costs anything."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import ConfigError, build, dump, read_yaml, to_dict
+from pipeline.errors import UserError
+
+GIB = 2**30
+
+
+def check(path: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """The report on a cascade folder, on configs/cascade.yaml, or on a stage's configuration."""
+    if Path(path).is_dir():
+        if overrides:
+            raise UserError(f"{overrides[0]}: a cascade folder takes no overrides; give a YAML file")
+        return check_folder(Path(path))
+    if "stages" in read_yaml(path):
+        if overrides:
+            raise UserError(f"{overrides[0]}: a cascade's file takes no overrides; check its stages one by one")
+        return check_cascade_config(path)
+    return check_stage(path, overrides)
+
+
+def check_stage(path: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """The resolved configuration, parameters, memory, data and argv of a stage's run."""
+    from mindspore.nn.utils import no_init_parameters
+
+    from launch.command import LaunchConfig, command
+    from pipeline.kinds import read_stage_config, stage_class
+    from pipeline.nn.parameters import num_parameters
+    from pipeline.train.loop import share
+
+    config, raw_launch = read_stage_config(path, overrides)
+    launch = build(LaunchConfig, raw_launch, "launch")
+    share(config)  # the global batch can be divided
+    with no_init_parameters():  # shapes without memory: the 2B base is counted on a laptop
+        network = stage_class(config.kind)(config).network
+    return {
+        "config": {**to_dict(config), "launch": to_dict(launch)},
+        "parameters": num_parameters(network),
+        "memory": memory(network, config),
+        "data": data(config),
+        "argv": command(launch, path, overrides),
+    }
+
+
+def memory(network: Any, config: Any) -> dict[str, int]:
+    """Bytes that a process holds whatever the batch, in float32; activations come on top."""
+    shapes = [tuple(parameter.shape) for parameter in network.trainable_params()]
+    number = sum(map(math.prod, shapes))
+    held = {
+        "weights": number,
+        "gradients": number * (2 if config.train.accumulate > 1 else 1),
+        "ema": number,
+        "optimizer": sum(map(factored, shapes)) if config.optimizer.kind == "adafactor" else 2 * number,
+    }
+    return {name: 4 * size for name, size in {**held, "total": sum(held.values())}.items()}
+
+
+def factored(shape: tuple[int, ...]) -> int:
+    """How many numbers MindSpore's Adafactor keeps of a parameter: a row and a column of each last pair of axes.
+
+    Of a matrix that is next to nothing, of a 3 x 3 convolution two thirds of the weights.
+    """
+    return math.prod(shape[:-1]) + math.prod(shape[:-2] + shape[-1:]) if len(shape) > 1 else math.prod(shape)
+
+
+def data(config: Any) -> dict[str, Any]:
+    """What the shards hold, or why they cannot be read: a configuration may be checked away from its data."""
+    from pipeline.data.shards import Shards
+
+    try:
+        shards = Shards.open(config.data.patterns)
+    except UserError as error:
+        return {"error": str(error)}
+    return {
+        "shards": len(shards.shards),
+        "samples": len(shards),
+        "skipped": len(shards.skipped),
+        "steps_per_epoch": len(shards) / config.data.global_batch,
+    }
+
+
+def check_folder(folder: Path) -> dict[str, Any]:
+    """The manifests of a cascade that fits together."""
+    from pipeline.cascade import read_cascade
+
+    manifests, text = read_cascade(folder)
+    stages = {name: {k: v for k, v in to_dict(m).items() if k != "config"} for name, m in manifests.items()}
+    return {"stages": stages, "text": to_dict(text)}
+
+
+def check_cascade_config(path: str) -> dict[str, Any]:
+    """The reports on all stages of a cascade's file, whose sizes must form a chain."""
+    from pipeline.cascade import CascadeConfig
+
+    config = build(CascadeConfig, read_yaml(path))
+    reports = {entry.name: check_stage(entry.config, ()) for entry in config.stages}
+    before = None
+    for name, report in reports.items():
+        takes = report["config"].get("low_res", {}).get("size")
+        if takes != before:
+            raise ConfigError(
+                f"{path}: {name} takes {f'{takes} px' if takes else 'text alone'} and the stage before gives "
+                f"{f'{before} px' if before else 'nothing'}; chain stages whose sizes agree"
+            )
+        before = report["config"]["size"]
+    return {"folder": config.folder, "stages": reports}
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """A report for reading."""
+    if "parameters" not in report:
+        parts = []
+        for name, stage in report["stages"].items():
+            parts.append(f"== {name}\n{as_text(stage) if 'parameters' in stage else _yaml(stage)}")
+        return "\n".join(parts)
+    held = ", ".join(f"{name} {size / GIB:.2f}" for name, size in report["memory"].items())
+    found = ", ".join(f"{name} {value}" for name, value in report["data"].items())
+    return (
+        f"{_yaml(report['config'])}\n"
+        f"parameters  {report['parameters']:,}\n"
+        f"memory      GiB a process, without activations: {held}\n"
+        f"data        {found}\n"
+        f"runs        {' '.join(report['argv'])}"
+    )
+
+
+def _yaml(tree: dict[str, Any]) -> str:
+    return dump(tree).rstrip()

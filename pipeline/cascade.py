@@ -1,0 +1,265 @@
+"""The orchestrator: stages trained apart, chained into text-to-image generation.
+
+A cascade folder holds `cascade.json`, a stage folder for each stage, and the text encoder and tokenizer in Hugging Face
+layout. What ties the stages stands in their manifests; it is checked before a weight is read.
+
+    cascade = Cascade.load("runs/demo/cascade")
+    result = cascade(["a small red circle on white"], seed=7)
+    result.images[0].save("circle.png")
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import numpy as np
+from mindspore import nn
+from PIL import Image
+from tqdm import tqdm
+
+from pipeline.diffusion.sampler import SamplerConfig
+from pipeline.errors import UserError
+from pipeline.files import replace_folder
+from pipeline.kinds import stage_class
+from pipeline.manifest import Manifest, TextFacts, check_chain, read_manifest, read_weights
+from pipeline.nn.parameters import assign
+from pipeline.nn.text_encoder import TextEncoder
+
+FORMAT = 1  # of cascade.json
+ENCODER_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
+TOKENIZER_FILES = ("spiece.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageEntry:
+    """A stage of a cascade: its name there and the file that it is trained from."""
+
+    name: str
+    config: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CascadeConfig:
+    """configs/cascade.yaml: which stages, in order, and where the cascade folder goes."""
+
+    folder: str
+    stages: tuple[StageEntry, ...]
+
+
+class SamplingConfig(Protocol):
+    @property
+    def sample(self) -> SamplerConfig: ...
+
+
+class Sampler(Protocol):
+    """What the orchestrator asks of a stage."""
+
+    network: nn.Cell
+
+    @property
+    def config(self) -> SamplingConfig: ...
+    @property
+    def augment(self) -> float | None: ...
+    def sample(
+        self,
+        text_BLD: np.ndarray,
+        mask_BL: np.ndarray,
+        seed: int,
+        numbers: Sequence[int],
+        low: np.ndarray | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        augment: float | None = None,
+        progress: Callable[[], object] = bool,
+    ) -> np.ndarray: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to sample each stage; a stage that is not named is sampled as its configuration says."""
+
+    steps: Mapping[str, int]
+    guidance: Mapping[str, float]
+    augment: Mapping[str, float]
+
+    def of(self, stage: str) -> dict[str, Any]:
+        given = {"steps": self.steps, "guidance": self.guidance, "augment": self.augment}
+        return {name: values[stage] for name, values in given.items() if stage in values}
+
+
+NO_OPTIONS = Options(steps={}, guidance={}, augment={})
+
+
+@dataclass(frozen=True)
+class Result:
+    """`images` are those of the last stage that ran; `stages` has every stage's, by name."""
+
+    images: list[Image.Image]
+    stages: dict[str, list[Image.Image]]
+
+
+class Cascade:
+    """Stages in their order, and the text encoder that all of them were trained with."""
+
+    def __init__(self, manifests: dict[str, Manifest], stages: dict[str, Sampler], text: TextEncoder) -> None:
+        self.manifests, self.stages, self.text = manifests, stages, text
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """The cascade in `folder`; UserError, before any weight is loaded, if its parts do not fit."""
+        folder = Path(folder)
+        manifests, facts = read_cascade(folder)
+        text = TextEncoder.load(folder / "text_encoder", folder / "tokenizer", facts.length)
+        if text.fingerprint != facts.fingerprint:
+            raise UserError(
+                f"{folder}: text_encoder/ and tokenizer/ have fingerprint {text.fingerprint[:12]} and the stages were "
+                f"trained with {facts.fingerprint[:12]}; export the cascade again with the encoder of the training"
+            )
+        stages = {}
+        for name, manifest in manifests.items():
+            stages[name] = stage_class(manifest.kind).from_config(manifest.config)
+            weights = read_weights(folder / name, manifest)
+            assign(stages[name].network, weights, str(folder / name / "unet.safetensors"))
+        return cls(manifests, stages, text)
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        seed: int = 0,
+        numbers: Sequence[int] | None = None,
+        options: Options = NO_OPTIONS,
+        start: str | None = None,
+        stop: str | None = None,
+        low: Sequence[Image.Image] | None = None,
+        progress: bool = False,
+    ) -> Result:
+        """Pictures of `prompts`.
+
+        Args:
+            prompts: one a picture.
+            seed, numbers: name the noise; picture `numbers[i]` (i if not given) of a seed is the same in any company.
+            options: steps, guidance and augmentation by stage.
+            start, stop: the first and the last stage to run; all if not given.
+            low: the pictures to start from where `start` is not the first stage, of the size that it takes.
+            progress: shows a bar.
+
+        Raises:
+            UserError: no prompt, an unknown stage, pictures of another size.
+        """
+        if isinstance(prompts, str) or not prompts:
+            raise UserError("prompts: expected a list of at least one prompt")
+        names = span(list(self.stages), start, stop)
+        numbers = range(len(prompts)) if numbers is None else numbers
+        pictures = None if low is None else np.stack([self.check_low(names[0], image) for image in low])
+        if (pictures is None) != (self.manifests[names[0]].size_in is None):
+            raise UserError(f"{names[0]} starts from {'text alone' if pictures is not None else 'pictures; give low'}")
+        if low is not None and len(low) != len(prompts):
+            raise UserError(f"low: {len(low)} pictures for {len(prompts)} prompts; give one each")
+        text, mask = self.text.encode(prompts)
+        made = {}
+        with tqdm(total=self.calls(names, len(prompts), options), unit="step", disable=not progress) as bar:
+            for name in names:
+                bar.set_description(name)
+                pictures = self.run(name, text, mask, seed, numbers, pictures, options, bar.update)
+                made[name] = [Image.fromarray(picture) for picture in pictures]
+        return Result(made[names[-1]], made)
+
+    def calls(self, names: Sequence[str], num: int, options: Options) -> int:
+        """How many calls of a network `num` pictures take."""
+        configs = {name: self.stages[name].config.sample for name in names}
+        return sum(-(-num // c.batch) * options.of(name).get("steps", c.steps) for name, c in configs.items())
+
+    def run(
+        self,
+        name: str,
+        text: np.ndarray,
+        mask: np.ndarray,
+        seed: int,
+        numbers: Sequence[int],
+        low: np.ndarray | None,
+        options: Options,
+        progress: Callable[[], object] = bool,
+    ) -> np.ndarray:
+        """One stage for all pictures, uint8 (N, S, S, 3), in batches of one size, the last filled with repetitions."""
+        batch = self.stages[name].config.sample.batch
+        made = []
+        for begin in range(0, len(numbers), batch):
+            rows = np.arange(begin, begin + batch).clip(max=len(numbers) - 1)
+            part = None if low is None else low[rows]
+            made.append(
+                self.stages[name].sample(
+                    text[rows],
+                    mask[rows],
+                    seed,
+                    [numbers[row] for row in rows],
+                    part,
+                    **options.of(name),
+                    progress=progress,
+                )
+            )
+        return np.concatenate(made)[: len(numbers)]
+
+    def check_low(self, name: str, image: Image.Image) -> np.ndarray:
+        """The picture that stage `name` starts from, as uint8 (S, S, 3)."""
+        size = self.manifests[name].size_in
+        if image.size != (size, size):
+            raise UserError(
+                f"{name} takes pictures of {size} x {size} and got one of {image.size[0]} x {image.size[1]}"
+            )
+        return np.asarray(image.convert("RGB"))
+
+
+def span(names: Sequence[str], start: str | None, stop: str | None) -> list[str]:
+    """Those of `names` from `start` to `stop`, both included; None is the first or the last."""
+    for name in (start, stop):
+        if name is not None and name not in names:
+            raise UserError(f"{name}: no such stage; this cascade has {', '.join(names)}")
+    first = names.index(start) if start else 0
+    last = names.index(stop) if stop else len(names) - 1
+    if first > last:
+        raise UserError(f"{start} comes after {stop}; the stages are {', '.join(names)}")
+    return list(names[first : last + 1])
+
+
+def read_cascade(folder: Path) -> tuple[dict[str, Manifest], TextFacts]:
+    """The manifests of a cascade folder in order, checked against one another, and its text encoder's facts."""
+    path = folder / "cascade.json"
+    try:
+        raw = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; `python -m tools.export` makes a cascade folder") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); export the cascade again") from None
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT or not raw.get("stages"):
+        raise UserError(f"{path}: format is not {FORMAT} or there are no stages; export the cascade with this version")
+    manifests = {name: read_manifest(folder / name) for name in raw["stages"]}
+    check_chain(manifests)
+    return manifests, next(iter(manifests.values())).text
+
+
+def export(stages: Mapping[str, Path], encoder: Path, folder: Path) -> None:
+    """Makes a cascade folder of stage folders and the text encoder they were trained with; whole or not at all."""
+    manifests = {name: read_manifest(path) for name, path in stages.items()}
+    check_chain(manifests)
+    facts = next(iter(manifests.values())).text
+    fingerprint = TextEncoder.load(encoder, encoder, facts.length).fingerprint
+    if fingerprint != facts.fingerprint:
+        raise UserError(
+            f"{encoder}: fingerprint {fingerprint[:12]}, but the stages were trained with {facts.fingerprint[:12]}; "
+            "give the encoder of the training"
+        )
+    side = folder.with_name(f".tmp-{folder.name}")
+    shutil.rmtree(side, ignore_errors=True)
+    for name, path in stages.items():
+        read_weights(path, manifests[name])
+        shutil.copytree(path, side / name)
+    for part, patterns in (("text_encoder", ENCODER_FILES), ("tokenizer", TOKENIZER_FILES)):
+        (side / part).mkdir()
+        for pattern in patterns:
+            for file in encoder.glob(pattern):
+                shutil.copy(file, side / part)
+    (side / "cascade.json").write_text(json.dumps({"format": FORMAT, "stages": list(stages)}, indent=2) + "\n")
+    replace_folder(side, folder)

@@ -1,0 +1,117 @@
+"""A folder of generated pictures that can be continued: `STAGE/00003.png` for every stage, and `manifest.jsonl`.
+
+Each picture is written whole and then gets its line in the manifest: number, stage, file and the recipe (prompt, seed,
+steps, guidance, augmentation), which also stands in the PNG. The same command again makes only what is missing, and
+refuses to mix pictures of two recipes under one number.
+"""
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
+
+from pipeline.cascade import Cascade, Options, span
+from pipeline.errors import UserError
+from pipeline.files import lock, write_atomically
+
+CHUNK = 64  # pictures taken through all stages together: bounds memory, and what an interruption costs
+
+
+class Gallery:
+    """What is in `folder`: (stage, number) -> the manifest's entry."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.path = folder, folder / "manifest.jsonl"
+        self.entries: dict[tuple[str, int], dict[str, Any]] = {}
+        text = self.path.read_text() if self.path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:  # a line that a kill cut short; its picture is made again
+            write_atomically(self.path, whole.encode())
+        for line in whole.splitlines():
+            entry = json.loads(line)
+            self.entries[entry["stage"], entry["number"]] = entry
+
+    def has(self, stage: str, number: int, recipe: dict[str, Any]) -> bool:
+        """Whether the picture is there; UserError if it is there by another recipe."""
+        entry = self.entries.get((stage, number))
+        if entry is None or not (self.folder / entry["file"]).exists():
+            return False
+        for key, value in recipe.items():
+            if entry.get(key) != value:
+                raise UserError(
+                    f"{self.folder / entry['file']}: was made with {key} {entry.get(key)!r} and this command has "
+                    f"{value!r}; choose another --out"
+                )
+        return True
+
+    def add(self, stage: str, number: int, picture: np.ndarray, recipe: dict[str, Any]) -> None:
+        entry = {"number": number, "stage": stage, "file": f"{stage}/{number:05d}.png", **recipe}
+        chunks, buffer = PngInfo(), io.BytesIO()
+        for key, value in entry.items():
+            chunks.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
+        Image.fromarray(picture).save(buffer, "PNG", pnginfo=chunks)
+        (self.folder / stage).mkdir(exist_ok=True)
+        write_atomically(self.folder / entry["file"], buffer.getvalue())
+        with self.path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+        self.entries[stage, number] = entry
+
+    def read(self, stage: str, number: int) -> Image.Image:
+        path = self.folder / stage / f"{number:05d}.png"
+        try:
+            with Image.open(path) as image:
+                return image.convert("RGB")
+        except (OSError, SyntaxError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); make it with --to {stage} first") from None
+
+
+def generate(
+    cascade: Cascade,
+    prompts: Sequence[str],
+    folder: Path,
+    seed: int,
+    options: Options,
+    start: str | None = None,
+    stop: str | None = None,
+) -> int:
+    """Makes the pictures of `prompts` that `folder` lacks, picture i of prompt i; answers how many files it wrote."""
+    order = list(cascade.stages)
+    names = span(order, start, stop)
+    written = 0
+    with lock(folder):
+        gallery = Gallery(folder)
+        recipes = {}
+        for name in order[: order.index(names[-1]) + 1]:
+            config = cascade.stages[name].config.sample
+            defaults = {"steps": config.steps, "guidance": config.guidance, "augment": cascade.stages[name].augment}
+            recipes[name] = {"seed": seed, "sampler": config.sampler, **defaults, **options.of(name)}
+        missing = {
+            name: [
+                i for i, prompt in enumerate(prompts) if not gallery.has(name, i, {"prompt": prompt, **recipes[name]})
+            ]
+            for name in names
+        }
+        total = sum(cascade.calls([name], len(numbers), options) for name, numbers in missing.items())
+        with tqdm(total=total, unit="step") as bar:
+            for begin in range(0, len(prompts), CHUNK):
+                for name in names:
+                    numbers = [i for i in missing[name] if begin <= i < begin + CHUNK]
+                    if not numbers:
+                        continue
+                    bar.set_description(name)
+                    low = None
+                    if cascade.manifests[name].size_in is not None:
+                        before = order[order.index(name) - 1]
+                        low = np.stack([cascade.check_low(name, gallery.read(before, i)) for i in numbers])
+                    text, mask = cascade.text.encode([prompts[i] for i in numbers])
+                    pictures = cascade.run(name, text, mask, seed, numbers, low, options, bar.update)
+                    for number, picture in zip(numbers, pictures, strict=True):
+                        gallery.add(name, number, picture, {"prompt": prompts[number], **recipes[name]})
+                        written += 1
+    return written

@@ -1,0 +1,197 @@
+"""The pieces that both U-Nets are made of.
+
+Shapes: B images, C channels, H x W pixels, N = H W positions, L text tokens, D text width, E embedding width, K heads.
+Every layer of a stack answers to `construct(x_BCHW, emb_BE, text_BLD, bias_BL)`, so that a stack is a plain list;
+`bias_BL` is 0 for a text token and a large negative number for padding.
+"""
+
+from typing import Literal
+
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore import dtype as mstype
+
+GROUPS = 32  # of group normalization, as in DDPM and ADM; fewer in narrow layers
+HEAD_ROOM = 1e-5
+
+
+def conv(width_in: int, width_out: int, size: int, stride: int = 1) -> nn.Conv2d:
+    """A convolution that keeps the picture's size (divided by `stride`)."""
+    return nn.Conv2d(width_in, width_out, size, stride, pad_mode="pad", padding=size // 2, has_bias=True)
+
+
+def zeroed(cell: nn.Cell) -> nn.Cell:
+    """`cell`, to start with weights of zero: what it feeds is the identity (or zero) at first."""
+    cell.starts_at_zero = True
+    return cell
+
+
+def upsample(x_BCHW: Tensor) -> Tensor:
+    """Twice the height and width, each pixel repeated."""
+    B, C, H, W = x_BCHW.shape
+    x = ops.stack((x_BCHW, x_BCHW), -1).reshape((B, C, H, 2 * W))
+    return ops.stack((x, x), -2).reshape((B, C, 2 * H, 2 * W))
+
+
+def downsample(x_BCHW: Tensor) -> Tensor:
+    """Half the height and width, the mean of each 2 x 2 pixels."""
+    return ops.avg_pool2d(x_BCHW, kernel_size=2, stride=2)
+
+
+def space_to_channels(x_BCHW: Tensor, patch: int) -> Tensor:
+    """(B, C, H, W) -> (B, C p p, H / p, W / p): each p x p patch becomes one position."""
+    B, C, H, W = x_BCHW.shape
+    x = x_BCHW.reshape((B, C, H // patch, patch, W // patch, patch))
+    return x.transpose((0, 1, 3, 5, 2, 4)).reshape((B, C * patch * patch, H // patch, W // patch))
+
+
+def channels_to_space(x_BCHW: Tensor, patch: int) -> Tensor:
+    """The inverse of `space_to_channels`."""
+    B, C, H, W = x_BCHW.shape
+    x = x_BCHW.reshape((B, C // (patch * patch), patch, patch, H, W))
+    return x.transpose((0, 1, 4, 2, 5, 3)).reshape((B, C // (patch * patch), H * patch, W * patch))
+
+
+def split_heads(tokens_BNC: Tensor, num_heads: int) -> Tensor:
+    """(B, N, C) -> (B, K, N, C / K)."""
+    B, N, C = tokens_BNC.shape
+    return tokens_BNC.reshape((B, N, num_heads, C // num_heads)).swapaxes(1, 2)
+
+
+def attention(q_BKNc: Tensor, k_BKMc: Tensor, v_BKMc: Tensor, bias: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(c) + bias) v, in (B, K, N, c); `bias` goes with (B, K, N, M).
+
+    The plain formula: the one place where a device's fused kernel would branch off.
+    """
+    scores = ops.matmul(q_BKNc * q_BKNc.shape[-1] ** -0.5, k_BKMc.swapaxes(-1, -2)) + bias
+    return ops.matmul(ops.softmax(scores, axis=-1), v_BKMc)
+
+
+class Norm(nn.Cell):
+    """Group normalization (Wu & He, arXiv 1803.08494), an optional scale and shift by the embedding, an optional SiLU.
+
+    All of it but SiLU is one multiplication and one addition a channel, so the image is passed over once: it is read as
+    rows (B C, H W), the factors as a column.
+    """
+
+    def __init__(self, width: int, silu: bool = True) -> None:
+        super().__init__()
+        # 32 if they are at least 4 channels each; else as many as come out even, for widths such as 144
+        self.groups = next(n for n in range(min(GROUPS, width // 4), 0, -1) if width % n == 0)
+        self.silu = silu
+        self.gain = Parameter(ops.ones(width))
+        self.bias = Parameter(ops.zeros(width))
+
+    def construct(self, x_BCHW: Tensor, scale_shift: Tensor | None = None) -> Tensor:
+        B, C, H, W = x_BCHW.shape
+        rows = x_BCHW.reshape((B * self.groups, -1))
+        mean = rows.mean(axis=1, keep_dims=True)
+        variance = (rows * rows).mean(axis=1, keep_dims=True) - mean * mean
+        per_group = (B, self.groups, C // self.groups)
+        rate = ops.rsqrt(ops.maximum(variance, 0.0) + HEAD_ROOM).reshape((B, self.groups, 1))
+        factor = (rate * self.gain.reshape((1, self.groups, -1))).reshape((B, C))
+        offset = self.bias - (ops.broadcast_to(mean.reshape((B, self.groups, 1)), per_group).reshape((B, C)) * factor)
+        if scale_shift is not None:
+            scale, shift = ops.chunk(scale_shift, 2, 1)
+            factor, offset = factor * (1.0 + scale), offset * (1.0 + scale) + shift
+        y = x_BCHW.reshape((B * C, H * W)) * factor.reshape((-1, 1)) + offset.reshape((-1, 1))
+        if self.silu:
+            y = y * ops.sigmoid(y)
+        return y.reshape((B, C, H, W))
+
+
+class ResBlock(nn.Cell):
+    """Norm, SiLU, convolution, norm with scale and shift, SiLU, convolution; added to the input.
+
+    `emb` is the width of the embedding that scales and shifts; 0: this block has none. With `resample` the picture
+    changes size inside, on both paths, as in BigGAN (Brock et al., arXiv 1809.11096) and ADM (arXiv 2105.05233).
+    """
+
+    def __init__(self, width_in: int, width: int, emb: int, resample: Literal["", "up", "down"] = "") -> None:
+        super().__init__()
+        self.resample = resample
+        self.norm1 = Norm(width_in)
+        self.conv1 = conv(width_in, width, 3)
+        self.emb = nn.Dense(emb, 2 * width) if emb else None
+        self.norm2 = Norm(width)
+        self.conv2 = zeroed(conv(width, width, 3))
+        self.skip = conv(width_in, width, 1) if width_in != width else None
+
+    def construct(self, x_BCHW: Tensor, emb_BE: Tensor, text_BLD: Tensor, bias_BL: Tensor) -> Tensor:
+        x = x_BCHW
+        h = self.norm1(x)
+        if self.resample == "up":
+            h, x = upsample(h), upsample(x)
+        elif self.resample == "down":
+            h, x = downsample(h), downsample(x)
+        scale_shift = None if self.emb is None else self.emb(emb_BE)
+        h = self.conv2(self.norm2(self.conv1(h), scale_shift))
+        if self.skip is not None:
+            x = self.skip(x)
+        return x + h
+
+
+class Attention(nn.Cell):
+    """Every position looks at the text and, unless `cross` (text alone), at every other position.
+
+    Keys and values of text and picture are concatenated (Imagen, appendix F).
+    """
+
+    def __init__(self, width: int, head: int, text_width: int, cross: bool) -> None:
+        super().__init__()
+        self.heads, self.cross = width // head, cross
+        self.norm = Norm(width, silu=False)
+        self.to_q = nn.Dense(width, width) if cross else nn.Dense(width, 3 * width)  # else q, k and v
+        self.text_kv = nn.Dense(text_width, 2 * width)
+        self.out = zeroed(nn.Dense(width, width))
+
+    def construct(self, x_BCHW: Tensor, emb_BE: Tensor, text_BLD: Tensor, bias_BL: Tensor) -> Tensor:
+        B, C, H, W = x_BCHW.shape
+        tokens_BNC = self.norm(x_BCHW).reshape((B, C, H * W)).swapaxes(1, 2)
+        k, v = ops.chunk(self.text_kv(text_BLD), 2, 2)
+        bias = bias_BL
+        if self.cross:
+            q = self.to_q(tokens_BNC)
+        else:
+            q, own_k, own_v = ops.chunk(self.to_q(tokens_BNC), 3, 2)
+            k, v = ops.cat((own_k, k), 1), ops.cat((own_v, v), 1)
+            bias = ops.cat((ops.zeros((B, H * W), mstype.float32), bias_BL), 1)
+        q, k, v = split_heads(q, self.heads), split_heads(k, self.heads), split_heads(v, self.heads)
+        y = attention(q, k, v, bias.reshape((B, 1, 1, -1)))
+        y_BNC = self.out(y.swapaxes(1, 2).reshape((B, H * W, C)))
+        return x_BCHW + y_BNC.swapaxes(1, 2).reshape((B, C, H, W))
+
+
+class Downsample(nn.Cell):
+    """A convolution of stride 2."""
+
+    def __init__(self, width_in: int, width: int) -> None:
+        super().__init__()
+        self.conv = conv(width_in, width, 3, stride=2)
+
+    def construct(self, x_BCHW: Tensor, emb_BE: Tensor, text_BLD: Tensor, bias_BL: Tensor) -> Tensor:
+        return self.conv(x_BCHW)
+
+
+class Upsample(nn.Cell):
+    """Each pixel repeated, then a convolution."""
+
+    def __init__(self, width_in: int, width: int) -> None:
+        super().__init__()
+        self.conv = conv(width_in, width, 3)
+
+    def construct(self, x_BCHW: Tensor, emb_BE: Tensor, text_BLD: Tensor, bias_BL: Tensor) -> Tensor:
+        return self.conv(upsample(x_BCHW))
+
+
+class Stack(nn.Cell):
+    """Layers in a row; what comes out is one skip connection's worth."""
+
+    def __init__(self, layers: list[nn.Cell]) -> None:
+        super().__init__()
+        self.layers = nn.CellList(layers)
+
+    def construct(self, x_BCHW: Tensor, emb_BE: Tensor, text_BLD: Tensor, bias_BL: Tensor) -> Tensor:
+        x = x_BCHW
+        for layer in self.layers:
+            x = layer(x, emb_BE, text_BLD, bias_BL)
+        return x

@@ -1,0 +1,48 @@
+"""What conditions every block of a U-Net: noise levels and pooled text, as one vector.
+
+Shapes: B images, T noise levels an image, L text tokens, D text width, E embedding width.
+"""
+
+import math
+
+import numpy as np
+from mindspore import Tensor, nn, ops
+
+PADDING = -1e4  # added to the score of a padded token; within float16
+
+
+class LevelEmbedding(nn.Cell):
+    """One noise level (B,) -> (B, E): sines and cosines, then two dense layers.
+
+    The level is first brought to [0, 1] as the time at which the cosine schedule has it, 2/pi atan(exp(-logsnr / 2)):
+    even over what matters, whatever schedule is trained (Salimans & Ho's released code, arXiv 2202.00512). It then
+    stands for DDPM's step number of 1000; frequencies fall from 1 to 1e-4 (Vaswani et al., arXiv 1706.03762).
+    """
+
+    def __init__(self, width: int, emb: int) -> None:
+        super().__init__()
+        self.frequencies = Tensor(np.exp(np.linspace(0, -np.log(1e4), width // 2)).astype(np.float32))
+        self.dense1, self.dense2 = nn.Dense(width, emb), nn.Dense(emb, emb)
+
+    def construct(self, logsnr_B: Tensor) -> Tensor:
+        # A power, since MindSpore's exp on a CPU is good to 5e-6 alone, and one radian in 1,000 needs better.
+        time_B1 = ops.atan(ops.pow(math.exp(-0.5), logsnr_B)).reshape((-1, 1)) * (2000.0 / math.pi)
+        angles = time_B1 * self.frequencies
+        return self.dense2(ops.silu(self.dense1(ops.cat((ops.sin(angles), ops.cos(angles)), 1))))
+
+
+class TextPool(nn.Cell):
+    """Attention pooling: the mean token asks, all tokens answer, (B, L, D) -> (B, E) (Imagen, appendix F)."""
+
+    def __init__(self, text_width: int, emb: int) -> None:
+        super().__init__()
+        self.q, self.kv = nn.Dense(text_width, emb), nn.Dense(text_width, 2 * emb)
+        self.out = nn.Dense(emb, emb)
+
+    def construct(self, text_BLD: Tensor, bias_BL: Tensor) -> Tensor:
+        share_BL = ops.softmax(bias_BL, axis=-1)  # even over the tokens that are there
+        mean_BD = ops.matmul(share_BL.expand_dims(1), text_BLD).squeeze(1)
+        k_BLE, v_BLE = ops.chunk(self.kv(text_BLD), 2, 2)
+        q_B1E = self.q(mean_BD).expand_dims(1)
+        scores_B1L = ops.matmul(q_B1E, k_BLE.swapaxes(1, 2)) * q_B1E.shape[-1] ** -0.5 + bias_BL.expand_dims(1)
+        return self.out(ops.matmul(ops.softmax(scores_B1L, axis=-1), v_BLE).squeeze(1))

@@ -1,0 +1,292 @@
+"""The encoder of T5, which turns a caption into one vector a token.
+
+T5 (Raffel et al. 2020, arXiv 1910.10683) is a Transformer with three turns of its own:
+
+- **Relative positions.** There are no position embeddings. Every head adds to its attention score a learned number that
+  depends on the distance from the asking token i to the answering token j alone: b[bucket(j - i)]. Half of the buckets
+  are for j > i; of each half, the first half holds one distance each and the rest grow logarithmically up to
+  `relative_attention_max_distance`. The table belongs to layer 0 and all layers use it.
+- **RMS norm** (Zhang & Sennrich, arXiv 1910.07467), before each sub-layer: x / sqrt(mean(x^2) + eps) * gain; no mean
+  is taken off and nothing is added.
+- **Unscaled scores.** softmax(q k^T + b) v without 1 / sqrt(d): the factor sits in the initial weights of q.
+
+Dense layers have no bias. The feed-forward is wo relu(wi x) in v1.0, and wo (gelu(wi_0 x) * wi_1 x) in v1.1 (Shazeer,
+arXiv 2002.05202, with the tanh approximation of GELU), which is the one that Imagen uses, frozen.
+
+Everything is float32: T5 was trained in bfloat16 and its activations leave the range of float16.
+
+Shapes: B captions, L tokens, D model width, K heads, c width of a head, V vocabulary.
+"""
+
+import json
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+import numpy as np
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
+from mindspore import dtype as mstype
+from mindspore.common.initializer import initializer
+from mindspore.nn.utils import no_init_parameters
+
+from pipeline.errors import UserError
+from pipeline.runtime import compile
+
+MASKED = float(np.finfo(np.float32).min)  # added to the score of a padded token
+DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # of safetensors; NumPy has no bfloat16
+
+
+@dataclass(frozen=True, kw_only=True)
+class T5Config:
+    """The fields of a Hugging Face config.json that matter to the encoder, under their names there."""
+
+    vocab_size: int
+    d_model: int
+    d_kv: int  # width of a head; d_kv num_heads need not be d_model
+    d_ff: int
+    num_layers: int
+    num_heads: int
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+    feed_forward_proj: Literal["relu", "gated-gelu"] = "relu"
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Self:
+        """The configuration in `folder`/config.json; `UserError` if it is not a T5's."""
+        path = Path(folder) / "config.json"
+        found = read_json(path)
+        if found.get("model_type") != "t5":
+            raise UserError(f"{path}: model_type is {found.get('model_type')!r}; give the folder of a T5 ('t5')")
+        missing = [field.name for field in fields(cls) if field.default is MISSING and field.name not in found]
+        if missing:
+            raise UserError(f"{path}: {missing[0]} is missing; take config.json from where the weights come from")
+        config = cls(**{field.name: found[field.name] for field in fields(cls) if field.name in found})
+        if config.feed_forward_proj not in ("relu", "gated-gelu"):
+            raise UserError(f"{path}: feed_forward_proj is '{config.feed_forward_proj}'; use 'relu' or 'gated-gelu'")
+        return config
+
+
+def buckets(num_buckets: int, max_distance: int) -> np.ndarray:
+    """Bucket of each distance j - i from -max_distance to max_distance, (2 max_distance + 1,) int32.
+
+    All farther tokens share the last bucket of their side. float32, as where the weights were trained: float64 would
+    put some distances on the other side of a border.
+    """
+    side = num_buckets // 2
+    exact = side // 2
+    distance = np.arange(-max_distance, max_distance + 1, dtype=np.int32)
+    away = np.abs(distance)
+    ratio = np.maximum(away, exact).astype(np.float32) / np.float32(exact)
+    growth = np.log(ratio) / np.float32(np.log(max_distance / exact))  # 0 where buckets begin to widen, 1 at the end
+    far = exact + (growth * np.float32(side - exact)).astype(np.int32)
+    return np.where(distance > 0, side, 0).astype(np.int32) + np.where(away < exact, away, np.minimum(far, side - 1))
+
+
+def rms_norm(x_BLD: Tensor, gain_D: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * gain, over the last axis."""
+    return x_BLD * ops.rsqrt(ops.mean(ops.square(x_BLD), -1, True) + eps) * gain_D
+
+
+def dense(x_BLD: Tensor, weight: Tensor) -> Tensor:
+    """x W, with W (in, out), the transpose of what Hugging Face stores.
+
+    In this form a row's answer does not depend on the other rows, nor on its place among them, to the last bit on a
+    CPU; in `nn.Dense`, which transposes inside the product, it does at small widths. So a caption encoded alone gives
+    what it gave among others.
+    """
+    B, L, width = x_BLD.shape
+    return ops.matmul(x_BLD.reshape((B * L, width)), weight).reshape((B, L, weight.shape[1]))
+
+
+def split_heads(x_BLE: Tensor, heads: int) -> Tensor:
+    """(B, L, K c) -> (B, K, L, c)"""
+    B, L, width = x_BLE.shape
+    return x_BLE.reshape((B, L, heads, width // heads)).transpose((0, 2, 1, 3))
+
+
+def attention(
+    config: T5Config, x_BLD: Tensor, bias_BKLL: Tensor, norm: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor
+) -> Tensor:
+    """x + o softmax(q k^T + bias) v, of the normed x."""
+    B, L, _ = x_BLD.shape
+    h = rms_norm(x_BLD, norm, config.layer_norm_epsilon)
+    q_BKLc = split_heads(dense(h, q), config.num_heads)
+    k_BKLc = split_heads(dense(h, k), config.num_heads)
+    v_BKLc = split_heads(dense(h, v), config.num_heads)
+    share_BKLL = ops.softmax(ops.matmul(q_BKLc, k_BKLc.swapaxes(-1, -2)) + bias_BKLL, axis=-1)
+    mixed_BLE = ops.matmul(share_BKLL, v_BKLc).transpose((0, 2, 1, 3)).reshape((B, L, o.shape[0]))
+    return x_BLD + dense(mixed_BLE, o)
+
+
+def feed_forward(config: T5Config, x_BLD: Tensor, norm: Tensor, *weights: Tensor) -> Tensor:
+    """x + wo relu(wi h) (v1.0) or x + wo (gelu(wi_0 h) * wi_1 h) (v1.1), h the normed x."""
+    h = rms_norm(x_BLD, norm, config.layer_norm_epsilon)
+    if config.feed_forward_proj == "relu":
+        hidden = ops.relu(dense(h, weights[0]))
+    else:
+        hidden = ops.gelu(dense(h, weights[0]), approximate="tanh") * dense(h, weights[1])
+    return x_BLD + dense(hidden, weights[-1])
+
+
+def layer_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
+    """The weights of one layer, in the order in which `attention` and `feed_forward` take them."""
+    width, inner, hidden = config.d_model, config.num_heads * config.d_kv, config.d_ff
+    wi = ("wi",) if config.feed_forward_proj == "relu" else ("wi_0", "wi_1")
+    return {
+        "attention.norm": (width,),
+        **{f"attention.{name}": (width, inner) for name in "qkv"},
+        "attention.o": (inner, width),
+        "ff.norm": (width,),
+        **{f"ff.{name}": (width, hidden) for name in wi},
+        "ff.wo": (hidden, width),
+    }
+
+
+class T5Encoder(nn.Cell):
+    """Token ids (B, L) int32 and their mask (B, L), bool or integer, 0 for padding -> (B, L, D) float32.
+
+    One compiled graph of a layer serves all layers: its weights are arguments. A graph of the whole encoder is a little
+    faster (15 % on a CPU), but it keeps the activations of every layer: 2.8 GB beside 1.3 GB of weights.
+    """
+
+    def __init__(self, config: T5Config) -> None:
+        super().__init__()
+        self.config = config
+        self.reach = config.relative_attention_max_distance
+        self.buckets = Tensor(buckets(config.relative_attention_num_buckets, self.reach))
+        self.embedding = Parameter(initializer("normal", (config.vocab_size, config.d_model)))
+        self.position_bias = Parameter(initializer("normal", (config.relative_attention_num_buckets, config.num_heads)))
+        self.layers = ParameterTuple(
+            Parameter(initializer("normal", shape), name=f"layers.{number}.{name}")
+            for number in range(config.num_layers)
+            for name, shape in layer_shapes(config).items()
+        )
+        self.norm = Parameter(initializer("ones", (config.d_model,)))
+
+        def layer(x_BLD: Tensor, bias_BKLL: Tensor, *weights: Tensor) -> Tensor:
+            return feed_forward(config, attention(config, x_BLD, bias_BKLL, *weights[:5]), *weights[5:])
+
+        def finish(x_BLD: Tensor, gain_D: Tensor) -> Tensor:
+            return rms_norm(x_BLD, gain_D, config.layer_norm_epsilon)
+
+        self.bias, self.layer, self.finish = compile(self.score_bias), compile(layer), compile(finish)
+
+    def score_bias(self, mask_BL: Tensor, bias_NK: Tensor) -> Tensor:
+        """What all layers add to their scores, (B, K, L, L): for the distance of two tokens, and for padding."""
+        position = ops.arange(mask_BL.shape[1])
+        distance_LL = ops.clamp(position.reshape((1, -1)) - position.reshape((-1, 1)), -self.reach, self.reach)
+        bias_KLL = bias_NK[self.buckets[distance_LL + self.reach]].transpose((2, 0, 1))
+        padding_B11L = (1.0 - mask_BL.astype(mstype.float32)).expand_dims(1).expand_dims(1) * MASKED
+        return bias_KLL.expand_dims(0) + padding_B11L
+
+    def construct(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+        x_BLD = ops.gather(self.embedding, ids_BL, 0)  # not compiled: a graph would keep a copy of the table
+        bias_BKLL = self.bias(mask_BL, self.position_bias.value())
+        size = len(self.layers) // self.config.num_layers
+        for start in range(0, len(self.layers), size):
+            x_BLD = self.layer(x_BLD, bias_BKLL, *[weight.value() for weight in self.layers[start : start + size]])
+        return self.finish(x_BLD, self.norm.value())
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """The encoder in a Hugging Face folder, which may hold the whole T5; `UserError` if a parameter is not there.
+
+        One tensor at a time, read rather than mapped: the peak is the encoder in float32 and its largest tensor.
+        """
+        with no_init_parameters():
+            encoder = cls(T5Config.read(folder))
+        stored = stored_tensors(Path(folder))
+        for parameter in encoder.get_parameters():
+            names = hugging_face_names(parameter.name)
+            name = next((name for name in names if name in stored), None)
+            if name is None:
+                raise UserError(
+                    f"{folder}: parameter {' or '.join(names)} is not among the {len(stored)} tensors found; "
+                    "config.json asks for it, so take config.json and weights from the same model"
+                )
+            is_dense = parameter.ndim == 2 and parameter.name.startswith("layers.")
+            shape = parameter.shape[::-1] if is_dense else parameter.shape
+            if stored[name].shape != shape:
+                raise UserError(
+                    f"{folder}: parameter {name} has shape {stored[name].shape} where config.json asks for {shape}; "
+                    "take config.json and weights from the same model"
+                )
+            values = stored[name].read()
+            parameter.set_data(Tensor.from_numpy(np.ascontiguousarray(values.T if is_dense else values)))
+            parameter.requires_grad = False
+        return encoder.set_train(False)
+
+
+def hugging_face_names(name: str) -> tuple[str, ...]:
+    """Where the parameter `name` of `T5Encoder` may be in a Hugging Face checkpoint, best first."""
+    if name == "embedding":
+        return "shared.weight", "encoder.embed_tokens.weight"
+    if name == "position_bias":
+        return ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",)
+    if name == "norm":
+        return ("encoder.final_layer_norm.weight",)
+    _, block, part, weight = name.split(".")
+    layer, cell = {"attention": (0, "SelfAttention"), "ff": (1, "DenseReluDense")}[part]
+    place = "layer_norm" if weight == "norm" else f"{cell}.{weight}"
+    return (f"encoder.block.{block}.layer.{layer}.{place}.weight",)
+
+
+class Stored(NamedTuple):
+    """A tensor in a safetensors file, not yet read."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int  # in the file, bytes
+
+    def read(self) -> np.ndarray:
+        """The values as float32. A mapped file would count twice in the memory of a large model."""
+        if self.dtype not in DTYPES:
+            raise UserError(f"{self.path}: tensors of type {self.dtype}; use one of {', '.join(DTYPES)}")
+        count = int(np.prod(self.shape, dtype=np.int64))
+        values = np.fromfile(self.path, DTYPES[self.dtype], count, offset=self.start)
+        if self.dtype == "BF16":  # the upper half of a float32
+            values = (values.astype(np.uint32) << 16).view(np.float32)
+        return values.astype(np.float32, copy=False).reshape(self.shape)
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """Every tensor of model.safetensors, or of the files that model.safetensors.index.json names."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        paths = [folder / "model.safetensors"]
+    elif index.is_file():
+        paths = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+    else:
+        raise UserError(
+            f"{folder}: neither model.safetensors nor {index.name} is there; save the T5 with "
+            "`T5EncoderModel.from_pretrained(...).save_pretrained(folder)`"
+        )
+    return {name: tensor for path in paths for name, tensor in headers(path).items()}
+
+
+def headers(path: Path) -> dict[str, Stored]:
+    """The tensors of one file: 8 bytes of header size, the header in JSON, then the values."""
+    try:
+        with path.open("rb") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+            length = path.stat().st_size
+            header: dict[str, Any] = json.loads(file.read(start - 8)) if start <= length else {}
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        if length != start + max((entry["data_offsets"][1] for entry in entries.values()), default=0):
+            raise ValueError(f"its {length} bytes are not what its header says")
+        return {
+            name: Stored(path, entry["dtype"], tuple(entry["shape"]), start + entry["data_offsets"][0])
+            for name, entry in entries.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error}); copy or download it again") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in `path`, which is part of a Hugging Face folder."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: not readable ({error}); give a T5 in a Hugging Face folder") from error

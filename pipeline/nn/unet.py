@@ -1,0 +1,193 @@
+"""The two U-Nets of a cascade, built of one set of blocks.
+
+ADM (Dhariwal & Nichol, arXiv 2105.05233), for the base: residual blocks that resample inside, a skip connection from
+every block, attention after every block of the levels that have it. Efficient U-Net (Imagen, arXiv 2205.11487,
+appendix B), for super-resolution: a level first down-samples, then runs its blocks, many more of them at low
+resolution; one skip connection a level, scaled by 1/sqrt(2); the way up runs the blocks first and up-samples last.
+
+Both are two lists of stacks in the order they run; each stack of the way down leaves a skip connection that one of the
+way up takes. Shapes: see `blocks.py`; T noise levels condition the network (the picture's own and, for
+super-resolution, that of its low resolution).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mindspore import Tensor, nn, ops
+
+from pipeline.config import ConfigError
+from pipeline.nn.blocks import (
+    Attention,
+    Downsample,
+    Norm,
+    ResBlock,
+    Stack,
+    Upsample,
+    channels_to_space,
+    conv,
+    space_to_channels,
+    zeroed,
+)
+from pipeline.nn.embeddings import PADDING, LevelEmbedding, TextPool
+
+AttentionKind = Literal["none", "self", "cross"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetConfig:
+    """A U-Net but for what its stage decides: channels in, noise levels, text width."""
+
+    kind: Literal["adm", "efficient"] = "adm"
+    channels: int = 512
+    channel_mults: tuple[int, ...] = (1, 2, 3, 4)
+    num_blocks: tuple[int, ...] = (3, 3, 3, 3)  # residual blocks on a level's way down
+    attention: tuple[AttentionKind, ...] = ("none", "self", "self", "self")  # self: over picture and text; cross: text
+    head_channels: int = 64
+    text_channels: int = 1024  # width to which the text is projected, once, for all blocks
+    patch: int = 1  # side of the pixel patch that is one position of the first level ("simple diffusion", 2301.11093)
+    recompute: bool = False  # forget a stack's activations and compute them again for the gradient
+
+    def __post_init__(self) -> None:
+        levels = len(self.channel_mults)
+        for name in ("channels", "channel_mults", "num_blocks", "head_channels", "text_channels", "patch"):
+            value = getattr(self, name)
+            if min(value if isinstance(value, tuple) else [value], default=0) < 1:
+                found = list(value) if isinstance(value, tuple) else value
+                raise ConfigError(f"{name}: {found} is not made of whole numbers from 1 on; give such numbers")
+        for name in ("num_blocks", "attention"):
+            if len(getattr(self, name)) != levels:
+                raise ConfigError(
+                    f"{name}: {list(getattr(self, name))} has {len(getattr(self, name))} entries and channel_mults has "
+                    f"{levels}; give one a level"
+                )
+        if self.channels % 4:
+            raise ConfigError(f"channels: {self.channels} is not a multiple of 4, which its group normalization needs")
+        for mult, kind in zip(self.channel_mults, self.attention, strict=True):
+            if kind != "none" and self.channels * mult % self.head_channels:
+                raise ConfigError(
+                    f"head_channels: {self.head_channels} does not divide the {self.channels * mult} channels of a "
+                    "level with attention"
+                )
+
+    @property
+    def stride(self) -> int:
+        """What the picture's side must be a multiple of."""
+        steps = len(self.channel_mults) - (self.kind == "adm")
+        return self.patch * 2**steps
+
+
+class UNet(nn.Cell):
+    """What a stage trains: `unet(x_BCHW, logsnr_BT, text_BLD, mask_BL) -> (B, 3, H, W)`.
+
+    Args:
+        config: depth, widths, attention.
+        channels_in: 3, and as many again for each picture that is concatenated.
+        num_levels: T, how many noise levels condition the network.
+        text_width: D, of the text encoder.
+    """
+
+    def __init__(self, config: UNetConfig, channels_in: int, num_levels: int, text_width: int) -> None:
+        super().__init__()
+        self.patch = config.patch
+        width, emb = config.channels * config.channel_mults[0], 4 * config.channels
+        self.skip_scale = 1.0 if config.kind == "adm" else 0.5**0.5
+        self.text_norm = nn.LayerNorm((text_width,))
+        self.text_in = nn.Dense(text_width, config.text_channels)
+        self.text_pool = TextPool(config.text_channels, emb)
+        self.levels = nn.CellList([LevelEmbedding(config.channels, emb) for _ in range(num_levels)])
+        self.stem = conv(channels_in * config.patch**2, width, 3)
+        down, middle, up = (adm if config.kind == "adm" else efficient)(config, emb)
+        self.down, self.middle, self.up = nn.CellList(down), middle, nn.CellList(up)
+        self.norm = Norm(width)
+        self.head = zeroed(conv(width, 3 * config.patch**2, 3))
+        if config.recompute:
+            for stack in [*down, middle, *up]:
+                stack.recompute()
+
+    def construct(self, x_BCHW: Tensor, logsnr_BT: Tensor, text_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+        bias_BL = (1.0 - mask_BL) * PADDING
+        text = self.text_in(self.text_norm(text_BLD))
+        emb = self.text_pool(text, bias_BL)
+        for i, level in enumerate(self.levels):
+            emb = emb + level(logsnr_BT[:, i])
+        emb = ops.silu(emb)  # which every block would start with
+        h = self.stem(space_to_channels(x_BCHW, self.patch))
+        skips: tuple[Tensor, ...] = (h,)  # ADM's first. A tuple, as a list's pop() leaves the compiled graph
+        for stack in self.down:
+            h = stack(h, emb, text, bias_BL)
+            skips = (*skips, h)
+        h = self.middle(h, emb, text, bias_BL)
+        for i, stack in enumerate(self.up):
+            h = stack(ops.cat((h, skips[-1 - i] * self.skip_scale), 1), emb, text, bias_BL)
+        return channels_to_space(self.head(self.norm(h)), self.patch)
+
+
+Stacks = tuple[list[Stack], Stack, list[Stack]]
+
+
+def adm(config: UNetConfig, emb: int) -> Stacks:
+    """The way down, the middle and the way up of an ADM U-Net: one block a stack."""
+    widths = [config.channels * mult for mult in config.channel_mults]
+    last = len(widths) - 1
+    width = widths[0]
+    down, skips = [], [width]  # the stem is the first skip connection
+
+    def attend(level: int) -> list[nn.Cell]:
+        kind = config.attention[level]
+        if kind == "none":
+            return []
+        return [Attention(widths[level], config.head_channels, config.text_channels, cross=kind == "cross")]
+
+    for level in range(len(widths)):
+        for _ in range(config.num_blocks[level]):
+            down.append(Stack([ResBlock(width, widths[level], emb), *attend(level)]))
+            width = widths[level]
+            skips.append(width)
+        if level < last:
+            down.append(Stack([ResBlock(width, width, emb, resample="down")]))
+            skips.append(width)
+    middle = Stack([ResBlock(width, width, emb), *attend(last), ResBlock(width, width, emb)])
+    up = []
+    for level in reversed(range(len(widths))):
+        for block in range(config.num_blocks[level] + 1):
+            layers = [ResBlock(width + skips.pop(), widths[level], emb), *attend(level)]
+            width = widths[level]
+            if level and block == config.num_blocks[level]:
+                layers.append(ResBlock(width, width, emb, resample="up"))
+            up.append(Stack(layers))
+    return down, middle, up
+
+
+def efficient(config: UNetConfig, emb: int) -> Stacks:
+    """The same of an Efficient U-Net: one level a stack; the lowest level, down and up, is the middle.
+
+    The embedding enters a level once on each way, in its first block. Self-attention follows every block of its level;
+    explicit cross-attention follows the level's blocks once on each way: with this reading of appendix B and F the
+    parameters come out as the paper counts them.
+    """
+    widths = [config.channels * mult for mult in config.channel_mults]
+
+    def blocks(level: int, width_in: int) -> list[nn.Cell]:
+        layers: list[nn.Cell] = []
+        kind, width = config.attention[level], widths[level]
+        for block in range(config.num_blocks[level]):
+            first = block == 0
+            layers.append(ResBlock(width_in if first else width, width, emb if first else 0))
+            if kind == "self" or (kind == "cross" and block == config.num_blocks[level] - 1):
+                layers.append(Attention(width, config.head_channels, config.text_channels, cross=kind == "cross"))
+        return layers
+
+    *upper, lowest = range(len(widths))
+    before = [widths[0], *widths]  # what each level receives on the way down and hands on upwards
+    down = [Stack([Downsample(before[i], widths[i]), *blocks(i, widths[i])]) for i in upper]
+    bottom = widths[lowest]
+    middle = Stack(
+        [
+            Downsample(before[lowest], bottom),
+            *blocks(lowest, bottom),
+            *blocks(lowest, bottom),
+            Upsample(bottom, before[lowest]),
+        ]
+    )
+    up = [Stack([*blocks(i, 2 * widths[i]), Upsample(widths[i], before[i])]) for i in reversed(upper)]
+    return down, middle, up

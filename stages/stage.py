@@ -1,0 +1,194 @@
+"""What every stage is: a configuration, a network, a batch, a loss and a way to sample.
+
+A stage differs from another in what its network sees beside the noisy picture: its `condition`. All else stands here.
+`train.loop` and the orchestrator use a stage through its methods alone and never name a kind.
+
+Shapes: B images, C channels, S side, L text tokens, D text width, T noise levels an image.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from mindspore import Tensor, ops
+
+from pipeline import runtime
+from pipeline.config import ConfigError, build
+from pipeline.data.image import to_float, to_uint8
+from pipeline.data.loader import Arrays, DataConfig
+from pipeline.diffusion.guidance import guide, threshold
+from pipeline.diffusion.loss import DiffusionConfig
+from pipeline.diffusion.loss import loss as score  # in a compiled method `loss` would be the method itself
+from pipeline.diffusion.process import add_noise, x_from
+from pipeline.diffusion.sampler import SamplerConfig, levels, sample
+from pipeline.diffusion.schedule import SCHEDULES
+from pipeline.nn.text_encoder import TextConfig
+from pipeline.nn.unet import UNet, UNetConfig
+from pipeline.rng import generator
+from pipeline.train.loop import TrainConfig
+from pipeline.train.optimizer import OptimizerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """A run of one stage. Kinds of stage add what they need."""
+
+    kind: str
+    run: str  # the run's folder
+    seed: int = 0
+    size: int  # side of the pictures that the stage makes, in pixels
+    text: TextConfig
+    diffusion: DiffusionConfig = DiffusionConfig()
+    unet: UNetConfig
+    data: DataConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig
+    sample: SamplerConfig = SamplerConfig()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed: {self.seed} is not in [0, 2**63)")
+        if self.size % self.unet.stride:
+            raise ConfigError(
+                f"size: {self.size} is not a multiple of {self.unet.stride}, by which this U-Net shrinks a picture"
+            )
+
+
+class Stage:
+    """Shared by all stages; a kind says `channels_in`, `num_levels`, `condition` and `predict`."""
+
+    Config: ClassVar[type[StageConfig]] = StageConfig
+    channels_in: ClassVar[int]
+    num_levels: ClassVar[int]
+
+    def __init__(self, config: StageConfig) -> None:
+        self.config = config
+        self.network = UNet(config.unet, self.channels_in, self.num_levels, config.text.width)
+        self._compiled: Callable[..., Tensor] | None = None
+
+    @classmethod
+    def from_config(cls, raw: dict[str, Any]) -> "Stage":
+        """The stage of a resolved configuration, as a manifest holds it."""
+        return cls(build(cls.Config, raw))
+
+    # Training.
+
+    def batch(
+        self, step: int, positions: Sequence[int], pictures: np.ndarray, text_BLD: np.ndarray, mask_BL: np.ndarray
+    ) -> Arrays:
+        """Pictures uint8 (B, S, S, 3) and text -> what `loss` takes, with every random draw in it."""
+        x = to_float(pictures)
+        t = np.array([stream.random() for stream in self.streams("time", step, positions)])
+        logsnr = SCHEDULES[self.config.diffusion.schedule](t).astype(np.float32)
+        eps = unit_noise(self.streams("noise", step, positions), x.shape[1:])
+        keep = [stream.random() >= self.config.text.drop for stream in self.streams("drop", step, positions)]
+        kept = np.array(keep, np.float32)[:, None]
+        return x, eps, logsnr, text_BLD * kept[:, :, None], mask_BL * kept
+
+    def streams(self, purpose: str, step: int, positions: Sequence[int]) -> list[np.random.Generator]:
+        """The randomness of each place of a step's global batch."""
+        return [generator(self.config.seed, purpose, step, position) for position in positions]
+
+    def loss(self, x: Tensor, eps: Tensor, logsnr_B: Tensor, text: Tensor, mask: Tensor, *condition: Tensor) -> Tensor:
+        """The loss of each image (B,)."""
+        output = self.predict(add_noise(x, eps, logsnr_B), logsnr_B, text, mask, *condition)
+        return score(self.config.diffusion, output, x, eps, logsnr_B)
+
+    # Sampling.
+
+    def denoise(
+        self, z: Tensor, logsnr_B: Tensor, weight: Tensor, text: Tensor, mask: Tensor, *condition: Tensor
+    ) -> Tensor:
+        """The guided, thresholded image x at z. With and without text in one call of the network."""
+        twice: tuple[Tensor, ...] = ()
+        for part in condition:
+            twice = (*twice, ops.cat((part, part)))
+        output = self.predict(
+            ops.cat((z, z)),
+            ops.cat((logsnr_B, logsnr_B)),
+            ops.cat((text, ops.zeros_like(text))),
+            ops.cat((mask, ops.zeros_like(mask))),
+            *twice,
+        )
+        with_text, without = ops.chunk(output, 2)
+        config = self.config
+        x = x_from(config.diffusion.prediction, guide(with_text, without, weight), z, logsnr_B)
+        return threshold(x, config.sample.threshold, config.sample.percentile)
+
+    def sample(
+        self,
+        text_BLD: np.ndarray,
+        mask_BL: np.ndarray,
+        seed: int,
+        numbers: Sequence[int],
+        low: np.ndarray | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        augment: float | None = None,
+        progress: Callable[[], object] = bool,
+    ) -> np.ndarray:
+        """Pictures uint8 (B, S, S, 3); each depends on the seed, its number and its own inputs alone.
+
+        Args:
+            seed, numbers: name the noise of each image.
+            low: uint8 (B, s, s, 3), what a super-resolution stage enlarges; S is then `scale` times s.
+            steps, guidance, augment: instead of the configuration's.
+            progress: called after each step.
+        """
+        config = self.config.sample
+        shape, condition = self.condition(low, seed, numbers, augment)
+        network = self._compiled = self._compiled or runtime.compile(self.denoise)
+        fixed = [Tensor(np.asarray(array, np.float32)) for array in (text_BLD, mask_BL, *condition)]
+        weight = Tensor(np.float32(config.guidance if guidance is None else guidance))
+
+        def denoise(z: Tensor, logsnr: float) -> Tensor:
+            x = network(z, Tensor(np.full(len(numbers), logsnr, np.float32)), weight, *fixed)
+            progress()
+            return x
+
+        def noise(step: int) -> Tensor:
+            return Tensor(sampling_noise(seed, numbers, shape, step))
+
+        logsnrs = levels(self.config.diffusion.schedule, config.steps if steps is None else steps)
+        return to_uint8(sample(denoise, noise, config.sampler, logsnrs).asnumpy())
+
+    # What a kind decides.
+
+    def predict(self, z: Tensor, logsnr_B: Tensor, text: Tensor, mask: Tensor, *condition: Tensor) -> Tensor:
+        """The network's answer to a noisy picture."""
+        raise NotImplementedError
+
+    def condition(
+        self, low: np.ndarray | None, seed: int, numbers: Sequence[int], augment: float | None
+    ) -> tuple[tuple[int, ...], Arrays]:
+        """The shape (3, S, S) of the pictures to make, and what `predict` takes beside the text, for sampling."""
+        raise NotImplementedError
+
+    @property
+    def augment(self) -> float | None:
+        """The level of noise on the low resolution in sampling, if there is one."""
+        return None
+
+    def picture(self, pictures: np.ndarray, text_BLD: np.ndarray, mask_BL: np.ndarray) -> np.ndarray:
+        """Samples beside the truth, as one uint8 picture to look at while training."""
+        raise NotImplementedError
+
+    def facts(self) -> dict[str, Any]:
+        """What the manifest says of the kind: sizes and augmentation."""
+        raise NotImplementedError
+
+
+def unit_noise(streams: Sequence[np.random.Generator], shape: tuple[int, ...]) -> np.ndarray:
+    """float32 (B, *shape)."""
+    return np.stack([stream.standard_normal(shape, np.float32) for stream in streams])
+
+
+def sampling_noise(seed: int, numbers: Sequence[int], shape: tuple[int, ...], step: int) -> np.ndarray:
+    """Unit noise float32 (B, *shape); the size of the picture tells the stages of a cascade apart."""
+    return unit_noise([generator(seed, "sample", number, shape[-1], step) for number in numbers], shape)
+
+
+def sheet(*columns: np.ndarray) -> np.ndarray:
+    """uint8 (B, S, S, 3) arrays side by side, one row an image."""
+    return np.concatenate([np.concatenate(list(column)) for column in columns], axis=1)

@@ -1,0 +1,121 @@
+"""Super-resolution: a picture and its text to the same picture at a multiple of its size.
+
+The low resolution, enlarged, is concatenated to the noisy picture. It carries noise of its own: in training of a level
+drawn anew for each sample, which the network is told, so that it learns not to trust the low resolution more than that
+level allows and forgives the faults of the stage before (Ho et al., arXiv 2106.15282; Imagen, section 2.4). A stage for
+large pictures trains on windows of them and samples them whole (Imagen, appendix F).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from mindspore import Tensor, ops
+
+from pipeline.config import ConfigError
+from pipeline.data.image import downsample, to_float, to_uint8, upsample, window
+from pipeline.data.loader import Arrays
+from pipeline.diffusion.process import add_noise
+from pipeline.diffusion.schedule import SCHEDULES
+from stages.stage import Stage, StageConfig, sampling_noise, sheet, unit_noise
+
+AUGMENT_STEP = 2**32  # names the low resolution's noise among the draws of sampling; no sampler takes as many steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowResConfig:
+    """The picture that is enlarged."""
+
+    size: int  # side in pixels
+    max_augment: float = 1.0  # training draws levels, as diffusion times, from [0, max_augment]
+    augment: float = 0.1  # level in sampling; Imagen looks best at 0.1 to 0.3
+    window: int | None = None  # train on windows of the large picture with this side
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_augment <= 1:
+            raise ConfigError(f"max_augment: {self.max_augment} is not a diffusion time in [0, 1]; Imagen has 1.0")
+        if not 0 <= self.augment <= self.max_augment:
+            raise ConfigError(f"augment: {self.augment} is not in [0, max_augment = {self.max_augment}]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuperResolutionConfig(StageConfig):
+    """Pictures of `low_res.size` to pictures of `size`."""
+
+    kind: Literal["super_resolution"] = "super_resolution"
+    low_res: LowResConfig
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.size % self.low_res.size or self.size == self.low_res.size:
+            raise ConfigError(f"low_res.size: {self.low_res.size} does not divide {self.size}, the stage's size")
+        side = self.low_res.window
+        if side is not None and (
+            side > self.size or side % (self.size // self.low_res.size) or side % self.unet.stride
+        ):
+            raise ConfigError(
+                f"low_res.window: {side} is no multiple of {self.size // self.low_res.size} (the enlargement) and of "
+                f"{self.unet.stride} (by which this U-Net shrinks a picture) up to the size {self.size}"
+            )
+
+
+class SuperResolution(Stage):
+    """Sees the noisy picture, the noisy low resolution, its level, and the text."""
+
+    Config = SuperResolutionConfig
+    config: SuperResolutionConfig
+    channels_in = 6
+    num_levels = 2
+
+    @property
+    def scale(self) -> int:
+        return self.config.size // self.config.low_res.size
+
+    @property
+    def augment(self) -> float:
+        return self.config.low_res.augment
+
+    def batch(
+        self, step: int, positions: Sequence[int], pictures: np.ndarray, text_BLD: np.ndarray, mask_BL: np.ndarray
+    ) -> Arrays:
+        """Adds the enlarged low resolution, its noise and its level."""
+        side = self.config.low_res.window
+        if side is not None:
+            places = [stream.random(2) for stream in self.streams("window", step, positions)]
+            pictures = np.stack([window(p, side, u, v) for p, (u, v) in zip(pictures, places, strict=True)])
+        x, *rest = super().batch(step, positions, pictures, text_BLD, mask_BL)
+        low = upsample(downsample(x, x.shape[-1] // self.scale), x.shape[-1])
+        streams = self.streams("augment", step, positions)
+        level = np.array([stream.random() for stream in streams]) * self.config.low_res.max_augment
+        return x, *rest, low, unit_noise(streams, x.shape[1:]), self.augment_logsnr(level)
+
+    def augment_logsnr(self, level: np.ndarray) -> np.ndarray:
+        """A level of augmentation is a time of the stage's own schedule."""
+        return SCHEDULES[self.config.diffusion.schedule](level).astype(np.float32)
+
+    def predict(self, z: Tensor, logsnr_B: Tensor, text: Tensor, mask: Tensor, *condition: Tensor) -> Tensor:
+        low, eps, low_logsnr_B = condition
+        seen = ops.cat((z, add_noise(low, eps, low_logsnr_B)), 1)
+        return self.network(seen, ops.stack((logsnr_B, low_logsnr_B), 1), text, mask)
+
+    def condition(
+        self, low: np.ndarray | None, seed: int, numbers: Sequence[int], augment: float | None
+    ) -> tuple[tuple[int, ...], Arrays]:
+        if low is None:
+            raise ValueError("super-resolution needs low-resolution pictures")
+        side = low.shape[1] * self.scale
+        level = np.full(len(low), self.config.low_res.augment if augment is None else augment)
+        noise = sampling_noise(seed, numbers, (3, side, side), AUGMENT_STEP)
+        return (3, side, side), (upsample(to_float(low), side), noise, self.augment_logsnr(level))
+
+    def picture(self, pictures: np.ndarray, text_BLD: np.ndarray, mask_BL: np.ndarray) -> np.ndarray:
+        """True low resolution, enlarged | sample | truth; the centre window of each where training has windows."""
+        side = self.config.low_res.window or self.config.size
+        truth = np.stack([window(picture, side, 0.5, 0.5) for picture in pictures])
+        low = downsample(to_float(truth), side // self.scale)
+        made = self.sample(text_BLD, mask_BL, self.config.seed, range(len(truth)), to_uint8(low))
+        return sheet(to_uint8(upsample(low, side)), made, truth)
+
+    def facts(self) -> dict[str, Any]:
+        return {"size_in": self.config.low_res.size, "augment": [0.0, self.config.low_res.max_augment]}

@@ -1,0 +1,116 @@
+"""The layers of the U-Nets: equal to PyTorch's (stored answers; live in test_parity_unet.py), and known values."""
+
+import numpy as np
+import pytest
+from compare import assert_close, differentiate, reference
+from mindspore import Tensor
+
+from pipeline.nn import blocks
+from pipeline.nn.embeddings import PADDING, LevelEmbedding
+from pipeline.nn.parameters import assign, initialize
+from tools.references import LAYERS, random_weights
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_equals_the_reference(name):
+    inputs, answers, config = reference(name)
+    seed = config.pop("seed")
+    layer = getattr(blocks, config.pop("kind"))(**config)
+    assign(layer, random_weights({p.name: p.shape for p in layer.trainable_params()}, seed), name)
+    cotangent = answers.pop("cotangent")
+    found = differentiate(layer)(cotangent, *(inputs[key] for key in ("x", "emb", "text", "bias")))
+    assert found.keys() == answers.keys()
+    assert_close(found, answers)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        blocks.ResBlock(8, 8, 4),
+        blocks.Attention(8, 4, 6, cross=False),
+        blocks.Attention(8, 4, 6, cross=True),
+    ],
+)
+def test_layers_start_as_the_identity(layer):
+    initialize(layer, seed=0)
+    stream = np.random.default_rng(0)
+    x, emb, text = (Tensor(stream.standard_normal(s).astype(np.float32)) for s in ((2, 8, 4, 2), (2, 4), (2, 3, 6)))
+    np.testing.assert_array_equal(layer(x, emb, text, Tensor(np.zeros((2, 3), np.float32))).asnumpy(), x.asnumpy())
+
+
+@pytest.mark.parametrize(("width", "groups"), [(4, 1), (16, 4), (48, 12), (128, 32), (144, 24), (192, 32), (1024, 32)])
+@pytest.mark.parametrize("silu", [False, True])
+def test_norm(width, groups, silu):
+    """Against the definition in float64, also for widths that 32 does not divide."""
+    stream = np.random.default_rng(width)
+    x = stream.standard_normal((2, width, 3, 5)) * 2 + 5
+    gain, bias, scale_shift = (stream.standard_normal(size) for size in (width, width, (2, 2 * width)))
+    norm = blocks.Norm(width, silu)
+    norm.gain.set_data(Tensor(gain.astype(np.float32)))
+    norm.bias.set_data(Tensor(bias.astype(np.float32)))
+    found = norm(Tensor(x.astype(np.float32)), Tensor(scale_shift.astype(np.float32))).asnumpy()
+
+    grouped = x.reshape(2, groups, -1)
+    y = (grouped - grouped.mean(2, keepdims=True)) / np.sqrt(grouped.var(2, keepdims=True) + 1e-5)
+    y = y.reshape(x.shape) * gain[:, None, None] + bias[:, None, None]
+    scale, shift = np.split(scale_shift[:, :, None, None], 2, axis=1)
+    y = y * (1 + scale) + shift
+    np.testing.assert_allclose(found, y / (1 + np.exp(-y)) if silu else y, atol=2e-4)
+
+
+def test_norm_of_a_constant_is_its_bias():
+    """Rounding makes the variance of equal numbers negative at times; no NaN comes of it."""
+    found = blocks.Norm(8, silu=False)(Tensor(np.full((1, 8, 5, 7), 1234.567, np.float32))).asnumpy()
+    np.testing.assert_allclose(found, 0, atol=0.1)
+
+
+@pytest.mark.parametrize("patch", [1, 2, 4])
+def test_patches_round_trip(patch):
+    x = np.random.default_rng(0).standard_normal((2, 3, 8, 4)).astype(np.float32)
+    there = blocks.space_to_channels(Tensor(x), patch)
+    assert there.shape == (2, 3 * patch**2, 8 // patch, 4 // patch)
+    np.testing.assert_array_equal(there[0, :, 0, 0].asnumpy(), x[0, :, :patch, :patch].reshape(-1))
+    np.testing.assert_array_equal(blocks.channels_to_space(there, patch).asnumpy(), x)
+
+
+def test_resampling():
+    x = Tensor(np.array([[[[1, 2, 3], [4, 5, 6]]]], np.float32))
+    twice = blocks.upsample(x)
+    np.testing.assert_array_equal(
+        twice.asnumpy()[0, 0], [[1, 1, 2, 2, 3, 3], [1, 1, 2, 2, 3, 3], [4, 4, 5, 5, 6, 6], [4, 4, 5, 5, 6, 6]]
+    )
+    np.testing.assert_array_equal(blocks.downsample(twice).asnumpy(), x.asnumpy())
+    mean = blocks.downsample(Tensor(np.arange(8, dtype=np.float32).reshape(1, 1, 2, 4)))
+    np.testing.assert_array_equal(mean.asnumpy()[0, 0], [[2.5, 4.5]])
+
+
+def test_convolutions_keep_or_divide_the_size():
+    x = Tensor(np.zeros((1, 4, 6, 8), np.float32))
+    assert blocks.conv(4, 5, 3)(x).shape == blocks.conv(4, 5, 1)(x).shape == (1, 5, 6, 8)
+    assert blocks.conv(4, 5, 3, stride=2)(x).shape == (1, 5, 3, 4)
+
+
+def test_attention_is_a_mean_of_what_it_may_look_at():
+    """Equal scores: the mean of the values without padding; of all values if there is nothing but padding."""
+    v = np.random.default_rng(0).standard_normal((2, 1, 3, 4)).astype(np.float32)
+    bias = np.array([[0, 0, PADDING], [PADDING] * 3], np.float32).reshape(2, 1, 1, 3)
+    zero = Tensor(np.zeros((2, 1, 5, 4), np.float32))
+    found = blocks.attention(zero, Tensor(v * 0), Tensor(v), Tensor(bias)).asnumpy()
+    for image, seen in enumerate((v[0, 0, :2], v[1, 0])):
+        np.testing.assert_allclose(found[image, 0], np.tile(seen.mean(0), (5, 1)), atol=1e-5)
+
+
+def test_level_embedding():
+    """Against the definition in float64: times up to 1,000 keep the precision that float32 leaves them."""
+    level = LevelEmbedding(8, 16)
+    weights = random_weights({p.name: p.shape for p in level.trainable_params()}, seed=0)
+    assign(level, weights, "test")
+    logsnr = np.linspace(-20, 20, 41).astype(np.float32)
+    found = level(Tensor(logsnr)).asnumpy()
+
+    time = 1000 * 2 / np.pi * np.arctan(np.exp(-logsnr.astype(np.float64) / 2))
+    angles = time[:, None] * 10000.0 ** -np.array([0, 1 / 3, 2 / 3, 1])
+    waves = np.concatenate((np.sin(angles), np.cos(angles)), axis=1)
+    hidden = waves @ weights["dense1.weight"].T + weights["dense1.bias"]
+    wanted = hidden / (1 + np.exp(-hidden)) @ weights["dense2.weight"].T + weights["dense2.bias"]
+    np.testing.assert_allclose(found, wanted, atol=1e-4)

@@ -1,0 +1,209 @@
+"""A run from its first step to its stage folder: what it leaves, what it refuses, and that resuming changes nothing."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from safetensors.numpy import load_file
+
+from pipeline import checkpoint
+from pipeline.config import build
+from pipeline.errors import UserError
+from pipeline.files import lock
+from pipeline.kinds import stage_class
+from pipeline.train.loop import settle, train
+from tests.conftest import stage_yaml
+
+PATIENCE = 240  # seconds for what takes a few: the machine may be busy
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def config_of(run: Path, shards: Path, t5: Path, **train_options: int) -> Any:
+    raw = stage_yaml("base", run, shards, t5)
+    raw["train"] |= train_options
+    cls = stage_class("base")
+    return cls, build(cls.Config, raw)
+
+
+# What a finished run leaves.
+
+
+def test_a_run_leaves_what_the_design_lists(trained):
+    run = trained / "base"
+    found = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    assert {"config.yaml", "metrics.jsonl", "samples/step_0000004.png", "stage/stage.json"} <= found
+    assert "stage/unet.safetensors" in found
+    files = {"model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json", "manifest.json", "COMPLETE"}
+    for step in (2, 4):
+        assert {path.name for path in (run / f"checkpoints/step_{step:07d}").iterdir()} == files
+    assert any(name.startswith("tensorboard/") for name in found)
+
+
+def test_each_step_is_reported_once(trained):
+    reports = metrics(trained / "base")
+    assert [report["step"] for report in reports] == [1, 2, 3, 4]
+    keys = {"step", "loss", "lr", "grad_norm", "images_per_second", "seconds", "quarantined"}
+    assert all(report.keys() == keys for report in reports)
+    assert [report["lr"] for report in reports] == pytest.approx([0.0, 5e-4, 1e-3, 5e-4])
+
+
+@pytest.mark.parametrize(("name", "columns", "side"), [("base", 2, 16), ("sr32", 3, 32), ("sr64", 3, 32)])
+def test_samples_are_a_sheet_of_two_rows(trained, name, columns, side):
+    with Image.open(trained / name / "samples" / "step_0000004.png") as sheet:
+        assert sheet.size == (columns * side, 2 * side)
+
+
+def test_the_stage_has_the_average_weights(trained):
+    stage = load_file(trained / "base" / "stage" / "unet.safetensors")
+    ema = load_file(trained / "base" / "checkpoints" / "step_0000004" / "ema.safetensors")
+    assert stage.keys() == ema.keys()
+    assert all((stage[name] == ema[name]).all() for name in ema)
+
+
+def test_a_finished_run_is_left_as_it_is(trained, shards_folder, t5_folder, tmp_path):
+    run = tmp_path / "base"
+    shutil.copytree(trained / "base", run)
+    before = (run / "metrics.jsonl").read_bytes()
+    cls, config = config_of(run, shards_folder, t5_folder)
+    assert train(cls(config))
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+# Resuming. Real processes, as a user starts them.
+
+
+def start(config: Path, log: Path) -> subprocess.Popen[bytes]:
+    with log.open("ab") as file:
+        return subprocess.Popen([sys.executable, "-m", "launch", "train", str(config)], stdout=file, stderr=file)
+
+
+def end(process: subprocess.Popen[bytes]) -> int:
+    try:
+        return process.wait(PATIENCE)
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def interrupted(trained, shards_folder, t5_folder, tmp_path_factory) -> tuple[Path, Path, list[int]]:
+    """An uninterrupted run of 12 steps; one that was killed, stopped and continued; the exit codes of its attempts."""
+    folder = tmp_path_factory.mktemp("resume")
+    runs = {}
+    for name in ("whole", "pieces"):
+        raw = stage_yaml("base", folder / name, shards_folder, t5_folder)
+        raw["train"] |= {"steps": 12, "checkpoint_every": 3, "sample_every": 4, "keep_checkpoints": 9}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(raw))
+        runs[name] = folder / name
+    whole = start(folder / "whole.yaml", folder / "whole.log")
+    codes = []
+    for number, steps in ((signal.SIGKILL, 4), (signal.SIGTERM, 8)):
+        process = start(folder / "pieces.yaml", folder / "pieces.log")
+        path, deadline = runs["pieces"] / "metrics.jsonl", time.monotonic() + PATIENCE
+        try:
+            while process.poll() is None and time.monotonic() < deadline:
+                if path.exists() and len(path.read_bytes().splitlines()) >= steps:
+                    os.kill(process.pid, number)
+                    break
+                time.sleep(0.01)
+        finally:
+            codes.append(end(process))
+    codes.append(end(start(folder / "pieces.yaml", folder / "pieces.log")))
+    assert end(whole) == 0, (folder / "whole.log").read_text()
+    return runs["whole"], runs["pieces"], codes
+
+
+def test_the_attempts_end_as_their_signals_say(interrupted):
+    assert interrupted[2] == [-signal.SIGKILL, 75, 0]
+
+
+def test_losses_are_those_of_an_uninterrupted_run_bit_for_bit(interrupted):
+    whole, pieces, _ = interrupted
+    exact = [[(m["step"], m["loss"], m["lr"], m["grad_norm"]) for m in metrics(run)] for run in (whole, pieces)]
+    assert exact[0] == exact[1]
+    assert [step for step, *_ in exact[0]] == list(range(1, 13))
+
+
+@pytest.mark.parametrize("file", ["model", "ema", "optimizer"])
+def test_so_are_the_weights(interrupted, file):
+    whole, pieces, _ = interrupted
+    a, b = (load_file(run / "checkpoints" / "step_0000012" / f"{file}.safetensors") for run in (whole, pieces))
+    assert a.keys() == b.keys()
+    assert all(np.array_equal(a[name].view(np.uint8), b[name].view(np.uint8)) for name in a)
+
+
+def test_so_are_the_stage_and_its_pictures(interrupted):
+    whole, pieces, _ = interrupted
+    for name in ("stage/unet.safetensors", "samples/step_0000004.png", "samples/step_0000012.png"):
+        assert (whole / name).read_bytes() == (pieces / name).read_bytes(), name
+
+
+# What is refused.
+
+
+def test_a_folder_in_use_is_refused(shards_folder, t5_folder, tmp_path):
+    cls, config = config_of(tmp_path / "run", shards_folder, t5_folder)
+    with lock(tmp_path / "run"), pytest.raises(UserError) as error:
+        train(cls(config))
+    assert str(error.value) == (
+        f"{tmp_path}/run: in use by another run (pid {os.getpid()}); stop it or choose another folder"
+    )
+
+
+def test_a_changed_configuration_is_refused_by_name(trained, shards_folder, t5_folder, tmp_path):
+    run = tmp_path / "base"
+    shutil.copytree(trained / "base", run)
+    before = (run / "config.yaml").read_bytes()
+    _, config = config_of(run, shards_folder, t5_folder)
+    raw = stage_yaml("base", run, shards_folder, t5_folder)
+    raw["unet"]["channels"] = 32
+    changed = build(type(config), raw)
+    with pytest.raises(UserError) as error:
+        settle(run, changed)
+    assert str(error.value) == (
+        f"unet.channels: was 16 when {run} was trained to step_0000004 and is 32 now; take the old value, or another "
+        "run folder"
+    )
+    assert (run / "config.yaml").read_bytes() == before
+
+
+def test_more_steps_are_no_other_run(trained, shards_folder, t5_folder, tmp_path):
+    run = tmp_path / "base"
+    shutil.copytree(trained / "base", run)
+    _, config = config_of(run, shards_folder, t5_folder, steps=9, checkpoint_every=7)
+    assert settle(run, config) == checkpoint.newest(run / "checkpoints")
+
+
+def test_a_text_width_that_is_not_the_encoders_is_refused(shards_folder, t5_folder, tmp_path):
+    cls, _ = config_of(tmp_path / "run", shards_folder, t5_folder)
+    raw = stage_yaml("base", tmp_path / "run", shards_folder, t5_folder)
+    raw["text"]["width"] = 32
+    with pytest.raises(UserError) as error:
+        train(cls(build(cls.Config, raw)))
+    assert str(error.value) == f"text.width: 32, but the encoder in {t5_folder} has 16; set that"
+
+
+def test_a_batch_that_cannot_be_cut_is_refused(shards_folder, t5_folder, tmp_path):
+    cls, config = config_of(tmp_path / "run", shards_folder, t5_folder, accumulate=3)
+    with pytest.raises(UserError, match=r"data.global_batch: 4 is not a multiple of 1 processes x 3"):
+        train(cls(config))
+
+
+def test_a_loss_that_is_not_finite_ends_the_job(trained, shards_folder, t5_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.train.step.TrainStep.__call__", lambda *_: (float("nan"), 1.0))
+    cls, config = config_of(tmp_path / "run", shards_folder, t5_folder)
+    with pytest.raises(ArithmeticError, match="step 1: loss nan"):
+        train(cls(config))

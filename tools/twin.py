@@ -1,0 +1,218 @@
+"""The U-Net in PyTorch: an independent reference for tests, and the limit that a benchmark compares to.
+
+It shares with pipeline/nn/unet.py the configuration and the names of the parameters, so that weights pass from one to
+the other, and no line of arithmetic: every operator is PyTorch's own. Shapes as in pipeline/nn/blocks.py. Import this
+file late: PyTorch is the extra `parity`, and nothing that trains or samples needs it.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.nn.unet import UNetConfig
+
+Weights = Mapping[str, np.ndarray]  # by their names in MindSpore
+
+
+def twin(config: UNetConfig, channels_in: int, num_levels: int, text_width: int, weights: Weights) -> "UNet":
+    """`unet(x_BCHW, logsnr_BT, text_BLD, mask_BL) -> (B, 3, H, W)`. RuntimeError if a name or shape differs."""
+    network = UNet(config, channels_in, num_levels, text_width)
+    network.load_state_dict({name: torch.tensor(value) for name, value in weights.items()}, strict=True)
+    return network
+
+
+def conv(width_in: int, width: int, size: int = 3, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(width_in, width, size, stride, padding=size // 2)
+
+
+class Norm(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.groups = max(n for n in range(1, 33) if width % n == 0 and width >= 4 * n)
+        self.gain, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.group_norm(x, self.groups, self.gain, self.bias, eps=1e-5)
+
+
+class LayerNorm(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gamma, self.beta = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.gamma.shape, self.gamma, self.beta, eps=1e-7)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, width_in: int, width: int, emb: int, resample: str = "") -> None:
+        super().__init__()
+        self.resample = resample
+        self.norm1, self.conv1 = Norm(width_in), conv(width_in, width)
+        self.norm2, self.conv2 = Norm(width), conv(width, width)
+        self.emb = nn.Linear(emb, 2 * width) if emb else None
+        self.skip = conv(width_in, width, 1) if width_in != width else None
+
+    def resize(self, x: Tensor) -> Tensor:
+        if self.resample == "up":
+            return F.interpolate(x, scale_factor=2, mode="nearest")
+        return F.avg_pool2d(x, 2) if self.resample == "down" else x
+
+    def forward(self, x: Tensor, emb: Tensor, text: Tensor, bias: Tensor) -> Tensor:
+        h = self.norm2(self.conv1(self.resize(F.silu(self.norm1(x)))))
+        if self.emb is not None:
+            scale, shift = self.emb(emb)[:, :, None, None].chunk(2, dim=1)
+            h = torch.addcmul(shift, h, 1 + scale)
+        x = self.resize(x)
+        return self.conv2(F.silu(h)) + (x if self.skip is None else self.skip(x))
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, head: int, text_width: int, cross: bool) -> None:
+        super().__init__()
+        self.head, self.cross = head, cross
+        self.norm = Norm(width)
+        self.to_q = nn.Linear(width, width if cross else 3 * width)
+        self.text_kv = nn.Linear(text_width, 2 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, emb: Tensor, text: Tensor, bias: Tensor) -> Tensor:
+        of_picture = self.to_q(self.norm(x).flatten(2).mT).unflatten(2, (-1, x.shape[1]))  # (B, N, q or q k v, C)
+        q, own = of_picture[:, :, 0], of_picture[:, :, 1:]
+        kv = self.text_kv(text).unflatten(2, (2, -1))
+        if not self.cross:
+            kv, bias = torch.cat((own, kv), 1), F.pad(bias, (own.shape[1], 0))
+        k, v = kv.unbind(2)
+        q, k, v = (part.unflatten(2, (-1, self.head)).transpose(1, 2) for part in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[:, None, None].expand(-1, -1, q.shape[2], -1))
+        return x + self.out(y.transpose(1, 2).flatten(2)).mT.reshape(x.shape)
+
+
+class Resample(nn.Module):
+    def __init__(self, width_in: int, width: int, up: bool) -> None:
+        super().__init__()
+        self.up = up
+        self.conv = conv(width_in, width, stride=1 if up else 2)
+
+    def forward(self, x: Tensor, emb: Tensor, text: Tensor, bias: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest") if self.up else x)
+
+
+class Stack(nn.Module):
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor, emb: Tensor, text: Tensor, bias: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, emb, text, bias)
+        return x
+
+
+class LevelEmbedding(nn.Module):
+    def __init__(self, width: int, emb: int) -> None:
+        super().__init__()
+        self.dense1, self.dense2 = nn.Linear(width, emb), nn.Linear(emb, emb)
+
+    def forward(self, logsnr: Tensor) -> Tensor:
+        time = torch.atan2((-logsnr / 4).exp(), (logsnr / 4).exp()) * 2000 / torch.pi
+        angles = torch.outer(time, torch.logspace(0, -4, self.dense1.in_features // 2, dtype=time.dtype))
+        return self.dense2(F.silu(self.dense1(torch.cat((angles.sin(), angles.cos()), 1))))
+
+
+class TextPool(nn.Module):
+    def __init__(self, text_width: int, emb: int) -> None:
+        super().__init__()
+        self.q, self.kv = nn.Linear(text_width, emb), nn.Linear(text_width, 2 * emb)
+        self.out = nn.Linear(emb, emb)
+
+    def forward(self, text: Tensor, bias: Tensor) -> Tensor:
+        mean = (text * bias.softmax(1)[:, :, None]).sum(1, keepdim=True)
+        k, v = self.kv(text).chunk(2, 2)
+        return self.out(F.scaled_dot_product_attention(self.q(mean), k, v, attn_mask=bias[:, None]))[:, 0]
+
+
+class UNet(nn.Module):
+    def __init__(self, config: UNetConfig, channels_in: int, num_levels: int, text_width: int) -> None:
+        super().__init__()
+        emb, patch, first = 4 * config.channels, config.patch, config.channels * config.channel_mults[0]
+        self.config = config
+        self.text_norm, self.text_in = LayerNorm(text_width), nn.Linear(text_width, config.text_channels)
+        self.text_pool = TextPool(config.text_channels, emb)
+        self.levels = nn.ModuleList(LevelEmbedding(config.channels, emb) for _ in range(num_levels))
+        self.stem = conv(channels_in * patch**2, first)
+        down, middle, up = (adm if config.kind == "adm" else efficient)(config, emb)
+        self.down, self.middle, self.up = nn.ModuleList(down), middle, nn.ModuleList(up)
+        self.norm, self.head = Norm(first), conv(first, 3 * patch**2)
+
+    def forward(self, x: Tensor, logsnr: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        bias = torch.where(mask > 0, 0.0, -1e4).to(x.dtype)
+        text = self.text_in(self.text_norm(text))
+        levels = [level(column) for level, column in zip(self.levels, logsnr.unbind(1), strict=True)]
+        emb = F.silu(self.text_pool(text, bias) + sum(levels))
+        h = self.stem(F.pixel_unshuffle(x, self.config.patch))
+        skips = [h]
+        for stack in self.down:
+            h = stack(h, emb, text, bias)
+            skips.append(h)
+        h = self.middle(h, emb, text, bias)
+        for stack in self.up:
+            skip = skips.pop() if self.config.kind == "adm" else skips.pop() / 2**0.5
+            h = stack(torch.cat((h, skip), 1), emb, text, bias)
+        return F.pixel_shuffle(self.head(F.silu(self.norm(h))), self.config.patch)
+
+
+Stacks = tuple[list[Stack], Stack, list[Stack]]
+
+
+def attend(config: UNetConfig, level: int) -> list[nn.Module]:
+    kind, width = config.attention[level], config.channels * config.channel_mults[level]
+    return [] if kind == "none" else [Attention(width, config.head_channels, config.text_channels, kind == "cross")]
+
+
+def adm(config: UNetConfig, emb: int) -> Stacks:
+    """Widths follow the picture: what a way-up block takes is its input's width and that of the skip it meets."""
+    widths, depth = [config.channels * mult for mult in config.channel_mults], len(config.channel_mults)
+    skips, down, up = [widths[0]], [], []  # widths of skip connections, the stem's first
+    for i, width in enumerate(widths):
+        for _ in range(config.num_blocks[i]):
+            down.append(Stack(ResBlock(skips[-1], width, emb), *attend(config, i)))
+            skips.append(width)
+        if i + 1 < depth:
+            down.append(Stack(ResBlock(width, width, emb, "down")))
+            skips.append(width)
+    deep = widths[-1]
+    middle = Stack(ResBlock(deep, deep, emb), *attend(config, depth - 1), ResBlock(deep, deep, emb))
+    for i, width in reversed(list(enumerate(widths))):
+        for block in range(config.num_blocks[i] + 1):
+            enter = width if block else widths[min(i + 1, depth - 1)]
+            grow = [ResBlock(width, width, emb, "up")] if i and block == config.num_blocks[i] else []
+            up.append(Stack(ResBlock(enter + skips.pop(), width, emb), *attend(config, i), *grow))
+    return down, middle, up
+
+
+def efficient(config: UNetConfig, emb: int) -> Stacks:
+    """A level's blocks: the first takes the embedding; self-attention after each, cross-attention after the last."""
+    widths = [config.channels * mult for mult in config.channel_mults]
+    outside = widths[:1] + widths[:-1]  # width of the picture one level up
+
+    def blocks(level: int, enter: int) -> list[nn.Module]:
+        width, count, layers = widths[level], config.num_blocks[level], []
+        for n in range(count):
+            layers.append(ResBlock(width if n else enter, width, 0 if n else emb))
+            if n == count - 1 or config.attention[level] == "self":
+                layers += attend(config, level)
+        return layers
+
+    *upper, low = range(len(widths))
+    down = [Stack(Resample(outside[i], widths[i], up=False), *blocks(i, widths[i])) for i in upper]
+    up = [Stack(*blocks(i, 2 * widths[i]), Resample(widths[i], outside[i], up=True)) for i in upper]
+    twice = [*blocks(low, widths[low]), *blocks(low, widths[low])]
+    return (
+        down,
+        Stack(Resample(outside[low], widths[low], False), *twice, Resample(widths[low], outside[low], True)),
+        up[::-1],
+    )
