@@ -20,7 +20,7 @@ install: .venv/installed
 .PHONY: demo
 demo: .venv/installed
 	$(BIN)/python -m tools.shapes $(DEMO)/shards --num 1024 --size 1024 --seed 0
-	$(BIN)/python -m tools.tiny_t5 $(DEMO)/t5 --captions $(DEMO)/shards/*.tar
+	test -e $(DEMO)/t5 || $(BIN)/python -m tools.tiny_t5 $(DEMO)/t5 --captions $(DEMO)/shards/*.tar
 	$(BIN)/python -m tools.cache_text configs/tiny/base64.yaml
 	$(BIN)/cascade train configs/tiny/base64.yaml
 	$(BIN)/cascade train configs/tiny/sr256.yaml

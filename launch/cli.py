@@ -10,7 +10,7 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from launch.terminal import Parser, run
 from pipeline.errors import UserError
@@ -110,7 +110,7 @@ def run_sample(arguments: argparse.Namespace) -> int:
     if not 0 <= arguments.seed < 2**63:
         raise UserError(f"--seed: {arguments.seed} is not in [0, 2**63)")
 
-    from pipeline.cascade import Cascade, Options, read_cascade, span
+    from pipeline.cascade import Cascade, read_cascade, span
     from pipeline.gallery import generate
     from pipeline.log import setup_logging
 
@@ -119,16 +119,17 @@ def run_sample(arguments: argparse.Namespace) -> int:
     manifests, _ = read_cascade(folder)
     names = span(list(manifests), arguments.start, arguments.stop)
     enlarging = [name for name in names if manifests[name].size_in is not None]
-    options = Options(
-        steps=by_stage("steps", arguments.steps, names),
-        guidance=by_stage("guidance", arguments.guidance, names),
-        augment=by_stage("augment", arguments.augment, enlarging),
-    )
-    for name, level in options.augment.items():
+    options: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for option in ("steps", "guidance", "augment"):
+        stages = enlarging if option == "augment" else names
+        for name, value in by_stage(option, getattr(arguments, option), stages).items():
+            options[name][option] = value
+    for name in enlarging:
         low, high = manifests[name].augment or (0.0, 0.0)
+        level = options[name].get("augment", low)
         if not low <= level <= high:
             raise UserError(f"--augment: {level} is not in [{low}, {high}], which {name} was trained with")
-    if any(number < 1 for number in options.steps.values()):
+    if any(number < 1 for number in arguments.steps):
         raise UserError(f"--steps: {arguments.steps} holds a number below 1; give positive numbers")
     written = generate(
         Cascade.load(folder), prompts, arguments.out, arguments.seed, options, arguments.start, arguments.stop

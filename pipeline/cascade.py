@@ -11,8 +11,9 @@ layout. What ties the stages stands in their manifests; it is checked before a w
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -61,36 +62,19 @@ class Sampler(Protocol):
 
     @property
     def config(self) -> SamplingConfig: ...
-    @property
-    def augment(self) -> float | None: ...
     def sample(
         self,
+        config: SamplerConfig,
         text_BLD: np.ndarray,
         mask_BL: np.ndarray,
         seed: int,
         numbers: Sequence[int],
-        low: np.ndarray | None = None,
-        steps: int | None = None,
-        guidance: float | None = None,
-        augment: float | None = None,
-        progress: Callable[[], object] = bool,
+        low: np.ndarray | None,
+        progress: Callable[[], object],
     ) -> np.ndarray: ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """How to sample each stage; a stage that is not named is sampled as its configuration says."""
-
-    steps: Mapping[str, int]
-    guidance: Mapping[str, float]
-    augment: Mapping[str, float]
-
-    def of(self, stage: str) -> dict[str, Any]:
-        given = {"steps": self.steps, "guidance": self.guidance, "augment": self.augment}
-        return {name: values[stage] for name, values in given.items() if stage in values}
-
-
-NO_OPTIONS = Options(steps={}, guidance={}, augment={})
+Options = Mapping[str, Mapping[str, Any]]  # by stage: fields of its SamplerConfig that are to be others
 
 
 @dataclass(frozen=True)
@@ -130,7 +114,7 @@ class Cascade:
         prompts: Sequence[str],
         seed: int = 0,
         numbers: Sequence[int] | None = None,
-        options: Options = NO_OPTIONS,
+        options: Options = MappingProxyType({}),
         start: str | None = None,
         stop: str | None = None,
         low: Sequence[Image.Image] | None = None,
@@ -141,7 +125,7 @@ class Cascade:
         Args:
             prompts: one a picture.
             seed, numbers: name the noise; picture `numbers[i]` (i if not given) of a seed is the same in any company.
-            options: steps, guidance and augmentation by stage.
+            options: what to change of the stages' sampling, as {"sr256": {"steps": 8, "augment": 0.2}}.
             start, stop: the first and the last stage to run; all if not given.
             low: the pictures to start from where `start` is not the first stage, of the size that it takes.
             progress: shows a bar.
@@ -160,17 +144,23 @@ class Cascade:
             raise UserError(f"low: {len(low)} pictures for {len(prompts)} prompts; give one each")
         text, mask = self.text.encode(prompts)
         made = {}
-        with tqdm(total=self.calls(names, len(prompts), options), unit="step", disable=not progress) as bar:
+        with tqdm(
+            total=sum(self.calls(name, len(prompts), options) for name in names), unit="step", disable=not progress
+        ) as bar:
             for name in names:
                 bar.set_description(name)
                 pictures = self.run(name, text, mask, seed, numbers, pictures, options, bar.update)
                 made[name] = [Image.fromarray(picture) for picture in pictures]
         return Result(made[names[-1]], made)
 
-    def calls(self, names: Sequence[str], num: int, options: Options) -> int:
-        """How many calls of a network `num` pictures take."""
-        configs = {name: self.stages[name].config.sample for name in names}
-        return sum(-(-num // c.batch) * options.of(name).get("steps", c.steps) for name, c in configs.items())
+    def sampling(self, name: str, options: Options) -> SamplerConfig:
+        """How stage `name` is sampled."""
+        return replace(self.stages[name].config.sample, **options.get(name, {}))
+
+    def calls(self, name: str, num: int, options: Options) -> int:
+        """How many calls of its network stage `name` needs for `num` pictures."""
+        config = self.sampling(name, options)
+        return -(-num // config.batch) * config.steps
 
     def run(
         self,
@@ -184,22 +174,13 @@ class Cascade:
         progress: Callable[[], object] = bool,
     ) -> np.ndarray:
         """One stage for all pictures, uint8 (N, S, S, 3), in batches of one size, the last filled with repetitions."""
-        batch = self.stages[name].config.sample.batch
+        config = self.sampling(name, options)
         made = []
-        for begin in range(0, len(numbers), batch):
-            rows = np.arange(begin, begin + batch).clip(max=len(numbers) - 1)
+        for begin in range(0, len(numbers), config.batch):
+            rows = np.arange(begin, begin + config.batch).clip(max=len(numbers) - 1)
             part = None if low is None else low[rows]
-            made.append(
-                self.stages[name].sample(
-                    text[rows],
-                    mask[rows],
-                    seed,
-                    [numbers[row] for row in rows],
-                    part,
-                    **options.of(name),
-                    progress=progress,
-                )
-            )
+            chosen = [numbers[row] for row in rows]
+            made.append(self.stages[name].sample(config, text[rows], mask[rows], seed, chosen, part, progress))
         return np.concatenate(made)[: len(numbers)]
 
     def check_low(self, name: str, image: Image.Image) -> np.ndarray:

@@ -8,6 +8,7 @@ refuses to mix pictures of two recipes under one number.
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -88,16 +89,16 @@ def generate(
         gallery = Gallery(folder)
         recipes = {}
         for name in order[: order.index(names[-1]) + 1]:
-            config = cascade.stages[name].config.sample
-            defaults = {"steps": config.steps, "guidance": config.guidance, "augment": cascade.stages[name].augment}
-            recipes[name] = {"seed": seed, "sampler": config.sampler, **defaults, **options.of(name)}
+            recipe = asdict(cascade.sampling(name, options))
+            del recipe["batch"]  # no picture depends on it
+            recipes[name] = {"seed": seed, **recipe}
         missing = {
             name: [
                 i for i, prompt in enumerate(prompts) if not gallery.has(name, i, {"prompt": prompt, **recipes[name]})
             ]
             for name in names
         }
-        total = sum(cascade.calls([name], len(numbers), options) for name, numbers in missing.items())
+        total = sum(cascade.calls(name, len(numbers), options) for name, numbers in missing.items())
         with tqdm(total=total, unit="step") as bar:
             for begin in range(0, len(prompts), CHUNK):
                 for name in names:

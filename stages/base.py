@@ -29,13 +29,14 @@ class Base(Stage):
         return self.network(z, logsnr_B.expand_dims(1), text, mask)
 
     def condition(
-        self, low: np.ndarray | None, seed: int, numbers: Sequence[int], augment: float | None
+        self, low: np.ndarray | None, seed: int, numbers: Sequence[int], augment: float
     ) -> tuple[tuple[int, ...], Arrays]:
         return (3, self.config.size, self.config.size), ()
 
     def picture(self, pictures: np.ndarray, text_BLD: np.ndarray, mask_BL: np.ndarray) -> np.ndarray:
         """Sample | a picture that has the same caption."""
-        return sheet(self.sample(text_BLD, mask_BL, self.config.seed, range(len(pictures))), pictures)
+        made = self.sample(self.config.sample, text_BLD, mask_BL, self.config.seed, range(len(pictures)))
+        return sheet(made, pictures)
 
     def facts(self) -> dict[str, Any]:
         return {"size_in": None, "augment": None}

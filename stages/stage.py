@@ -65,7 +65,7 @@ class Stage:
     def __init__(self, config: StageConfig) -> None:
         self.config = config
         self.network = UNet(config.unet, self.channels_in, self.num_levels, config.text.width)
-        self._compiled: Callable[..., Tensor] | None = None
+        self._plain, self._guided = map(runtime.compile, (self.predict, self.predict_guided))
 
     @classmethod
     def from_config(cls, raw: dict[str, Any]) -> "Stage":
@@ -97,10 +97,10 @@ class Stage:
 
     # Sampling.
 
-    def denoise(
-        self, z: Tensor, logsnr_B: Tensor, weight: Tensor, text: Tensor, mask: Tensor, *condition: Tensor
+    def predict_guided(
+        self, weight: Tensor, z: Tensor, logsnr_B: Tensor, text: Tensor, mask: Tensor, *condition: Tensor
     ) -> Tensor:
-        """The guided, thresholded image x at z. With and without text in one call of the network."""
+        """The network's answer with guidance; with and without text in one call."""
         twice: tuple[Tensor, ...] = ()
         for part in condition:
             twice = (*twice, ops.cat((part, part)))
@@ -112,45 +112,44 @@ class Stage:
             *twice,
         )
         with_text, without = ops.chunk(output, 2)
-        config = self.config
-        x = x_from(config.diffusion.prediction, guide(with_text, without, weight), z, logsnr_B)
-        return threshold(x, config.sample.threshold, config.sample.percentile)
+        return guide(with_text, without, weight)
 
     def sample(
         self,
+        config: SamplerConfig,
         text_BLD: np.ndarray,
         mask_BL: np.ndarray,
         seed: int,
         numbers: Sequence[int],
         low: np.ndarray | None = None,
-        steps: int | None = None,
-        guidance: float | None = None,
-        augment: float | None = None,
         progress: Callable[[], object] = bool,
     ) -> np.ndarray:
         """Pictures uint8 (B, S, S, 3); each depends on the seed, its number and its own inputs alone.
 
         Args:
+            config: usually the stage's own, `self.config.sample`.
             seed, numbers: name the noise of each image.
             low: uint8 (B, s, s, 3), what a super-resolution stage enlarges; S is then `scale` times s.
-            steps, guidance, augment: instead of the configuration's.
             progress: called after each step.
         """
-        config = self.config.sample
-        shape, condition = self.condition(low, seed, numbers, augment)
-        network = self._compiled = self._compiled or runtime.compile(self.denoise)
+        shape, condition = self.condition(low, seed, numbers, config.augment)
         fixed = [Tensor(np.asarray(array, np.float32)) for array in (text_BLD, mask_BL, *condition)]
-        weight = Tensor(np.float32(config.guidance if guidance is None else guidance))
+        weight = Tensor(np.float32(config.guidance))
 
-        def denoise(z: Tensor, logsnr: float) -> Tensor:
-            x = network(z, Tensor(np.full(len(numbers), logsnr, np.float32)), weight, *fixed)
+        def denoise(z: Tensor, level: float) -> Tensor:
+            logsnr_B = Tensor(np.full(len(numbers), level, np.float32))
+            if config.guidance == 1.0:
+                output = self._plain(z, logsnr_B, *fixed)
+            else:
+                output = self._guided(weight, z, logsnr_B, *fixed)
             progress()
-            return x
+            x = x_from(self.config.diffusion.prediction, output, z, logsnr_B)
+            return threshold(x, config.threshold, config.percentile)
 
         def noise(step: int) -> Tensor:
             return Tensor(sampling_noise(seed, numbers, shape, step))
 
-        logsnrs = levels(self.config.diffusion.schedule, config.steps if steps is None else steps)
+        logsnrs = levels(self.config.diffusion.schedule, config.steps)
         return to_uint8(sample(denoise, noise, config.sampler, logsnrs).asnumpy())
 
     # What a kind decides.
@@ -160,15 +159,10 @@ class Stage:
         raise NotImplementedError
 
     def condition(
-        self, low: np.ndarray | None, seed: int, numbers: Sequence[int], augment: float | None
+        self, low: np.ndarray | None, seed: int, numbers: Sequence[int], augment: float
     ) -> tuple[tuple[int, ...], Arrays]:
         """The shape (3, S, S) of the pictures to make, and what `predict` takes beside the text, for sampling."""
         raise NotImplementedError
-
-    @property
-    def augment(self) -> float | None:
-        """The level of noise on the low resolution in sampling, if there is one."""
-        return None
 
     def picture(self, pictures: np.ndarray, text_BLD: np.ndarray, mask_BL: np.ndarray) -> np.ndarray:
         """Samples beside the truth, as one uint8 picture to look at while training."""

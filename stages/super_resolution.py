@@ -29,14 +29,11 @@ class LowResConfig:
 
     size: int  # side in pixels
     max_augment: float = 1.0  # training draws levels, as diffusion times, from [0, max_augment]
-    augment: float = 0.1  # level in sampling; Imagen looks best at 0.1 to 0.3
     window: int | None = None  # train on windows of the large picture with this side
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_augment <= 1:
             raise ConfigError(f"max_augment: {self.max_augment} is not a diffusion time in [0, 1]; Imagen has 1.0")
-        if not 0 <= self.augment <= self.max_augment:
-            raise ConfigError(f"augment: {self.augment} is not in [0, max_augment = {self.max_augment}]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +47,10 @@ class SuperResolutionConfig(StageConfig):
         super().__post_init__()
         if self.size % self.low_res.size or self.size == self.low_res.size:
             raise ConfigError(f"low_res.size: {self.low_res.size} does not divide {self.size}, the stage's size")
+        if not 0 <= self.sample.augment <= self.low_res.max_augment:
+            raise ConfigError(
+                f"sample.augment: {self.sample.augment} is not in [0, low_res.max_augment = {self.low_res.max_augment}]"
+            )
         side = self.low_res.window
         if side is not None and (
             side > self.size or side % (self.size // self.low_res.size) or side % self.unet.stride
@@ -71,10 +72,6 @@ class SuperResolution(Stage):
     @property
     def scale(self) -> int:
         return self.config.size // self.config.low_res.size
-
-    @property
-    def augment(self) -> float:
-        return self.config.low_res.augment
 
     def batch(
         self, step: int, positions: Sequence[int], pictures: np.ndarray, text_BLD: np.ndarray, mask_BL: np.ndarray
@@ -100,12 +97,12 @@ class SuperResolution(Stage):
         return self.network(seen, ops.stack((logsnr_B, low_logsnr_B), 1), text, mask)
 
     def condition(
-        self, low: np.ndarray | None, seed: int, numbers: Sequence[int], augment: float | None
+        self, low: np.ndarray | None, seed: int, numbers: Sequence[int], augment: float
     ) -> tuple[tuple[int, ...], Arrays]:
         if low is None:
             raise ValueError("super-resolution needs low-resolution pictures")
         side = low.shape[1] * self.scale
-        level = np.full(len(low), self.config.low_res.augment if augment is None else augment)
+        level = np.full(len(low), augment)
         noise = sampling_noise(seed, numbers, (3, side, side), AUGMENT_STEP)
         return (3, side, side), (upsample(to_float(low), side), noise, self.augment_logsnr(level))
 
@@ -114,7 +111,7 @@ class SuperResolution(Stage):
         side = self.config.low_res.window or self.config.size
         truth = np.stack([window(picture, side, 0.5, 0.5) for picture in pictures])
         low = downsample(to_float(truth), side // self.scale)
-        made = self.sample(text_BLD, mask_BL, self.config.seed, range(len(truth)), to_uint8(low))
+        made = self.sample(self.config.sample, text_BLD, mask_BL, self.config.seed, range(len(truth)), to_uint8(low))
         return sheet(to_uint8(upsample(low, side)), made, truth)
 
     def facts(self) -> dict[str, Any]:

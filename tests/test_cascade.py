@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from pipeline import Cascade
-from pipeline.cascade import Options, export, span
+from pipeline.cascade import export, span
 from pipeline.errors import UserError
 
 PROMPTS = ["a small red circle on white", "a large blue square on black", "a small green cross on grey"]
@@ -59,7 +59,7 @@ def test_any_stage_can_be_the_first_and_the_last(cascade, result):
 
 
 def test_options_reach_their_stage(cascade, result):
-    other = cascade(PROMPTS, seed=7, options=Options(steps={"sr32": 2}, guidance={}, augment={"sr64": 0.5}))
+    other = cascade(PROMPTS, seed=7, options={"sr32": {"steps": 2}, "sr64": {"augment": 0.5}})
     assert (pixels(other.stages["base"]) == pixels(result.stages["base"])).all()
     assert (pixels(other.stages["sr32"]) != pixels(result.stages["sr32"])).any()
 

@@ -9,7 +9,6 @@ from PIL import Image
 
 from launch import cli
 from pipeline import Cascade
-from pipeline.cascade import NO_OPTIONS, Options
 from pipeline.errors import UserError
 from pipeline.files import lock
 from pipeline.gallery import generate
@@ -25,7 +24,7 @@ def cascade(trained: Path) -> Cascade:
 @pytest.fixture(scope="module")
 def folder(cascade, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("images") / "out"
-    assert generate(cascade, PROMPTS, folder, 7, NO_OPTIONS) == 6
+    assert generate(cascade, PROMPTS, folder, 7, {}) == 6
     return folder
 
 
@@ -50,7 +49,7 @@ def test_a_png_carries_its_recipe(folder):
     for entry in entries(folder):
         with Image.open(folder / entry["file"]) as image:
             chunks = image.text
-        told = {key: value if key in ("stage", "file", "prompt", "sampler") else json.loads(value)
+        told = {key: value if key in ("stage", "file", "prompt", "sampler", "threshold") else json.loads(value)
                 for key, value in chunks.items()}  # fmt: skip
         assert told == entry
     assert entries(folder)[5] == {
@@ -62,7 +61,9 @@ def test_a_png_carries_its_recipe(folder):
         "sampler": "dpm_solver++",
         "steps": 3,
         "guidance": 2.0,
-        "augment": 0.1,
+        "threshold": "dynamic",
+        "percentile": 0.995,
+        "augment": 0.0,
     }
 
 
@@ -75,15 +76,15 @@ def test_the_pictures_are_the_cascades(cascade, folder):
 
 def test_the_same_call_again_makes_nothing(cascade, folder):
     before = (folder / "manifest.jsonl").read_bytes()
-    assert generate(cascade, PROMPTS, folder, 7, NO_OPTIONS) == 0
+    assert generate(cascade, PROMPTS, folder, 7, {}) == 0
     assert (folder / "manifest.jsonl").read_bytes() == before
 
 
 def test_what_is_missing_is_made_and_is_the_same(cascade, folder, tmp_path):
     out = tmp_path / "out"
-    assert generate(cascade, PROMPTS[:1], out, 7, NO_OPTIONS, stop="sr32") == 2
+    assert generate(cascade, PROMPTS[:1], out, 7, {}, stop="sr32") == 2
     (out / "manifest.jsonl").write_bytes((out / "manifest.jsonl").read_bytes()[:-9])  # killed in the middle of a line
-    assert generate(cascade, PROMPTS, out, 7, NO_OPTIONS) == 5
+    assert generate(cascade, PROMPTS, out, 7, {}) == 5
     for path in sorted(folder.rglob("*.png")):
         assert (pixels(path) == pixels(out / path.relative_to(folder))).all()
 
@@ -93,29 +94,29 @@ def test_a_stage_starts_from_pictures_that_lie_there(cascade, folder, tmp_path):
     (out / "base").mkdir(parents=True)
     for number in (0, 1):
         Image.open(folder / "base" / f"{number:05d}.png").save(out / "base" / f"{number:05d}.png")
-    assert generate(cascade, PROMPTS, out, 7, NO_OPTIONS, start="sr32", stop="sr32") == 2
+    assert generate(cascade, PROMPTS, out, 7, {}, start="sr32", stop="sr32") == 2
     assert (pixels(out / "sr32/00001.png") == pixels(folder / "sr32/00001.png")).all()
 
 
 def test_another_recipe_under_one_number_is_refused(cascade, folder):
     with pytest.raises(UserError) as error:
-        generate(cascade, PROMPTS[::-1], folder, 7, NO_OPTIONS)
+        generate(cascade, PROMPTS[::-1], folder, 7, {})
     assert str(error.value) == (
         f"{folder}/base/00000.png: was made with prompt '{PROMPTS[0]}' and this command has '{PROMPTS[1]}'; choose "
         "another --out"
     )
     with pytest.raises(UserError, match="was made with steps 3 and this command has 2; choose another --out"):
-        generate(cascade, PROMPTS, folder, 7, Options(steps={"base": 2}, guidance={}, augment={}))
+        generate(cascade, PROMPTS, folder, 7, {"base": {"steps": 2}})
 
 
 def test_a_folder_in_use_is_refused(cascade, tmp_path):
     with lock(tmp_path / "out"), pytest.raises(UserError, match="in use by another run"):
-        generate(cascade, PROMPTS, tmp_path / "out", 7, NO_OPTIONS)
+        generate(cascade, PROMPTS, tmp_path / "out", 7, {})
 
 
 def test_a_missing_intermediate_is_named(cascade, tmp_path):
     with pytest.raises(UserError, match=r"base/00000\.png: cannot be read .*; make it with --to base first"):
-        generate(cascade, PROMPTS, tmp_path / "out", 7, NO_OPTIONS, start="sr32")
+        generate(cascade, PROMPTS, tmp_path / "out", 7, {}, start="sr32")
 
 
 # The command.

@@ -157,8 +157,8 @@ def test_the_first_loss_is_that_of_answering_nothing(stages):
         ),
         (
             "sr32",
-            {"low_res": {"augment": 0.6, "max_augment": 0.5}},
-            "low_res.augment: 0.6 is not in [0, max_augment = 0.5]",
+            {"low_res": {"max_augment": 0.5}, "sample": {"augment": 0.6}},
+            "sample.augment: 0.6 is not in [0, low_res.max_augment = 0.5]",
         ),
         ("base", {"text": {"drop": 1.0}}, "text.drop: 1.0 is not in [0, 1); Imagen has 0.1"),
         ("base", {"sample": {"steps": 0}}, None),

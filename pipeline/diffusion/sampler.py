@@ -33,7 +33,8 @@ class SamplerConfig:
     batch: int = 8  # pictures a call of the network; fewer are filled up, so that there is one graph to compile
     guidance: float = 1.0  # weight of classifier-free guidance; 1 is none
     threshold: Threshold = "dynamic"
-    percentile: float = 0.995
+    percentile: float = 0.995  # of dynamic thresholding
+    augment: float = 0.0  # level of noise on the low resolution, in super-resolution; Imagen looks best at 0.1 to 0.3
 
     def __post_init__(self) -> None:
         if self.batch < 1:
