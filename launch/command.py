@@ -8,9 +8,13 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchConfig:
-    """How the processes of a job are started."""
+    """How the processes of a job are started: so far, one process on this machine."""
 
-    launcher: Literal["none"] = "none"  # one process on this machine
+    launcher: Literal["none"] = "none"
+    workers: Literal[1] = 1
+    nodes: Literal[1] = 1
+    node_rank: Literal[0] = 0
+    restarts: Literal[0] = 0
 
 
 def command(config: LaunchConfig, path: str, overrides: Sequence[str]) -> list[str]:

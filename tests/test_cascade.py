@@ -6,11 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
+import tools.export
+import tools.tiny_t5
 from pipeline import Cascade
 from pipeline.cascade import export, span
 from pipeline.errors import UserError
+from tests.conftest import stage_yaml
 
 PROMPTS = ["a small red circle on white", "a large blue square on black", "a small green cross on grey"]
 
@@ -114,12 +118,28 @@ def test_a_chain_that_does_not_fit_is_refused_before_a_weight_is_read(trained, t
     assert not list(tmp_path.iterdir())
 
 
-def test_another_text_encoder_is_refused(trained, tmp_path, shards_folder):
-    from tools import tiny_t5
+def test_the_export_tool_makes_the_folder_that_was_loaded(trained, shards_folder, t5_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "sr32", "sr64"):
+        raw = stage_yaml(name, trained / name, shards_folder, t5_folder)
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(raw))
+    entries = [{"name": name, "config": f"{name}.yaml"} for name in ("base", "sr32", "sr64")]
+    (tmp_path / "cascade.yaml").write_text(yaml.safe_dump({"folder": "cascade", "stages": entries}))
+    tools.export.main(["cascade.yaml"])
+    expected = {
+        path.relative_to(trained / "cascade"): path for path in (trained / "cascade").rglob("*") if path.is_file()
+    }
+    made = {path.relative_to("cascade"): path for path in Path("cascade").rglob("*") if path.is_file()}
+    assert made.keys() == expected.keys()
+    assert all(made[name].read_bytes() == expected[name].read_bytes() for name in made)
 
+
+def test_another_text_encoder_is_refused(trained, tmp_path, shards_folder):
     folder = tmp_path / "cascade"
     shutil.copytree(trained / "cascade", folder)
-    tiny_t5.make(tmp_path / "t5", sorted(shards_folder.glob("*.tar")), width=16, layers=1, heads=2, vocab=64, seed=1)
+    tools.tiny_t5.make(
+        tmp_path / "t5", sorted(shards_folder.glob("*.tar")), width=16, layers=1, heads=2, vocab=64, seed=1
+    )
     shutil.copy(tmp_path / "t5" / "model.safetensors", folder / "text_encoder" / "model.safetensors")
     with pytest.raises(UserError, match=r"text_encoder/ and tokenizer/ have fingerprint .* export the cascade again"):
         Cascade.load(folder)

@@ -89,6 +89,22 @@ def test_the_low_resolution_is_the_pictures_own(stages):
     assert low_logsnr[0] != low_logsnr[1]  # a level for each sample
 
 
+def test_the_network_sees_the_noisy_low_resolution_and_its_level(stages, monkeypatch):
+    """alpha low + sigma eps at the level that is embedded beside the picture's own, against NumPy in float64."""
+    from mindspore import Tensor
+
+    stage, seen = stages["sr32"], []
+    monkeypatch.setattr(stage, "network", lambda *given: seen.append([array.asnumpy() for array in given]))
+    x, _, logsnr, text, mask, low, low_eps, low_logsnr = stage.batch(0, range(2), *inputs(stage, 2))
+    stage.predict(Tensor(x), *map(Tensor, (logsnr, text, mask, low, low_eps, low_logsnr)))
+    ((picture, levels, *_),) = seen
+    variance = 1 / (1 + np.exp(low_logsnr.astype(np.float64)))[:, None, None, None]
+    noisy = np.sqrt(1 - variance) * low + np.sqrt(variance) * low_eps
+    assert (picture[:, :3] == x).all()
+    np.testing.assert_allclose(picture[:, 3:], noisy, atol=2e-5)
+    assert (levels == np.stack([logsnr, low_logsnr], axis=1)).all()
+
+
 def test_levels_stay_within_what_is_trained():
     stage = make("sr32", low_res={"max_augment": 0.5})
     pictures, text, mask = inputs(stage, 8)

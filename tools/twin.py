@@ -132,7 +132,8 @@ class TextPool(nn.Module):
     def forward(self, text: Tensor, bias: Tensor) -> Tensor:
         mean = (text * bias.softmax(1)[:, :, None]).sum(1, keepdim=True)
         k, v = self.kv(text).chunk(2, 2)
-        return self.out(F.scaled_dot_product_attention(self.q(mean), k, v, attn_mask=bias[:, None]))[:, 0]
+        q, k, v = (x.unflatten(2, (8, -1)).transpose(1, 2) for x in (self.q(mean), k, v))
+        return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=bias[:, None, None]).flatten(1))
 
 
 class UNet(nn.Module):
@@ -146,7 +147,8 @@ class UNet(nn.Module):
         self.stem = conv(channels_in * patch**2, first)
         down, middle, up = (adm if config.kind == "adm" else efficient)(config, emb)
         self.down, self.middle, self.up = nn.ModuleList(down), middle, nn.ModuleList(up)
-        self.norm, self.head = Norm(first), conv(first, 3 * patch**2)
+        last = first if config.kind == "adm" else 2 * first
+        self.norm, self.head = Norm(last), conv(last, 3 * patch**2)
 
     def forward(self, x: Tensor, logsnr: Tensor, text: Tensor, mask: Tensor) -> Tensor:
         bias = torch.where(mask > 0, 0.0, -1e4).to(x.dtype)
@@ -162,6 +164,8 @@ class UNet(nn.Module):
         for stack in self.up:
             skip = skips.pop() if self.config.kind == "adm" else skips.pop() / 2**0.5
             h = stack(torch.cat((h, skip), 1), emb, text, bias)
+        if self.config.kind == "efficient":
+            h = torch.cat((h, skips.pop() / 2**0.5), 1)
         return F.pixel_shuffle(self.head(F.silu(self.norm(h))), self.config.patch)
 
 

@@ -8,6 +8,9 @@ import math
 import numpy as np
 from mindspore import Tensor, nn, ops
 
+from pipeline.nn.blocks import attention, split_heads
+
+HEADS = 8  # of the text's pooling
 PADDING = -1e4  # added to the score of a padded token; within float16
 
 
@@ -32,7 +35,10 @@ class LevelEmbedding(nn.Cell):
 
 
 class TextPool(nn.Cell):
-    """Attention pooling: the mean token asks, all tokens answer, (B, L, D) -> (B, E) (Imagen, appendix F)."""
+    """Attention pooling: the mean token asks, all tokens answer, (B, L, D) -> (B, E) (Imagen, appendix F).
+
+    Its heads can look at different words: one at the colour, one at the shape.
+    """
 
     def __init__(self, text_width: int, emb: int) -> None:
         super().__init__()
@@ -41,8 +47,8 @@ class TextPool(nn.Cell):
 
     def construct(self, text_BLD: Tensor, bias_BL: Tensor) -> Tensor:
         share_BL = ops.softmax(bias_BL, axis=-1)  # even over the tokens that are there
-        mean_BD = ops.matmul(share_BL.expand_dims(1), text_BLD).squeeze(1)
+        q_B1E = self.q(ops.matmul(share_BL.expand_dims(1), text_BLD))
         k_BLE, v_BLE = ops.chunk(self.kv(text_BLD), 2, 2)
-        q_B1E = self.q(mean_BD).expand_dims(1)
-        scores_B1L = ops.matmul(q_B1E, k_BLE.swapaxes(1, 2)) * q_B1E.shape[-1] ** -0.5 + bias_BL.expand_dims(1)
-        return self.out(ops.matmul(ops.softmax(scores_B1L, axis=-1), v_BLE).squeeze(1))
+        q, k, v = split_heads(q_B1E, HEADS), split_heads(k_BLE, HEADS), split_heads(v_BLE, HEADS)
+        pooled_BK1c = attention(q, k, v, bias_BL.expand_dims(1).expand_dims(1))
+        return self.out(pooled_BK1c.reshape((text_BLD.shape[0], -1)))

@@ -3,7 +3,8 @@
 ADM (Dhariwal & Nichol, arXiv 2105.05233), for the base: residual blocks that resample inside, a skip connection from
 every block, attention after every block of the levels that have it. Efficient U-Net (Imagen, arXiv 2205.11487,
 appendix B), for super-resolution: a level first down-samples, then runs its blocks, many more of them at low
-resolution; one skip connection a level, scaled by 1/sqrt(2); the way up runs the blocks first and up-samples last.
+resolution; one skip connection a level and one from stem to head, scaled by 1/sqrt(2); the way up runs the blocks first
+and up-samples last.
 
 Both are two lists of stacks in the order they run; each stack of the way down leaves a skip connection that one of the
 way up takes. Shapes: see `blocks.py`; T noise levels condition the network (the picture's own and, for
@@ -98,8 +99,10 @@ class UNet(nn.Cell):
         self.stem = conv(channels_in * config.patch**2, width, 3)
         down, middle, up = (adm if config.kind == "adm" else efficient)(config, emb)
         self.down, self.middle, self.up = nn.CellList(down), middle, nn.CellList(up)
-        self.norm = Norm(width)
-        self.head = zeroed(conv(width, 3 * config.patch**2, 3))
+        self.stem_to_head = len(up) == len(down)  # else the last stack of the way up has taken the stem
+        last = 2 * width if self.stem_to_head else width
+        self.norm = Norm(last)
+        self.head = zeroed(conv(last, 3 * config.patch**2, 3))
         if config.recompute:
             for stack in [*down, middle, *up]:
                 stack.recompute()
@@ -112,13 +115,15 @@ class UNet(nn.Cell):
             emb = emb + level(logsnr_BT[:, i])
         emb = ops.silu(emb)  # which every block would start with
         h = self.stem(space_to_channels(x_BCHW, self.patch))
-        skips: tuple[Tensor, ...] = (h,)  # ADM's first. A tuple, as a list's pop() leaves the compiled graph
+        skips: tuple[Tensor, ...] = (h,)  # a tuple, as a list's pop() leaves the compiled graph
         for stack in self.down:
             h = stack(h, emb, text, bias_BL)
             skips = (*skips, h)
         h = self.middle(h, emb, text, bias_BL)
         for i, stack in enumerate(self.up):
             h = stack(ops.cat((h, skips[-1 - i] * self.skip_scale), 1), emb, text, bias_BL)
+        if self.stem_to_head:
+            h = ops.cat((h, skips[0] * self.skip_scale), 1)
         return channels_to_space(self.head(self.norm(h)), self.patch)
 
 
