@@ -201,7 +201,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_answered_in_one_line(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "typo.yaml").write_text((ROOT / BASE).read_text().replace("steps: 600", "stesp: 600"))
+    (tmp_path / "typo.yaml").write_text((ROOT / BASE).read_text().replace("train: {", "train: {stesp: 600, "))
     (tmp_path / "blank.txt").write_text("\n  \n")
     (tmp_path / "latin.txt").write_bytes("un é".encode("latin-1"))
     argv, message = MISTAKES[name]

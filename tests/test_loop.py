@@ -194,6 +194,7 @@ def test_a_text_width_that_is_not_the_encoders_is_refused(shards_folder, t5_fold
     with pytest.raises(UserError) as error:
         train(cls(build(cls.Config, raw)))
     assert str(error.value) == f"text.width: 32, but the encoder in {t5_folder} has 16; set that"
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_batch_that_cannot_be_cut_is_refused(shards_folder, t5_folder, tmp_path):

@@ -148,7 +148,7 @@ class UNet(nn.Module):
         down, middle, up = (adm if config.kind == "adm" else efficient)(config, emb)
         self.down, self.middle, self.up = nn.ModuleList(down), middle, nn.ModuleList(up)
         last = first if config.kind == "adm" else 2 * first
-        self.norm, self.head = Norm(last), conv(last, 3 * patch**2)
+        self.norm, self.head = Norm(first), conv(last, 3 * patch**2)
 
     def forward(self, x: Tensor, logsnr: Tensor, text: Tensor, mask: Tensor) -> Tensor:
         bias = torch.where(mask > 0, 0.0, -1e4).to(x.dtype)
@@ -164,9 +164,10 @@ class UNet(nn.Module):
         for stack in self.up:
             skip = skips.pop() if self.config.kind == "adm" else skips.pop() / 2**0.5
             h = stack(torch.cat((h, skip), 1), emb, text, bias)
+        h = F.silu(self.norm(h))
         if self.config.kind == "efficient":
             h = torch.cat((h, skips.pop() / 2**0.5), 1)
-        return F.pixel_shuffle(self.head(F.silu(self.norm(h))), self.config.patch)
+        return F.pixel_shuffle(self.head(h), self.config.patch)
 
 
 Stacks = tuple[list[Stack], Stack, list[Stack]]

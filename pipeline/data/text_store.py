@@ -63,7 +63,7 @@ def build(captions_per_shard: Sequence[ShardCaptions], encoder: Encoder, progres
     todo = [shard for shard in captions_per_shard if fault(shard, encoder.fingerprint)]
     written = []
     total = sum(len(shard.captions) for shard in todo)
-    with tqdm(total=total, unit="caption", disable=not progress) as bar:
+    with tqdm(total=total, unit="caption", disable=not (progress and todo)) as bar:
         for shard in todo:
             path = store_path(shard.path, encoder.fingerprint)
             metadata = {"fingerprint": encoder.fingerprint, "captions": shard.digest, "width": str(encoder.width)}

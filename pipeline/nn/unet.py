@@ -100,9 +100,8 @@ class UNet(nn.Cell):
         down, middle, up = (adm if config.kind == "adm" else efficient)(config, emb)
         self.down, self.middle, self.up = nn.CellList(down), middle, nn.CellList(up)
         self.stem_to_head = len(up) == len(down)  # else the last stack of the way up has taken the stem
-        last = 2 * width if self.stem_to_head else width
-        self.norm = Norm(last)
-        self.head = zeroed(conv(last, 3 * config.patch**2, 3))
+        self.norm = Norm(width)
+        self.head = zeroed(conv(2 * width if self.stem_to_head else width, 3 * config.patch**2, 3))
         if config.recompute:
             for stack in [*down, middle, *up]:
                 stack.recompute()
@@ -122,9 +121,10 @@ class UNet(nn.Cell):
         h = self.middle(h, emb, text, bias_BL)
         for i, stack in enumerate(self.up):
             h = stack(ops.cat((h, skips[-1 - i] * self.skip_scale), 1), emb, text, bias_BL)
-        if self.stem_to_head:
+        h = self.norm(h)
+        if self.stem_to_head:  # not normalized: so the low resolution keeps its contrast, and copying it is linear
             h = ops.cat((h, skips[0] * self.skip_scale), 1)
-        return channels_to_space(self.head(self.norm(h)), self.patch)
+        return channels_to_space(self.head(h), self.patch)
 
 
 Stacks = tuple[list[Stack], Stack, list[Stack]]

@@ -97,13 +97,13 @@ FREE = ("run", "train.steps", "train.checkpoint_every", "train.keep_checkpoints"
 def train(stage: Trainee, stop: Callable[[], bool] = bool) -> bool:
     """Trains `stage` to its last step and writes its stage folder; False if `stop()` ended it early, after saving."""
     config = stage.config
-    run = Path(config.run)
-    with lock(run):
+    run, places = Path(config.run), share(config)
+    shards = Shards.open(config.data.patterns)
+    text = open_text(config.text, shards)
+    with lock(run):  # only now: a mistake in the data leaves no run folder behind
         newest = settle(run, config)
-        shards = Shards.open(config.data.patterns)
-        text = open_text(config.text, shards)
         loader = Loader(
-            config.data, config.seed, shards, text, config.size, stage.batch, run / "quarantine.jsonl", share(config)
+            config.data, config.seed, shards, text, config.size, stage.batch, run / "quarantine.jsonl", places
         )
         initialize(stage.network, config.seed)
         trainer = TrainStep(
@@ -121,7 +121,9 @@ def train(stage: Trainee, stop: Callable[[], bool] = bool) -> bool:
         )
         finished = done >= config.train.steps or steps(stage, loader, trainer, done, stop)
         if finished:
-            write_stage(run / "stage", manifest(stage, text.fingerprint), trainer.average())
+            write_stage(
+                run / "stage", manifest(stage, text.fingerprint, max(done, config.train.steps)), trainer.average()
+            )
             log.info("%s: done, the stage is in %s", run, run / "stage")
         return finished
 
@@ -129,8 +131,7 @@ def train(stage: Trainee, stop: Callable[[], bool] = bool) -> bool:
 def steps(stage: Trainee, loader: Loader, trainer: TrainStep, done: int, stop: Callable[[], bool]) -> bool:
     """From step `done` to the last; False if stopped before."""
     config, run = stage.config.train, Path(stage.config.run)
-    if done < config.steps:
-        log.info("compiling the training step, once a run")
+    log.info("compiling the training step, once a run")
     with RunLog(run, done, config.steps) as report:
         since, last = time.perf_counter(), done
         for step, batch in enumerate(loader.batches(done, config.steps), done + 1):
@@ -155,14 +156,14 @@ def steps(stage: Trainee, loader: Loader, trainer: TrainStep, done: int, stop: C
                     },
                 )
                 since, last = time.perf_counter(), step
+            if config.sample_every and step % config.sample_every == 0:
+                with trainer.averaged():
+                    report.picture(step, stage.picture(*loader.first(config.num_samples)))
             stopping = stop()
             if step % config.checkpoint_every == 0 or step == config.steps or stopping:
                 checkpoint.save(
                     run / "checkpoints", step, trainer.state(), {"step": step}, keep=config.keep_checkpoints
                 )
-            if config.sample_every and step % config.sample_every == 0:
-                with trainer.averaged():
-                    report.picture(step, stage.picture(*loader.first(config.num_samples)))
             if stopping and step < config.steps:
                 log.info("%s: stopped after step %d, saved; the same command goes on from there", run, step)
                 return False
@@ -205,7 +206,7 @@ def share(config: Config) -> range:
     return range(runtime.rank() * each, (runtime.rank() + 1) * each)
 
 
-def manifest(stage: Trainee, fingerprint: str) -> dict[str, Any]:
+def manifest(stage: Trainee, fingerprint: str, step: int) -> dict[str, Any]:
     """stage.json, but for the weights' sum."""
     config: dict[str, Any] = to_dict(stage.config)
     return {
@@ -220,6 +221,6 @@ def manifest(stage: Trainee, fingerprint: str) -> dict[str, Any]:
             "width": stage.config.text.width,
         },
         "ema_decay": stage.config.train.ema_decay,
-        "step": stage.config.train.steps,
+        "step": step,
         "config": config,
     }
