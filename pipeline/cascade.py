@@ -137,11 +137,11 @@ class Cascade:
             raise UserError("prompts: expected a list of at least one prompt")
         names = span(list(self.stages), start, stop)
         numbers = range(len(prompts)) if numbers is None else numbers
-        pictures = None if low is None else np.stack([self.check_low(names[0], image) for image in low])
-        if (pictures is None) != (self.manifests[names[0]].size_in is None):
-            raise UserError(f"{names[0]} starts from {'text alone' if pictures is not None else 'pictures; give low'}")
+        if (low is None) != (self.manifests[names[0]].size_in is None):
+            raise UserError(f"{names[0]} starts from {'pictures; give low' if low is None else 'text alone'}")
         if low is not None and len(low) != len(prompts):
             raise UserError(f"low: {len(low)} pictures for {len(prompts)} prompts; give one each")
+        pictures = None if low is None else np.stack([self.check_low(names[0], image) for image in low])
         text, mask = self.text.encode(prompts)
         made = {}
         with tqdm(

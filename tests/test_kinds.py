@@ -81,7 +81,7 @@ def test_a_fault_is_told_with_its_file(override: str, fault: str) -> None:
             "low_res.window: 250 is no multiple of 4 (the enlargement) and of {stride} (by which this U-Net shrinks a "
             "picture) up to the size 1024",
         ),
-        ("low_res.augment=2.0", "low_res.augment: 2.0 is not in [0, max_augment = 1.0]"),
+        ("sample.augment=2.0", "sample.augment: 2.0 is not in [0, low_res.max_augment = 1.0]"),
         ("low_res.max_augment=1.5", "low_res.max_augment: 1.5 is not a diffusion time in [0, 1]; Imagen has 1.0"),
     ],
 )
