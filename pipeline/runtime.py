@@ -1,4 +1,4 @@
-"""Device, threads and logging of MindSpore: the only file that touches the environment and MindSpore's context.
+"""What depends on device and machine: the only file that touches the environment and MindSpore's context.
 
 `prepare_environment` runs when `pipeline` is imported, before MindSpore can be: some of its libraries read their
 environment only once. It sets defaults; what the user has set stands.
@@ -22,13 +22,12 @@ def prepare_environment() -> None:
     if not on_ascend():
         # oneDNN 3.10 runs 3x3 convolutions in its reference code on machines with AVX-512: 70 times slower.
         defaults["ONEDNN_MAX_CPU_ISA"] = "AVX2"
-    late = "mindspore" in sys.modules and any(name not in os.environ for name in ("ONEDNN_MAX_CPU_ISA", "GLOG_v"))
-    if late and not on_ascend():
-        warnings.warn(
-            "mindspore was imported before pipeline, so ONEDNN_MAX_CPU_ISA=AVX2 comes too late and convolutions may be "
-            "many times slower; import pipeline first or set it in the environment",
-            stacklevel=3,
-        )
+        if "mindspore" in sys.modules and "ONEDNN_MAX_CPU_ISA" not in os.environ:
+            warnings.warn(
+                "mindspore was imported before pipeline, so ONEDNN_MAX_CPU_ISA=AVX2 comes too late and convolutions "
+                "may be many times slower; import pipeline first or set it in the environment",
+                stacklevel=3,
+            )
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
 
@@ -36,16 +35,6 @@ def prepare_environment() -> None:
 def on_ascend() -> bool:
     """Whether this machine has an Ascend device (its driver's device file)."""
     return Path("/dev/davinci_manager").exists()
-
-
-def rank() -> int:
-    """This process's number among those of its job."""
-    return int(os.environ.get("RANK_ID", "0"))
-
-
-def world() -> int:
-    """How many processes share the job's global batch."""
-    return int(os.environ.get("MS_WORKER_NUM", "1"))
 
 
 def compile(function):  # type: ignore[no-untyped-def]

@@ -198,7 +198,7 @@ def test_a_text_width_that_is_not_the_encoders_is_refused(shards_folder, t5_fold
 
 def test_a_batch_that_cannot_be_cut_is_refused(shards_folder, t5_folder, tmp_path):
     cls, config = config_of(tmp_path / "run", shards_folder, t5_folder, accumulate=3)
-    with pytest.raises(UserError, match=r"data.global_batch: 4 is not a multiple of 1 processes x 3"):
+    with pytest.raises(UserError, match=r"data.global_batch: 4 is not a multiple of 3, the parts"):
         train(cls(config))
 
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from mindspore import Tensor, nn
 
-from pipeline import checkpoint, runtime
+from pipeline import checkpoint
 from pipeline.config import ConfigError, differences, dump, read_yaml, to_dict
 from pipeline.data.loader import Arrays, DataConfig, Loader, open_text
 from pipeline.data.shards import Shards
@@ -195,15 +195,13 @@ def resume(path: Path, trainer: TrainStep, network: nn.Cell) -> int:
 
 
 def share(config: Config) -> range:
-    """This process's places in the global batch."""
-    whole, world = config.data.global_batch, runtime.world()
-    if whole % (world * config.train.accumulate):
+    """This process's places in the global batch: all of them, as a job is one process."""
+    if config.data.global_batch % config.train.accumulate:
         raise UserError(
-            f"data.global_batch: {whole} is not a multiple of {world} processes x {config.train.accumulate} "
-            "(train.accumulate)"
+            f"data.global_batch: {config.data.global_batch} is not a multiple of {config.train.accumulate}, the parts "
+            "that train.accumulate cuts it into"
         )
-    each = whole // world
-    return range(runtime.rank() * each, (runtime.rank() + 1) * each)
+    return range(config.data.global_batch)
 
 
 def manifest(stage: Trainee, fingerprint: str, step: int) -> dict[str, Any]:
