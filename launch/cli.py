@@ -42,7 +42,9 @@ def parser() -> Parser:
     text = sample.add_mutually_exclusive_group()
     text.add_argument("--prompt", metavar="TEXT", nargs="+", default=[], help="one picture each")
     text.add_argument("--prompts", metavar="FILE", type=Path, help="one prompt a line; empty lines do not count")
-    sample.add_argument("--out", metavar="DIR", type=Path, required=True, help="gets STAGE/00000.png, manifest.jsonl")
+    sample.add_argument(
+        "--out", metavar="DIR", type=Path, required=True, help="gets 00000.png, STAGE/00000.png, manifest.jsonl"
+    )
     sample.add_argument("--seed", metavar="N", type=int, default=0, help="of the noise (default 0)")
     for name, kind, what in (
         ("steps", int, "network calls, for each stage that runs or one for all"),

@@ -1,8 +1,8 @@
-"""A folder of generated pictures that can be continued: `STAGE/00003.png` for every stage, and `manifest.jsonl`.
+"""A folder of generated pictures that can be continued: `00003.png`, `STAGE/00003.png` of earlier stages, a manifest.
 
-Each picture is written whole and then gets its line in the manifest: number, stage, file and the recipe (prompt, seed,
-steps, guidance, augmentation), which also stands in the PNG. The same command again makes only what is missing, and
-refuses to mix pictures of two recipes under one number.
+Each picture is written whole and then gets its line in `manifest.jsonl`: number, stage, file and the recipe (prompt,
+seed, steps, guidance, augmentation), which also stands in the PNG. The same command again makes only what is missing,
+and refuses to mix pictures of two recipes under one number.
 """
 
 import io
@@ -27,8 +27,9 @@ CHUNK = 64  # pictures taken through all stages together: bounds memory, and wha
 class Gallery:
     """What is in `folder`: (stage, number) -> the manifest's entry."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.path = folder, folder / "manifest.jsonl"
+    def __init__(self, folder: Path, last: str) -> None:
+        """`last` is the stage whose pictures lie in `folder` itself; the others' are in folders of their names."""
+        self.folder, self.path, self.last = folder, folder / "manifest.jsonl", last
         self.entries: dict[tuple[str, int], dict[str, Any]] = {}
         text = self.path.read_text() if self.path.exists() else ""
         whole = text[: text.rfind("\n") + 1]
@@ -37,6 +38,10 @@ class Gallery:
         for line in whole.splitlines():
             entry = json.loads(line)
             self.entries[entry["stage"], entry["number"]] = entry
+
+    def file(self, stage: str, number: int) -> str:
+        name = f"{number:05d}.png"
+        return name if stage == self.last else f"{stage}/{name}"
 
     def has(self, stage: str, number: int, recipe: dict[str, Any]) -> bool:
         """Whether the picture is there; UserError if it is there by another recipe."""
@@ -52,19 +57,20 @@ class Gallery:
         return True
 
     def add(self, stage: str, number: int, picture: np.ndarray, recipe: dict[str, Any]) -> None:
-        entry = {"number": number, "stage": stage, "file": f"{stage}/{number:05d}.png", **recipe}
+        entry = {"number": number, "stage": stage, "file": self.file(stage, number), **recipe}
         chunks, buffer = PngInfo(), io.BytesIO()
         for key, value in entry.items():
             chunks.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
         Image.fromarray(picture).save(buffer, "PNG", pnginfo=chunks)
-        (self.folder / stage).mkdir(exist_ok=True)
-        write_atomically(self.folder / entry["file"], buffer.getvalue())
+        path = self.folder / entry["file"]
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, buffer.getvalue())
         with self.path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
         self.entries[stage, number] = entry
 
     def read(self, stage: str, number: int) -> Image.Image:
-        path = self.folder / stage / f"{number:05d}.png"
+        path = self.folder / self.file(stage, number)
         try:
             with Image.open(path) as image:
                 return image.convert("RGB")
@@ -86,7 +92,7 @@ def generate(
     names = span(order, start, stop)
     written = 0
     with lock(folder):
-        gallery = Gallery(folder)
+        gallery = Gallery(folder, order[-1])
         recipes = {}
         for name in order[: order.index(names[-1]) + 1]:
             recipe = asdict(cascade.sampling(name, options))
