@@ -5,6 +5,7 @@ traceback and code 1.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -31,10 +32,14 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
     """`main` with `argv` or else this process's arguments, and its answer (None is 0) as the exit code."""
     try:
         code = main(sys.argv[1:] if argv is None else argv) or 0
+        sys.stdout.flush()
     except UserError as error:
         print(error, file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
+    except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        code = 0
     sys.exit(code)

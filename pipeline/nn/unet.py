@@ -46,7 +46,7 @@ class UNetConfig:
     head_channels: int = 64
     text_channels: int = 1024  # width to which the text is projected, once, for all blocks
     patch: int = 1  # side of the pixel patch that is one position of the first level ("simple diffusion", 2301.11093)
-    recompute: bool = False  # forget a stack's activations and compute them again for the gradient
+    recompute: bool = False  # forget a block's activations and compute them again for the gradient
 
     def __post_init__(self) -> None:
         levels = len(self.channel_mults)
@@ -104,7 +104,8 @@ class UNet(nn.Cell):
         self.head = zeroed(conv(2 * width if self.stem_to_head else width, 3 * config.patch**2, 3))
         if config.recompute:
             for stack in [*down, middle, *up]:
-                stack.recompute()
+                for layer in stack.layers:
+                    layer.recompute()
 
     def construct(self, x_BCHW: Tensor, logsnr_BT: Tensor, text_BLD: Tensor, mask_BL: Tensor) -> Tensor:
         bias_BL = (1.0 - mask_BL) * PADDING
