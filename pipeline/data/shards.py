@@ -148,7 +148,7 @@ def expand(patterns: tuple[str, ...]) -> list[Path]:
             else:
                 paths.append(Path(name))
     if not paths:
-        raise UserError("data.shards: empty; name the tars, for example [shards/{00000..00127}.tar]")
+        raise UserError("data.shards: empty; name the tars, for example shards/{00000..00127}.tar")
     for path, again in zip(sorted(paths), sorted(paths)[1:], strict=False):
         if path == again:
             raise UserError(f"data.shards: {path}: named twice, so that its samples would be seen twice; name it once")
