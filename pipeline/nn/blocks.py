@@ -11,7 +11,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
 GROUPS = 32  # of group normalization, as in DDPM and ADM; fewer in narrow layers
-HEAD_ROOM = 1e-5
+EPSILON = 1e-5  # added to the variance
 
 
 def conv(width_in: int, width_out: int, size: int, stride: int = 1) -> nn.Conv2d:
@@ -87,7 +87,7 @@ class Norm(nn.Cell):
         mean = rows.mean(axis=1, keep_dims=True)
         variance = (rows * rows).mean(axis=1, keep_dims=True) - mean * mean
         per_group = (B, self.groups, C // self.groups)
-        rate = ops.rsqrt(ops.maximum(variance, 0.0) + HEAD_ROOM).reshape((B, self.groups, 1))
+        rate = ops.rsqrt(ops.maximum(variance, 0.0) + EPSILON).reshape((B, self.groups, 1))
         factor = (rate * self.gain.reshape((1, self.groups, -1))).reshape((B, C))
         offset = self.bias - (ops.broadcast_to(mean.reshape((B, self.groups, 1)), per_group).reshape((B, C)) * factor)
         if scale_shift is not None:
