@@ -1,7 +1,7 @@
 """What every command shares: how a mistake is reported, and the exit code.
 
-0 done, 2 the user's input (one line on stderr), 130 interrupted; anything else that is raised is a fault, with its
-traceback and code 1.
+0 done, 1 the job could not go on (one line on stderr), 2 the user's input (one line), 130 interrupted; anything else
+that is raised is a fault, with its traceback and code 1.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from pipeline.errors import UserError
+from pipeline.errors import JobError, UserError
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,9 +33,9 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
     try:
         code = main(sys.argv[1:] if argv is None else argv) or 0
         sys.stdout.flush()
-    except UserError as error:
+    except (JobError, UserError) as error:
         print(error, file=sys.stderr)
-        code = 2
+        code = 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130

@@ -1,5 +1,9 @@
-"""The one exception that means "your input": the command line prints it as one line and exits with code 2."""
+"""The two exceptions that the command line prints as one line, without a traceback; anything else raised is a fault."""
 
 
 class UserError(Exception):
-    """What is wrong, where, the value received, and the fix, in one line."""
+    """What is wrong with the input, where, the value received, and the fix, in one line. Exit code 2."""
+
+
+class JobError(Exception):
+    """The job cannot go on though nothing is wrong with the input; the same command may do better. Exit code 1."""

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from launch import cli
+from pipeline.errors import JobError
 
 ROOT = Path(__file__).parent.parent
 BASE = "configs/tiny/base64.yaml"
@@ -227,6 +228,16 @@ def test_what_is_no_mistake_of_the_user_is_not_hidden(monkeypatch: pytest.Monkey
     monkeypatch.setattr(cli, "run_check", fail)
     with pytest.raises(ZeroDivisionError, match="the job"):
         cli.main(["check", BASE])
+
+
+def test_a_job_that_cannot_go_on_says_so_in_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> int:
+        raise JobError("the server is away")
+
+    monkeypatch.setattr(cli, "run_check", fail)
+    assert run(capsys, "check", BASE) == (1, "", "the server is away\n")
 
 
 def test_an_interruption_has_none(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
