@@ -26,12 +26,12 @@ from pipeline.errors import UserError
 from pipeline.files import replace_folder
 from pipeline.kinds import stage_class
 from pipeline.manifest import Manifest, TextFacts, check_chain, read_manifest, read_weights
+from pipeline.nn.fingerprint import TOKENIZER_FILES, fingerprint
 from pipeline.nn.parameters import assign
 from pipeline.nn.text_encoder import TextEncoder
 
 FORMAT = 1  # of cascade.json
 ENCODER_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
-TOKENIZER_FILES = ("spiece.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,12 +96,13 @@ class Cascade:
         """The cascade in `folder`; UserError, before any weight is loaded, if its parts do not fit."""
         folder = Path(folder)
         manifests, facts = read_cascade(folder)
-        text = TextEncoder.load(folder / "text_encoder", folder / "tokenizer", facts.length)
-        if text.fingerprint != facts.fingerprint:
+        places = folder / "text_encoder", folder / "tokenizer"
+        if (found := fingerprint(*places)) != facts.fingerprint:
             raise UserError(
-                f"{folder}: text_encoder/ and tokenizer/ have fingerprint {text.fingerprint[:12]} and the stages were "
-                f"trained with {facts.fingerprint[:12]}; export the cascade again with the encoder of the training"
+                f"{folder}: text_encoder/ and tokenizer/ have fingerprint {found[:12]} and the stages were trained "
+                f"with {facts.fingerprint[:12]}; export the cascade again with the encoder of the training"
             )
+        text = TextEncoder.load(*places, facts.length)
         stages = {}
         for name, manifest in manifests.items():
             stages[name] = stage_class(manifest.kind).from_config(manifest.config)
@@ -226,10 +227,9 @@ def export(stages: Mapping[str, Path], encoder: Path, folder: Path) -> None:
     manifests = {name: read_manifest(path) for name, path in stages.items()}
     check_chain(manifests)
     facts = next(iter(manifests.values())).text
-    fingerprint = TextEncoder.load(encoder, encoder, facts.length).fingerprint
-    if fingerprint != facts.fingerprint:
+    if (found := fingerprint(encoder, encoder)) != facts.fingerprint:
         raise UserError(
-            f"{encoder}: fingerprint {fingerprint[:12]}, but the stages were trained with {facts.fingerprint[:12]}; "
+            f"{encoder}: fingerprint {found[:12]}, but the stages were trained with {facts.fingerprint[:12]}; "
             "give the encoder of the training"
         )
     side = folder.with_name(f".tmp-{folder.name}")

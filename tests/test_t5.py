@@ -13,7 +13,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from pipeline.errors import UserError
-from pipeline.nn.t5 import T5Config, T5Encoder, buckets, hugging_face_names, rms_norm
+from pipeline.nn.t5 import T5Encoder, buckets, rms_norm
+from pipeline.nn.t5_folder import T5Config, hugging_face_names
 
 DATA = Path(__file__).parent / "data"
 KINDS = ("v1_0", "v1_1")

@@ -19,7 +19,7 @@ LENGTH, WIDTH = 6, 5
 class LetterEncoder:
     """One token a letter; counts what it was asked."""
 
-    width = WIDTH
+    width, length = WIDTH, LENGTH
 
     def __init__(self, fingerprint: str = "ab" * 32) -> None:
         self.fingerprint = fingerprint
@@ -167,6 +167,12 @@ def test_another_encoder_is_refused(shards: list[ShardCaptions], encoder: Letter
     build(shards, LetterEncoder("cd" * 32), progress=False)  # both may be kept
     TextStore.open(shards, "ab" * 32, LENGTH)
     TextStore.open(shards, "cd" * 32, LENGTH)
+
+
+def test_another_length_is_refused(shards: list[ShardCaptions], encoder: LetterEncoder) -> None:
+    build(shards, encoder, progress=False)
+    with pytest.raises(UserError, match=f"was made with {LENGTH} tokens a caption instead of {LENGTH + 1}"):
+        TextStore.open(shards, encoder.fingerprint, LENGTH + 1)
 
 
 def test_the_file_is_named_after_shard_and_encoder() -> None:

@@ -3,8 +3,9 @@
 The text encoder is frozen and far larger than a stage, so its answers are stored ahead of training: one file a shard,
 `00000.tar` -> `00000.text-0123456789ab.safetensors`, the hexadecimal digits being the start of the encoder's
 fingerprint. A file holds the embeddings of all captions one after the other without padding (a caption of 12 tokens
-takes 12 rows, not 128), where each caption starts, and what it was made from: the whole fingerprint and a digest of
-keys and captions. A file that does not match its shard and its encoder is refused, never used in silence.
+takes 12 rows, not 128), where each caption starts, and what it was made from: the whole fingerprint, the length at
+which captions were cut, and a digest of keys and captions. A file that does not match its shard and its encoder is
+refused, never used in silence.
 
 Shapes: N captions of a shard, T their tokens, L tokens a caption after padding, D text width.
 """
@@ -45,6 +46,8 @@ class ShardCaptions:
 class Encoder(Protocol):
     """What `build` needs of `pipeline.nn.text_encoder.TextEncoder`."""
 
+    length: int
+
     @property
     def fingerprint(self) -> str: ...
     @property
@@ -60,13 +63,14 @@ def store_path(shard: Path, fingerprint: str) -> Path:
 
 def build(captions_per_shard: Sequence[ShardCaptions], encoder: Encoder, progress: bool = True) -> list[Path]:
     """Writes the files that are missing, stale or damaged, and answers which; the same call again goes on."""
-    todo = [shard for shard in captions_per_shard if fault(shard, encoder.fingerprint)]
+    todo = [shard for shard in captions_per_shard if fault(shard, encoder.fingerprint, encoder.length)]
     written = []
     total = sum(len(shard.captions) for shard in todo)
     with tqdm(total=total, unit="caption", disable=not (progress and todo)) as bar:
         for shard in todo:
             path = store_path(shard.path, encoder.fingerprint)
-            metadata = {"fingerprint": encoder.fingerprint, "captions": shard.digest, "width": str(encoder.width)}
+            sizes = {"width": str(encoder.width), "length": str(encoder.length)}
+            metadata = {"fingerprint": encoder.fingerprint, "captions": shard.digest, **sizes}
             write(path, pack(shard.captions, encoder, bar.update), metadata)
             written.append(path)
     return written
@@ -100,12 +104,12 @@ def write(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -
         os.close(folder)
 
 
-def fault(shard: ShardCaptions, fingerprint: str) -> str | None:
+def fault(shard: ShardCaptions, fingerprint: str, length: int) -> str | None:
     """Why the shard's file cannot be used, or None."""
     path = store_path(shard.path, fingerprint)
     if not path.is_file():
         others = sorted(other.name for other in path.parent.glob(f"{shard.path.stem}.text-*.safetensors"))
-        return f"is missing ({others[0]} is of another text encoder or length)" if others else "is missing"
+        return f"is missing ({others[0]} is of another text encoder)" if others else "is missing"
     try:
         with safe_open(path, "numpy") as file:
             metadata, offsets = file.metadata() or {}, file.get_tensor("offsets")
@@ -114,6 +118,8 @@ def fault(shard: ShardCaptions, fingerprint: str) -> str | None:
         return f"is damaged ({error})"
     if metadata.get("fingerprint") != fingerprint:
         return "was made by another text encoder"
+    if metadata.get("length") != str(length):
+        return f"was made with {metadata.get('length')} tokens a caption instead of {length}"
     if metadata.get("captions") != shard.digest:
         return "was made from other captions than the shard's"
     ordered = len(offsets) == len(shard.captions) + 1 and offsets[0] == 0 and (np.diff(offsets) >= 0).all()
@@ -130,12 +136,9 @@ class TextStore:
 
     @classmethod
     def open(cls, captions_per_shard: Sequence[ShardCaptions], fingerprint: str, length: int) -> Self:
-        """Checks every shard's file; `UserError` at the first that cannot be used. Embeddings are read when asked for.
-
-        `length` is the encoder's, which is part of its fingerprint.
-        """
+        """Checks every shard's file, `UserError` at the first that cannot be used; embeddings are read when needed."""
         for shard in captions_per_shard:
-            if reason := fault(shard, fingerprint):
+            if reason := fault(shard, fingerprint, length):
                 path = store_path(shard.path, fingerprint)
                 raise UserError(f"{path} {reason}; run `python -m tools.cache_text CONFIG`")
         files = [safe_open(store_path(shard.path, fingerprint), "numpy") for shard in captions_per_shard]

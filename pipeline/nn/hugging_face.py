@@ -5,6 +5,7 @@ model; so the file's header is read here, and then each tensor by its place.
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,14 @@ class Stored(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
     start: int  # in the file, bytes
+    size: int  # bytes
+
+    def pieces(self, length: int = 1 << 22) -> Iterator[bytes]:
+        """The bytes as they are stored, a few at a time."""
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            for done in range(0, self.size, length):
+                yield file.read(min(length, self.size - done))
 
     def read(self) -> np.ndarray:
         """The values as float32. A mapped file would count twice in the memory of a large model."""
@@ -34,18 +43,22 @@ class Stored(NamedTuple):
         return values.astype(np.float32, copy=False).reshape(self.shape)
 
 
-def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """Every tensor of model.safetensors, or of the files that model.safetensors.index.json names."""
+def stored_files(folder: Path) -> list[Path]:
+    """model.safetensors, or the index and the files that model.safetensors.index.json names."""
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file():
-        paths = [folder / "model.safetensors"]
-    elif index.is_file():
-        paths = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
-    else:
-        raise UserError(
-            f"{folder}: neither model.safetensors nor {index.name} is there; save the T5 with "
-            "`T5EncoderModel.from_pretrained(...).save_pretrained(folder)`"
-        )
+        return [folder / "model.safetensors"]
+    if index.is_file():
+        return [index, *(folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values())))]
+    raise UserError(
+        f"{folder}: neither model.safetensors nor {index.name} is there; save the T5 with "
+        "`T5EncoderModel.from_pretrained(...).save_pretrained(folder)`"
+    )
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """Every tensor of the folder's safetensors files."""
+    paths = [path for path in stored_files(folder) if path.suffix != ".json"]
     return {name: tensor for path in paths for name, tensor in headers(path).items()}
 
 
@@ -60,8 +73,9 @@ def headers(path: Path) -> dict[str, Stored]:
         if length != start + max((entry["data_offsets"][1] for entry in entries.values()), default=0):
             raise ValueError(f"its {length} bytes are not what its header says")
         return {
-            name: Stored(path, entry["dtype"], tuple(entry["shape"]), start + entry["data_offsets"][0])
+            name: Stored(path, entry["dtype"], tuple(entry["shape"]), start + begin, end - begin)
             for name, entry in entries.items()
+            for begin, end in [entry["data_offsets"]]
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a whole safetensors file ({error}); copy or download it again") from error

@@ -18,9 +18,8 @@ Everything is float32: T5 was trained in bfloat16 and its activations leave the 
 Shapes: B captions, L tokens, D model width, K heads, c width of a head, V vocabulary.
 """
 
-from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
@@ -28,42 +27,10 @@ from mindspore import dtype as mstype
 from mindspore.common.initializer import initializer
 from mindspore.nn.utils import no_init_parameters
 
-from pipeline.errors import UserError
-from pipeline.nn.hugging_face import read_json, stored_tensors
+from pipeline.nn.t5_folder import T5Config, encoder_tensors, layer_shapes
 from pipeline.runtime import compile
 
 MASKED = float(np.finfo(np.float32).min)  # added to the score of a padded token
-
-
-@dataclass(frozen=True, kw_only=True)
-class T5Config:
-    """The fields of a Hugging Face config.json that matter to the encoder, under their names there."""
-
-    vocab_size: int
-    d_model: int
-    d_kv: int  # width of a head; d_kv num_heads need not be d_model
-    d_ff: int
-    num_layers: int
-    num_heads: int
-    relative_attention_num_buckets: int = 32
-    relative_attention_max_distance: int = 128
-    layer_norm_epsilon: float = 1e-6
-    feed_forward_proj: Literal["relu", "gated-gelu"] = "relu"
-
-    @classmethod
-    def read(cls, folder: str | Path) -> Self:
-        """The configuration in `folder`/config.json; `UserError` if it is not a T5's."""
-        path = Path(folder) / "config.json"
-        found = read_json(path)
-        if found.get("model_type") != "t5":
-            raise UserError(f"{path}: model_type is {found.get('model_type')!r}; give the folder of a T5 ('t5')")
-        missing = [field.name for field in fields(cls) if field.default is MISSING and field.name not in found]
-        if missing:
-            raise UserError(f"{path}: {missing[0]} is missing; take config.json from where the weights come from")
-        config = cls(**{field.name: found[field.name] for field in fields(cls) if field.name in found})
-        if config.feed_forward_proj not in ("relu", "gated-gelu"):
-            raise UserError(f"{path}: feed_forward_proj is '{config.feed_forward_proj}'; use 'relu' or 'gated-gelu'")
-        return config
 
 
 def buckets(num_buckets: int, max_distance: int) -> np.ndarray:
@@ -128,20 +95,6 @@ def feed_forward(config: T5Config, x_BLD: Tensor, norm: Tensor, *weights: Tensor
     return x_BLD + dense(hidden, weights[-1])
 
 
-def layer_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
-    """The weights of one layer, in the order in which `attention` and `feed_forward` take them."""
-    width, inner, hidden = config.d_model, config.num_heads * config.d_kv, config.d_ff
-    wi = ("wi",) if config.feed_forward_proj == "relu" else ("wi_0", "wi_1")
-    return {
-        "attention.norm": (width,),
-        **{f"attention.{name}": (width, inner) for name in "qkv"},
-        "attention.o": (inner, width),
-        "ff.norm": (width,),
-        **{f"ff.{name}": (width, hidden) for name in wi},
-        "ff.wo": (hidden, width),
-    }
-
-
 class T5Encoder(nn.Cell):
     """Token ids (B, L) int32 and their mask (B, L), bool or integer, 0 for padding -> (B, L, D) float32.
 
@@ -157,7 +110,7 @@ class T5Encoder(nn.Cell):
         self.embedding = Parameter(initializer("normal", (config.vocab_size, config.d_model)))
         self.position_bias = Parameter(initializer("normal", (config.relative_attention_num_buckets, config.num_heads)))
         self.layers = ParameterTuple(
-            Parameter(initializer("normal", shape), name=f"layers.{number}.{name}")
+            Parameter(initializer("normal", shape[::-1]), name=f"layers.{number}.{name}")  # (in, out): see `dense`
             for number in range(config.num_layers)
             for name, shape in layer_shapes(config).items()
         )
@@ -195,37 +148,10 @@ class T5Encoder(nn.Cell):
         """
         with no_init_parameters():
             encoder = cls(T5Config.read(folder))
-        stored = stored_tensors(Path(folder))
+        stored = encoder_tensors(folder, encoder.config)
         for parameter in encoder.get_parameters():
-            names = hugging_face_names(parameter.name)
-            name = next((name for name in names if name in stored), None)
-            if name is None:
-                raise UserError(
-                    f"{folder}: parameter {' or '.join(names)} is not among the {len(stored)} tensors found; "
-                    "config.json asks for it, so take config.json and weights from the same model"
-                )
-            is_dense = parameter.ndim == 2 and parameter.name.startswith("layers.")
-            shape = parameter.shape[::-1] if is_dense else parameter.shape
-            if stored[name].shape != shape:
-                raise UserError(
-                    f"{folder}: parameter {name} has shape {stored[name].shape} where config.json asks for {shape}; "
-                    "take config.json and weights from the same model"
-                )
-            values = stored[name].read()
-            parameter.set_data(Tensor.from_numpy(np.ascontiguousarray(values.T if is_dense else values)))
+            values = stored[parameter.name].read()
+            turned = values.T if parameter.name.startswith("layers.") else values
+            parameter.set_data(Tensor.from_numpy(np.ascontiguousarray(turned)))
             parameter.requires_grad = False
         return encoder.set_train(False)
-
-
-def hugging_face_names(name: str) -> tuple[str, ...]:
-    """Where the parameter `name` of `T5Encoder` may be in a Hugging Face checkpoint, best first."""
-    if name == "embedding":
-        return "shared.weight", "encoder.embed_tokens.weight"
-    if name == "position_bias":
-        return ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",)
-    if name == "norm":
-        return ("encoder.final_layer_norm.weight",)
-    _, block, part, weight = name.split(".")
-    layer, cell = {"attention": (0, "SelfAttention"), "ff": (1, "DenseReluDense")}[part]
-    place = "layer_norm" if weight == "norm" else f"{cell}.{weight}"
-    return (f"encoder.block.{block}.layer.{layer}.{place}.weight",)

@@ -6,12 +6,10 @@ a cascade that encodes its prompts live see the same text.
 Shapes: N captions, L tokens, D text width.
 """
 
-import hashlib
-import json
 import logging
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -21,7 +19,9 @@ from mindspore import Tensor
 
 from pipeline.config import ConfigError
 from pipeline.errors import UserError
+from pipeline.nn.fingerprint import fingerprint
 from pipeline.nn.t5 import T5Encoder
+from pipeline.nn.t5_folder import load_tokenizer
 
 BATCH = 8  # captions a call, always: one shape to compile, and values that do not depend on how many are asked for
 HALF = float(np.finfo(np.float16).max)
@@ -49,9 +49,9 @@ class TextConfig:
 class TextEncoder:
     """`encode` turns captions into `length` embeddings of `width` each, and the mask of those that are there."""
 
-    def __init__(self, encoder: T5Encoder, tokenizer: Any, vocabulary: bytes, length: int) -> None:
-        """`vocabulary` is the content of the tokenizer's spiece.model, for the fingerprint."""
-        self.encoder, self.tokenizer, self.vocabulary, self.length = encoder, tokenizer, vocabulary, length
+    def __init__(self, encoder: T5Encoder, tokenizer: Any, folders: tuple[Path, Path], length: int) -> None:
+        """`folders` are the encoder's and the tokenizer's, for the fingerprint."""
+        self.encoder, self.tokenizer, self.folders, self.length = encoder, tokenizer, folders, length
         self.num_truncated = 0  # captions that did not fit, so far
 
     @classmethod
@@ -59,14 +59,14 @@ class TextEncoder:
         """From Hugging Face folders (one may be both), without network; `UserError` says what is missing."""
         if length < 1:
             raise UserError(f"text length is {length}; a caption needs at least 1 token, its end")
-        tokenizer, vocabulary = load_tokenizer(Path(tokenizer_folder))
+        tokenizer = load_tokenizer(Path(tokenizer_folder))
         encoder = T5Encoder.load(encoder_folder)
         if tokenizer.vocab_size > encoder.config.vocab_size:
             raise UserError(
                 f"{tokenizer_folder}: the tokenizer has {tokenizer.vocab_size} tokens where the encoder in "
                 f"{encoder_folder} knows {encoder.config.vocab_size}; give the tokenizer of the same model"
             )
-        return cls(encoder, tokenizer, vocabulary, length)
+        return cls(encoder, tokenizer, (Path(encoder_folder), Path(tokenizer_folder)), length)
 
     @property
     def width(self) -> int:
@@ -74,20 +74,8 @@ class TextEncoder:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of what the embeddings depend on: configuration, weights, tokenizer, length; not of the folders."""
-        tokens = {str(id): str(token) for id, token in sorted(self.tokenizer.added_tokens_decoder.items())}
-        facts = {
-            "config": asdict(self.encoder.config),
-            "length": self.length,
-            "tokens": tokens,
-            "legacy": self.tokenizer.legacy,
-            "vocabulary": hashlib.sha256(self.vocabulary).hexdigest(),
-        }
-        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-        for parameter in sorted(self.encoder.get_parameters(), key=name_of):
-            digest.update(parameter.name.encode())
-            digest.update(np.ascontiguousarray(parameter.asnumpy()).data)
-        return digest.hexdigest()
+        """sha256 of what a token's embedding depends on: configuration, weights and tokenizer, but not `length`."""
+        return fingerprint(*self.folders)
 
     def encode(
         self, captions: Sequence[str], progress: Callable[[int], object] | None = None
@@ -142,23 +130,3 @@ class TextEncoder:
                 *(len(too_long), len(captions), self.length, num_tokens, textwrap.shorten(caption, 100)),
             )
         return ids_NL, mask_NL
-
-
-def name_of(parameter: Any) -> str:
-    return str(parameter.name)
-
-
-def load_tokenizer(folder: Path) -> tuple[Any, bytes]:
-    """The T5 tokenizer in `folder` and the content of its spiece.model."""
-    path = folder / "spiece.model"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give the Hugging Face folder of T5's tokenizer, with its spiece.model")
-    from transformers import T5Tokenizer
-
-    try:
-        tokenizer = T5Tokenizer.from_pretrained(folder, local_files_only=True)
-        if not isinstance(tokenizer, T5Tokenizer):  # it answers False to some damaged files
-            raise ValueError("transformers cannot read it")
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"{path}: not a T5 tokenizer ({error}); copy or download the folder again") from error
-    return tokenizer, path.read_bytes()
