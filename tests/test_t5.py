@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mindspore import Tensor
+from mindspore import Tensor, ops
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from pipeline.errors import UserError
-from pipeline.nn.t5 import T5Encoder, buckets, rms_norm
-from pipeline.nn.t5_folder import T5Config, hugging_face_names
+from pipeline.nn.hugging_face import as_float32
+from pipeline.nn.t5 import T5Encoder, buckets, gelu, rms_norm
+from pipeline.nn.t5_folder import T5Config, encoder_shapes, hugging_face_names
 
 DATA = Path(__file__).parent / "data"
 KINDS = ("v1_0", "v1_1")
@@ -49,10 +50,6 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> T5Encoder:
     return T5Encoder.load(write(tmp_path_factory.mktemp("t5"), weights, config))
 
 
-def run(encoder: T5Encoder, ids_BL: np.ndarray, mask_BL: np.ndarray) -> np.ndarray:
-    return encoder(Tensor(ids_BL), Tensor(mask_BL)).asnumpy()
-
-
 @pytest.fixture
 def text() -> tuple[np.ndarray, np.ndarray]:
     """ids (3, 12) and mask of captions of 12, 7 and 1 tokens"""
@@ -65,7 +62,7 @@ def text() -> tuple[np.ndarray, np.ndarray]:
 def test_equals_transformers(kind: str, mask_type: type, tmp_path: Path) -> None:
     weights, arrays, config = reference(kind)
     encoder = T5Encoder.load(write(tmp_path / "t5", weights, config))
-    out_BLD = run(encoder, arrays["ids"], arrays["mask"].astype(mask_type))
+    out_BLD = encoder(arrays["ids"], arrays["mask"].astype(mask_type))
     assert out_BLD.dtype == np.float32
     np.testing.assert_allclose(out_BLD, arrays["last_hidden_state"], atol=1e-4)  # of padded tokens too
 
@@ -94,10 +91,15 @@ def test_rms_norm_follows_the_definition() -> None:
     np.testing.assert_allclose(out.asnumpy(), expected, rtol=1e-5)
 
 
+def test_gelu_is_that_of_mindspore() -> None:
+    x = Tensor(np.linspace(-9, 9, 1001, dtype=np.float32))
+    np.testing.assert_allclose(gelu(x).asnumpy(), ops.gelu(x, approximate="tanh").asnumpy(), rtol=1e-5, atol=1e-6)
+
+
 def test_masked_tokens_are_not_seen(encoder: T5Encoder, text: tuple[np.ndarray, np.ndarray]) -> None:
     ids_BL, mask_BL = text
     other_BL = np.where(mask_BL, ids_BL, 63 - ids_BL).astype(np.int32)
-    out_BLD, changed_BLD = run(encoder, ids_BL, mask_BL), run(encoder, other_BL, mask_BL)
+    out_BLD, changed_BLD = encoder(ids_BL, mask_BL), encoder(other_BL, mask_BL)
     np.testing.assert_array_equal(out_BLD[mask_BL], changed_BLD[mask_BL])
     assert np.abs(out_BLD - changed_BLD)[~mask_BL].max() > 0.1  # but there they answer
 
@@ -105,35 +107,41 @@ def test_masked_tokens_are_not_seen(encoder: T5Encoder, text: tuple[np.ndarray, 
 def test_captions_do_not_see_each_other(encoder: T5Encoder, text: tuple[np.ndarray, np.ndarray]) -> None:
     ids_BL, mask_BL = text
     order = [2, 0, 1]
-    np.testing.assert_array_equal(run(encoder, ids_BL, mask_BL)[order], run(encoder, ids_BL[order], mask_BL[order]))
+    np.testing.assert_array_equal(encoder(ids_BL, mask_BL)[order], encoder(ids_BL[order], mask_BL[order]))
 
 
 def test_padding_changes_nothing(encoder: T5Encoder, text: tuple[np.ndarray, np.ndarray]) -> None:
     ids_BL, mask_BL = text
     more = ((0, 0), (0, 9))
-    longer_BLD = run(encoder, np.pad(ids_BL, more), np.pad(mask_BL, more))
-    np.testing.assert_allclose(longer_BLD[:, :12][mask_BL], run(encoder, ids_BL, mask_BL)[mask_BL], atol=1e-5)
+    longer_BLD = encoder(np.pad(ids_BL, more), np.pad(mask_BL, more))
+    np.testing.assert_allclose(longer_BLD[:, :12][mask_BL], encoder(ids_BL, mask_BL)[mask_BL], atol=1e-5)
 
 
 def test_positions_are_relative_but_order_matters(encoder: T5Encoder, text: tuple[np.ndarray, np.ndarray]) -> None:
     ids_BL, mask_BL = text[0][1:2], text[1][1:2]  # 7 tokens
-    out_BLD = run(encoder, ids_BL, mask_BL)
-    shifted_BLD = run(encoder, np.roll(ids_BL, 5, 1), np.roll(mask_BL, 5, 1))
+    out_BLD = encoder(ids_BL, mask_BL)
+    shifted_BLD = encoder(np.roll(ids_BL, 5, 1), np.roll(mask_BL, 5, 1))
     np.testing.assert_allclose(shifted_BLD[:, 5:], out_BLD[:, :7], atol=1e-5)
-    reversed_BLD = run(encoder, ids_BL[:, ::-1].copy(), mask_BL[:, ::-1].copy())
+    reversed_BLD = encoder(ids_BL[:, ::-1].copy(), mask_BL[:, ::-1].copy())
     assert np.abs(reversed_BLD[:, ::-1][:, :7] - out_BLD[:, :7]).max() > 0.1
 
 
 def values(encoder: T5Encoder) -> dict[str, np.ndarray]:
-    return {parameter.name: parameter.asnumpy() for parameter in encoder.get_parameters()}
+    layers = [weight.asnumpy() for weights in encoder.layers for weight in weights]
+    names = list(encoder_shapes(encoder.config))
+    bias, norm = encoder.position_bias.asnumpy(), encoder.norm.asnumpy()
+    return dict(zip(names, [encoder.embedding, bias, *layers, norm], strict=True))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_weight_has_one_parameter(kind: str, tmp_path: Path) -> None:
+def test_every_weight_has_one_place(kind: str, tmp_path: Path) -> None:
     weights, _, config = reference(kind)
     encoder = T5Encoder.load(write(tmp_path / "t5", weights, config))
-    assert sorted(hugging_face_names(name)[0] for name in values(encoder)) == sorted(weights)
-    assert not encoder.trainable_params()
+    names = {name: hugging_face_names(name)[0] for name in values(encoder)}
+    assert sorted(names.values()) == sorted(weights)
+    for name, array in values(encoder).items():
+        expected = weights[names[name]]
+        np.testing.assert_array_equal(array, expected.T if name.startswith("layers.") else expected)
 
 
 def rename_embedding(folder: Path, weights: dict[str, np.ndarray]) -> None:
@@ -165,22 +173,41 @@ def test_loads_every_layout(rewrite: Callable[[Path, dict[str, np.ndarray]], Non
     assert all((before[name] == after[name]).all() for name in before)
 
 
-def test_loads_half_precision(folder: Path) -> None:
-    weights = reference("v1_1")[0]
-    save_file({name: array.astype(np.float16) for name, array in weights.items()}, folder / "model.safetensors")
-    embedding = weights["shared.weight"]
-    np.testing.assert_array_equal(values(T5Encoder.load(folder))["embedding"], embedding.astype(np.float16))
-
-    header, start = {}, 0  # bfloat16 is the upper half of a float32; NumPy cannot write it
+def save_bfloat16(weights: dict[str, np.ndarray], path: Path) -> None:
+    """The upper halves of float32; NumPy cannot write them."""
+    header, start = {}, 0
     for name, array in weights.items():
         offsets = [start, start + 2 * array.size]
         header[name] = {"dtype": "BF16", "shape": array.shape, "data_offsets": offsets}
         start = offsets[1]
     head = json.dumps(header).encode()
     upper = b"".join((array.view(np.uint32) >> 16).astype("<u2").tobytes() for array in weights.values())
-    (folder / "model.safetensors").write_bytes(len(head).to_bytes(8, "little") + head + upper)
-    expected = (embedding.view(np.uint32) & 0xFFFF0000).view(np.float32)
-    np.testing.assert_array_equal(values(T5Encoder.load(folder))["embedding"], expected)
+    path.write_bytes(len(head).to_bytes(8, "little") + head + upper)
+
+
+def as_float16(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.float16).astype(np.float32)
+
+
+def as_bfloat16(array: np.ndarray) -> np.ndarray:
+    return (array.view(np.uint32) & 0xFFFF0000).view(np.float32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("half", [as_float16, as_bfloat16])
+def test_half_precision_is_held_as_stored_and_changes_nothing(
+    kind: str, half: Callable[[np.ndarray], np.ndarray], text: tuple[np.ndarray, np.ndarray], tmp_path: Path
+) -> None:
+    weights, _, config = reference(kind)
+    rounded = {name: half(array) for name, array in weights.items()}
+    encoder = T5Encoder.load(write(tmp_path / "full", rounded, config))
+    folder = write(tmp_path / "half", {name: array.astype(np.float16) for name, array in rounded.items()}, config)
+    if half is as_bfloat16:
+        save_bfloat16(rounded, folder / "model.safetensors")
+    stored = T5Encoder.load(folder)
+    assert {array.itemsize for array in [stored.embedding, *(w for layer in stored.layers for w in layer)]} == {2}
+    np.testing.assert_array_equal(as_float32(stored.embedding), encoder.embedding)
+    np.testing.assert_array_equal(stored(*text), encoder(*text))
 
 
 def test_config_defaults_are_those_of_old_checkpoints(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """Hugging Face folders: JSON, and weights in safetensors, single or sharded, one tensor at a time.
 
 The `safetensors` package gives NumPy no bfloat16 and maps whole files, which would count twice in the memory of a large
-model; so the file's header is read here, and then each tensor by its place.
+model; so the file's header is read here, and then each tensor by its place. NumPy has no bfloat16 either: here such
+numbers are uint16, the upper halves of float32.
 """
 
 import json
@@ -13,7 +14,7 @@ import numpy as np
 
 from pipeline.errors import UserError
 
-DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # of safetensors; NumPy has no bfloat16
+DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # of safetensors
 
 
 class Stored(NamedTuple):
@@ -33,14 +34,19 @@ class Stored(NamedTuple):
                 yield file.read(min(length, self.size - done))
 
     def read(self) -> np.ndarray:
-        """The values as float32. A mapped file would count twice in the memory of a large model."""
+        """The values in their own type: float32, float16 or, for bfloat16, uint16. float64 becomes float32."""
         if self.dtype not in DTYPES:
             raise UserError(f"{self.path}: tensors of type {self.dtype}; use one of {', '.join(DTYPES)}")
         count = int(np.prod(self.shape, dtype=np.int64))
-        values = np.fromfile(self.path, DTYPES[self.dtype], count, offset=self.start)
-        if self.dtype == "BF16":  # the upper half of a float32
-            values = (values.astype(np.uint32) << 16).view(np.float32)
-        return values.astype(np.float32, copy=False).reshape(self.shape)
+        values = np.fromfile(self.path, DTYPES[self.dtype], count, offset=self.start).reshape(self.shape)
+        return values.astype(np.float32) if self.dtype == "F64" else values
+
+
+def as_float32(values: np.ndarray) -> np.ndarray:
+    """What `Stored.read` gave, exactly."""
+    if values.dtype == np.uint16:
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float32, copy=False)
 
 
 def stored_files(folder: Path) -> list[Path]:

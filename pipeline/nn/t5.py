@@ -13,20 +13,22 @@ T5 (Raffel et al. 2020, arXiv 1910.10683) is a Transformer with three turns of i
 Dense layers have no bias. The feed-forward is wo relu(wi x) in v1.0, and wo (gelu(wi_0 x) * wi_1 x) in v1.1 (Shazeer,
 arXiv 2002.05202, with the tanh approximation of GELU), which is the one that Imagen uses, frozen.
 
-Everything is float32: T5 was trained in bfloat16 and its activations leave the range of float16.
+Activations are float32: T5 was trained in bfloat16 and its activations leave the range of float16. Weights stay as they
+are stored, T5-XXL's often in half precision, and become float32 inside the layer, which changes no value: so the
+encoder takes the memory of its file, 9.4 GB, and of one layer in float32, rather than twice the file.
 
-Shapes: B captions, L tokens, D model width, K heads, c width of a head, V vocabulary.
+Shapes: B captions, L tokens, T = B L rows, D model width, K heads, c width of a head, V vocabulary, N buckets.
 """
 
+import math
 from pathlib import Path
 from typing import Self
 
 import numpy as np
-from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
+from mindspore import Tensor, ops
 from mindspore import dtype as mstype
-from mindspore.common.initializer import initializer
-from mindspore.nn.utils import no_init_parameters
 
+from pipeline.nn.hugging_face import Stored, as_float32
 from pipeline.nn.t5_folder import T5Config, encoder_tensors, layer_shapes
 from pipeline.runtime import compile
 
@@ -49,78 +51,80 @@ def buckets(num_buckets: int, max_distance: int) -> np.ndarray:
     return np.where(distance > 0, side, 0).astype(np.int32) + np.where(away < exact, away, np.minimum(far, side - 1))
 
 
-def rms_norm(x_BLD: Tensor, gain_D: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * gain, over the last axis."""
-    return x_BLD * ops.rsqrt(ops.mean(ops.square(x_BLD), -1, True) + eps) * gain_D
+def rms_norm(x_TD: Tensor, gain_D: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * gain, over the last axis. In rows: with three axes a CPU takes twice as long."""
+    return x_TD * ops.rsqrt(ops.mean(ops.square(x_TD), -1, True) + eps) * gain_D
 
 
-def dense(x_BLD: Tensor, weight: Tensor) -> Tensor:
-    """x W, with W (in, out), the transpose of what Hugging Face stores.
+def gelu(x: Tensor) -> Tensor:
+    """x (1 + tanh u) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3); (1 + tanh u) / 2 is sigmoid(2 u).
 
-    In this form a row's answer does not depend on the other rows, nor on its place among them, to the last bit on a
-    CPU; in `nn.Dense`, which transposes inside the product, it does at small widths. So a caption encoded alone gives
-    what it gave among others.
+    On a CPU `ops.gelu` takes ten times as long, and `ops.tanh` is off by 1e-4.
     """
-    B, L, width = x_BLD.shape
-    return ops.matmul(x_BLD.reshape((B * L, width)), weight).reshape((B, L, weight.shape[1]))
+    return x * ops.sigmoid(x * (0.044715 * x * x + 1.0) * math.sqrt(8 / math.pi))
 
 
-def split_heads(x_BLE: Tensor, heads: int) -> Tensor:
-    """(B, L, K c) -> (B, K, L, c)"""
-    B, L, width = x_BLE.shape
-    return x_BLE.reshape((B, L, heads, width // heads)).transpose((0, 2, 1, 3))
+def split_heads(x_TE: Tensor, batch: int, heads: int) -> Tensor:
+    """(B L, K c) -> (B, K, L, c)"""
+    rows, width = x_TE.shape
+    return x_TE.reshape((batch, rows // batch, heads, width // heads)).transpose((0, 2, 1, 3))
 
 
 def attention(
-    config: T5Config, x_BLD: Tensor, bias_BKLL: Tensor, norm: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor
+    config: T5Config, x_TD: Tensor, bias_BKLL: Tensor, norm: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor
 ) -> Tensor:
     """x + o softmax(q k^T + bias) v, of the normed x."""
-    B, L, _ = x_BLD.shape
-    h = rms_norm(x_BLD, norm, config.layer_norm_epsilon)
-    q_BKLc = split_heads(dense(h, q), config.num_heads)
-    k_BKLc = split_heads(dense(h, k), config.num_heads)
-    v_BKLc = split_heads(dense(h, v), config.num_heads)
+    batch, heads = bias_BKLL.shape[:2]
+    h_TD = rms_norm(x_TD, norm, config.layer_norm_epsilon)
+    q_BKLc = split_heads(ops.matmul(h_TD, q), batch, heads)
+    k_BKLc = split_heads(ops.matmul(h_TD, k), batch, heads)
+    v_BKLc = split_heads(ops.matmul(h_TD, v), batch, heads)
     share_BKLL = ops.softmax(ops.matmul(q_BKLc, k_BKLc.swapaxes(-1, -2)) + bias_BKLL, axis=-1)
-    mixed_BLE = ops.matmul(share_BKLL, v_BKLc).transpose((0, 2, 1, 3)).reshape((B, L, o.shape[0]))
-    return x_BLD + dense(mixed_BLE, o)
+    mixed_BLKc = ops.matmul(share_BKLL, v_BKLc).transpose((0, 2, 1, 3))
+    return x_TD + ops.matmul(mixed_BLKc.reshape((x_TD.shape[0], o.shape[0])), o)
 
 
-def feed_forward(config: T5Config, x_BLD: Tensor, norm: Tensor, *weights: Tensor) -> Tensor:
+def feed_forward(config: T5Config, x_TD: Tensor, norm: Tensor, *weights: Tensor) -> Tensor:
     """x + wo relu(wi h) (v1.0) or x + wo (gelu(wi_0 h) * wi_1 h) (v1.1), h the normed x."""
-    h = rms_norm(x_BLD, norm, config.layer_norm_epsilon)
+    h_TD = rms_norm(x_TD, norm, config.layer_norm_epsilon)
     if config.feed_forward_proj == "relu":
-        hidden = ops.relu(dense(h, weights[0]))
+        hidden = ops.relu(ops.matmul(h_TD, weights[0]))
     else:
-        hidden = ops.gelu(dense(h, weights[0]), approximate="tanh") * dense(h, weights[1])
-    return x_BLD + dense(hidden, weights[-1])
+        hidden = gelu(ops.matmul(h_TD, weights[0])) * ops.matmul(h_TD, weights[1])
+    return x_TD + ops.matmul(hidden, weights[-1])
 
 
-class T5Encoder(nn.Cell):
-    """Token ids (B, L) int32 and their mask (B, L), bool or integer, 0 for padding -> (B, L, D) float32.
+def floats(weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple([weight.astype(mstype.float32) for weight in weights])
+
+
+class T5Encoder:
+    """Token ids (B, L) and their mask (B, L), bool or integer, 0 for padding -> (B, L, D) float32; all of NumPy.
 
     One compiled graph of a layer serves all layers: its weights are arguments. A graph of the whole encoder is a little
-    faster (15 % on a CPU), but it keeps the activations of every layer: 2.8 GB beside 1.3 GB of weights.
+    faster (15 % on a CPU), but it keeps the activations of every layer: 2.8 GB beside 1.3 GB of weights. A caption's
+    embeddings are the same to the last bit whoever is encoded with it, as long as B and L are the same.
     """
 
-    def __init__(self, config: T5Config) -> None:
-        super().__init__()
+    def __init__(self, config: T5Config, weights: dict[str, np.ndarray]) -> None:
+        """`weights` have the names and shapes of `encoder_shapes`, and the types that `Stored.read` gives."""
         self.config = config
         self.reach = config.relative_attention_max_distance
         self.buckets = Tensor(buckets(config.relative_attention_num_buckets, self.reach))
-        self.embedding = Parameter(initializer("normal", (config.vocab_size, config.d_model)))
-        self.position_bias = Parameter(initializer("normal", (config.relative_attention_num_buckets, config.num_heads)))
-        self.layers = ParameterTuple(
-            Parameter(initializer("normal", shape[::-1]), name=f"layers.{number}.{name}")  # (in, out): see `dense`
+        self.embedding = weights["embedding"]  # stays with the host: a graph would keep a copy of the table
+        self.position_bias = tensor(weights["position_bias"])
+        self.layers = [
+            tuple(tensor(weights[f"layers.{number}.{name}"]) for name in layer_shapes(config))
             for number in range(config.num_layers)
-            for name, shape in layer_shapes(config).items()
-        )
-        self.norm = Parameter(initializer("ones", (config.d_model,)))
+        ]
+        self.norm = tensor(weights["norm"])
 
-        def layer(x_BLD: Tensor, bias_BKLL: Tensor, *weights: Tensor) -> Tensor:
-            return feed_forward(config, attention(config, x_BLD, bias_BKLL, *weights[:5]), *weights[5:])
+        def layer(x_TD: Tensor, bias_BKLL: Tensor, *stored: Tensor) -> Tensor:
+            weights = floats(stored)
+            return feed_forward(config, attention(config, x_TD, bias_BKLL, *weights[:5]), *weights[5:])
 
-        def finish(x_BLD: Tensor, gain_D: Tensor) -> Tensor:
-            return rms_norm(x_BLD, gain_D, config.layer_norm_epsilon)
+        def finish(x_TD: Tensor, gain_D: Tensor) -> Tensor:
+            return rms_norm(x_TD, gain_D.astype(mstype.float32), config.layer_norm_epsilon)
 
         self.bias, self.layer, self.finish = compile(self.score_bias), compile(layer), compile(finish)
 
@@ -128,30 +132,39 @@ class T5Encoder(nn.Cell):
         """What all layers add to their scores, (B, K, L, L): for the distance of two tokens, and for padding."""
         position = ops.arange(mask_BL.shape[1])
         distance_LL = ops.clamp(position.reshape((1, -1)) - position.reshape((-1, 1)), -self.reach, self.reach)
-        bias_KLL = bias_NK[self.buckets[distance_LL + self.reach]].transpose((2, 0, 1))
+        bias_KLL = bias_NK.astype(mstype.float32)[self.buckets[distance_LL + self.reach]].transpose((2, 0, 1))
         padding_B11L = (1.0 - mask_BL.astype(mstype.float32)).expand_dims(1).expand_dims(1) * MASKED
         return bias_KLL.expand_dims(0) + padding_B11L
 
-    def construct(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
-        x_BLD = ops.gather(self.embedding, ids_BL, 0)  # not compiled: a graph would keep a copy of the table
-        bias_BKLL = self.bias(mask_BL, self.position_bias.value())
-        size = len(self.layers) // self.config.num_layers
-        for start in range(0, len(self.layers), size):
-            x_BLD = self.layer(x_BLD, bias_BKLL, *[weight.value() for weight in self.layers[start : start + size]])
-        return self.finish(x_BLD, self.norm.value())
+    def __call__(self, ids_BL: np.ndarray, mask_BL: np.ndarray) -> np.ndarray:
+        x_TD = Tensor.from_numpy(as_float32(self.embedding[ids_BL.reshape(-1)]))
+        bias_BKLL = self.bias(Tensor(mask_BL), self.position_bias)
+        for weights in self.layers:
+            x_TD = self.layer(x_TD, bias_BKLL, *weights)
+        return np.asarray(self.finish(x_TD, self.norm).asnumpy().reshape((*ids_BL.shape, -1)))
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
         """The encoder in a Hugging Face folder, which may hold the whole T5; `UserError` if a parameter is not there.
 
-        One tensor at a time, read rather than mapped: the peak is the encoder in float32 and its largest tensor.
+        One tensor at a time, read rather than mapped: the peak is the encoder as stored and its largest tensor.
         """
-        with no_init_parameters():
-            encoder = cls(T5Config.read(folder))
-        stored = encoder_tensors(folder, encoder.config)
-        for parameter in encoder.get_parameters():
-            values = stored[parameter.name].read()
-            turned = values.T if parameter.name.startswith("layers.") else values
-            parameter.set_data(Tensor.from_numpy(np.ascontiguousarray(turned)))
-            parameter.requires_grad = False
-        return encoder.set_train(False)
+        config = T5Config.read(folder)
+        return cls(config, {name: read(name, stored) for name, stored in encoder_tensors(folder, config).items()})
+
+
+def read(name: str, stored: Stored) -> np.ndarray:
+    """A dense layer as (in, out), the transpose of what is stored.
+
+    In this form a row's answer does not depend on the other rows, nor on its place among them, to the last bit on a
+    CPU; transposed inside the product, it does at small widths. So a caption encoded alone gives what it gave among
+    others.
+    """
+    values = stored.read()
+    return np.ascontiguousarray(values.T) if name.startswith("layers.") else values
+
+
+def tensor(values: np.ndarray) -> Tensor:
+    """`values` without a copy, with bfloat16 under its own name."""
+    shared = Tensor.from_numpy(values)
+    return shared.view(mstype.bfloat16) if values.dtype == np.uint16 else shared

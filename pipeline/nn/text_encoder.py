@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from mindspore import Tensor
 
 from pipeline.config import ConfigError
 from pipeline.errors import UserError
@@ -93,9 +92,7 @@ class TextEncoder:
             part = slice(start, min(start + BATCH, len(captions)))
             count = part.stop - part.start
             rest = ((0, BATCH - count), (0, 0))
-            out = self.encoder(Tensor(np.pad(ids_NL[part], rest)), Tensor(np.pad(mask_NL[part], rest))).asnumpy()[
-                :count
-            ]
+            out = self.encoder(np.pad(ids_NL[part], rest), np.pad(mask_NL[part], rest))[:count]
             text_NLD[part] = np.where(mask_NL[part, :, None], np.clip(out, -HALF, HALF).astype(np.float16), 0)
             if progress is not None:
                 progress(count)
