@@ -1,0 +1,159 @@
+"""Inputs as they should not come, and some that should: tars and pictures as bytes, the same in every run.
+
+A tar is blocks of 512 bytes: for each member a header and its data, at the end two blocks of zeros.
+"""
+
+import io
+import struct
+import tarfile
+import zlib
+
+import numpy as np
+from PIL import Image
+
+BLOCK = 512
+Members = list[tuple[str, bytes]]
+
+
+def tar(members: Members, links: tuple[tarfile.TarInfo, ...] = ()) -> bytes:
+    """A plain ustar of these members in this order, dated 1970; then the links, if any."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+        for link in links:
+            archive.addfile(link)
+    return file.getvalue()
+
+
+def headers(data: bytes) -> list[int]:
+    """Where in a tar the members' headers begin."""
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+        return [member.offset for member in archive]
+
+
+def truncated_in_data(data: bytes) -> bytes:
+    """The last member's data end half way."""
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+        last = archive.getmembers()[-1]
+    return data[: last.offset_data + last.size // 2]
+
+
+def truncated_at_header(data: bytes) -> bytes:
+    """Cut just where the last member's header begins: nothing but the missing end tells it from a whole tar."""
+    return data[: headers(data)[-1]]
+
+
+def truncated_in_header(data: bytes) -> bytes:
+    return data[: headers(data)[-1] + BLOCK // 2]
+
+
+def flipped_header_byte(data: bytes, member_number: int, byte: int = 0) -> bytes:
+    """One byte of a member's header, of its name unless told, with all its bits turned: the header's sum is wrong."""
+    place = headers(data)[member_number] + byte
+    return data[:place] + bytes([data[place] ^ 0xFF]) + data[place + 1 :]
+
+
+def with_link(members: Members) -> bytes:
+    """The members, a symbolic link symlink.jpg to /etc/passwd and a hard link hardlink.jpg to the first of them."""
+    symbolic, hard = tarfile.TarInfo("symlink.jpg"), tarfile.TarInfo("hardlink.jpg")
+    symbolic.type, symbolic.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    hard.type, hard.linkname = tarfile.LNKTYPE, members[0][0]
+    return tar(members, (symbolic, hard))
+
+
+def with_traversal(content: bytes = b"evil") -> bytes:
+    """A tar whose members' names lead out of the folder it is unpacked in."""
+    return tar([("../evil.jpg", content), ("/abs/evil.jpg", content)])
+
+
+def html() -> bytes:
+    """What a server sends for a picture that is gone."""
+    return b"<!DOCTYPE html>\n<html><head><title>404 Not Found</title></head><body>Not Found</body></html>\n"
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    """Of a PNG: length, kind, content, checksum."""
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png(width: int, height: int, compressed: bytes, bits: int = 8, colours: int = 0, interlaced: bool = False) -> bytes:
+    """A PNG, grey unless told, whose IDAT is taken as it is."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colours, 0, 0, interlaced))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", compressed) + chunk(b"IEND", b"")
+
+
+def png_bomb(side: int = 30_000) -> bytes:
+    """A valid black PNG, 30,000 x 30,000 in 0.9 MB, made in no time: its rows are one compressed piece many times."""
+    piece, total = 1_000_000, side * (side + 1)  # a row is a filter's number and its pixels, all zero
+    flush = zlib.compressobj(9, wbits=-15)
+    repeated = flush.compress(bytes(piece)) + flush.flush(zlib.Z_FULL_FLUSH)
+    last = zlib.compressobj(9, wbits=-15)
+    rest = last.compress(bytes(total % piece)) + last.flush()
+    adler32 = struct.pack(">I", (total % 65521) << 16 | 1)
+    return png(side, side, b"\x78\xda" + repeated * (total // piece) + rest + adler32)
+
+
+def encoded(image: Image.Image | np.ndarray, kind: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(file, kind, **options)
+    return file.getvalue()
+
+
+def quarters(height: int = 48, width: int = 64) -> np.ndarray:
+    """uint8 (height, width, 3): red, green over blue, yellow; every turn and mirroring of it is another picture."""
+    image = np.zeros((height, width, 3), np.uint8)
+    image[: height // 2, : width // 2] = 220, 30, 40
+    image[: height // 2, width // 2 :] = 20, 200, 60
+    image[height // 2 :, : width // 2] = 30, 50, 210
+    image[height // 2 :, width // 2 :] = 230, 220, 30
+    return image
+
+
+def cmyk_jpeg(image: np.ndarray | None = None) -> bytes:
+    """As Adobe writes it, inks inverted. (YCCK is the same in other axes: `ycck_jpeg`.)"""
+    return encoded(Image.fromarray(quarters() if image is None else image).convert("CMYK"), "JPEG", quality=95)
+
+
+def ycck_jpeg(image: np.ndarray | None = None) -> bytes:
+    """The inks' three colours in the axes of YCbCr: a CMYK JPEG whose Adobe marker says 2, YCCK."""
+    rgb = 255 - (quarters() if image is None else image)  # libjpeg: C = 255 - R and so on, and inks are stored inverted
+    planes = Image.fromarray(
+        255 - np.asarray(Image.fromarray(rgb).convert("YCbCr"))
+    ).split()  # Pillow inverts as it saves
+    data = encoded(Image.merge("CMYK", (*planes, Image.new("L", planes[0].size))), "JPEG", quality=95)
+    transform = data.index(b"Adobe") + 11
+    return data[:transform] + b"\x02" + data[transform + 1 :]
+
+
+def grey_jpeg(level: int = 90) -> bytes:
+    return encoded(Image.new("L", (16, 16), level), "JPEG")
+
+
+def png16(levels: np.ndarray | None = None) -> bytes:
+    """16-bit grey (H, W) or RGB (H, W, 3) from uint16."""
+    levels = np.array([[0, 0x1234], [0x8000, 0xFFFF]], np.uint16) if levels is None else levels
+    rows = levels.astype(">u2").reshape(len(levels), -1).view(np.uint8)
+    data = zlib.compress(np.insert(rows, 0, 0, axis=1).tobytes())
+    return png(levels.shape[1], len(levels), data, bits=16, colours=2 if levels.ndim == 3 else 0)
+
+
+def rgba_png(colour: tuple[int, int, int] = (255, 0, 0)) -> bytes:
+    """16 x 16: the left half of this colour, the right transparent black."""
+    image = Image.new("RGBA", (16, 16), (*colour, 255))
+    image.paste((0, 0, 0, 0), (8, 0, 16, 16))
+    return encoded(image, "PNG")
+
+
+def exif(orientation: int, order: str = "<") -> bytes:
+    """An Exif block that says this and nothing else."""
+    start = b"II*\0" if order == "<" else b"MM\0*"
+    entry = struct.pack(f"{order}HHIHH", 0x112, 3, 1, orientation, 0)
+    return b"Exif\0\0" + start + struct.pack(f"{order}IH", 8, 1) + entry + bytes(4)
+
+
+def rotated_jpeg(orientation: int, image: np.ndarray | None = None) -> bytes:
+    """A picture, stored as it is, that asks to be turned."""
+    return encoded(quarters() if image is None else image, "JPEG", quality=95, exif=exif(orientation))
