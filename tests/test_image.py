@@ -1,17 +1,24 @@
 import io
+import struct
+import tracemalloc
 import zlib
+from pathlib import Path
 
+import damage
 import numpy as np
 import pytest
 import simplejpeg
-from PIL import Image
+import skimage
+from damage import encoded, quarters
+from PIL import Image, ImageOps
 
 from pipeline.data.image import (
     BadImage,
+    Picture,
     crop_resize,
     decode,
+    dimensions,
     downsample,
-    resize,
     to_float,
     to_uint8,
     upsample,
@@ -30,68 +37,213 @@ def noise(side):
     return np.random.default_rng(0).integers(0, 255, (side, side, 3), np.uint8)
 
 
-def encoded(image, kind, **options):
-    file = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, kind, **options)
-    return file.getvalue()
-
-
 def psnr(a, b):
     return 10 * np.log10(255**2 / np.mean((a.astype(float) - b.astype(float)) ** 2))
 
 
-class TestDecode:
-    @pytest.mark.parametrize("min_side", [64, 96, 200])
-    def test_scaled_is_close_to_full(self, min_side):
-        data = simplejpeg.encode_jpeg(smooth(700, 1000), 95)
-        scaled = decode(data, min_side)
-        assert min_side <= min(scaled.shape[:2]) < 700
-        small = [crop_resize(picture, min_side, 0.5, 0.5) for picture in (scaled, decode(data, 700))]
-        assert psnr(*small) >= 35
+def picture(image):
+    return Picture(image, *image.shape[:2])
 
-    def test_scale_is_the_smallest_that_suffices(self):
-        data = simplejpeg.encode_jpeg(smooth(800, 1000), 90)
-        assert [min(decode(data, side).shape[:2]) for side in (1, 100, 101, 300, 800, 900)] == [
-            100,
-            100,
-            200,
-            300,
-            800,
-            800,
-        ]
+
+def pixels(data, size=1):
+    """The picture as it is to be seen, decoded for `size`."""
+    return decode(data, size).upright()
+
+
+def whole(data):
+    """Not scaled: the wanted size is larger than the picture."""
+    return pixels(data, 10_000)
+
+
+def close(image, expected, tolerance=8):
+    """But for the borders of the quarters, where a JPEG rings."""
+    assert image.shape == expected.shape
+    flat = np.abs(image.astype(int) - expected).max(axis=-1) <= tolerance
+    return flat.mean() > 0.85
+
+
+def refused(data, match=None):
+    for function in (lambda: decode(data, 8), lambda: dimensions(data)):
+        with pytest.raises(BadImage, match=match):
+            function()
+
+
+class TestDecode:
+    @pytest.mark.parametrize(
+        ("short", "size", "decoded"),
+        [
+            (1024, 64, 128),  # 1/8: two for one
+            (1024, 128, 128),  # one for one
+            (1024, 127, 256),  # 128 would be too near
+            (1024, 73, 128),  # 7/4
+            (1024, 74, 256),
+            (1025, 64, 128.125),
+            (1024, 256, 256),
+            (1000, 256, 500),
+            (1000, 512, 1000),  # no 5/8, no 6/8
+            (300, 256, 300),
+            (300, 1024, 300),
+            (7, 1, 7),
+        ],
+    )
+    def test_scales(self, short, size, decoded):
+        found = decode(simplejpeg.encode_jpeg(np.zeros((short, short + 3, 3), np.uint8)), size)
+        scale = decoded / short
+        assert (found.height, found.width) == (decoded, scale * (short + 3))
+        assert found.pixels.shape == (int(np.ceil(found.height)), int(np.ceil(found.width)), 3)
 
     @pytest.mark.parametrize("kind", ["PNG", "WEBP", "BMP"])
     def test_other_formats_are_exact(self, kind):
         image = smooth(40, 50)
-        assert (decode(encoded(image, kind, **({"lossless": True} if kind == "WEBP" else {})), 8) == image).all()
+        data = encoded(image, kind, **({"lossless": True} if kind == "WEBP" else {}))
+        assert (pixels(data) == image).all()
+        assert dimensions(data) == (50, 40)
 
-    @pytest.mark.parametrize("mode", ["L", "P", "1", "CMYK"])
+    @pytest.mark.parametrize("progressive", [False, True])
+    @pytest.mark.parametrize("size", [16, 64, 200])
+    def test_progressive_is_as_baseline(self, progressive, size):
+        image = smooth(256, 400)
+        data = encoded(image, "JPEG", quality=95, progressive=progressive)
+        assert (b"\xff\xc2" in data) == progressive
+        assert dimensions(data) == (400, 256)
+        expected = crop_resize(picture(image), size, 0.5, 0.5)
+        assert psnr(crop_resize(decode(data, size), size, 0.5, 0.5), expected) > 38
+
+    @pytest.mark.parametrize("mode", ["L", "P", "1"])
     def test_other_modes_become_rgb(self, mode):
-        kind = "JPEG" if mode == "CMYK" else "PNG"
-        image = Image.fromarray(np.full((16, 16, 3), 255, np.uint8)).convert(mode)
-        assert (decode(encoded(image, kind), 8) == np.full((16, 16, 3), 255)).all()
+        image = Image.fromarray(quarters()).convert(mode)
+        assert (pixels(encoded(image, "PNG")) == np.asarray(image.convert("RGB"))).all()
 
-    def test_grey_jpeg_becomes_rgb(self):
-        assert decode(encoded(Image.new("L", (16, 16), 90), "JPEG"), 16).shape == (16, 16, 3)
+    @pytest.mark.parametrize("make", [damage.cmyk_jpeg, damage.ycck_jpeg])
+    def test_inks(self, make):
+        """The right colours, not their negatives; scaled too."""
+        data = make(quarters(160, 240))
+        assert simplejpeg.decode_jpeg_header(data)[2] == {"cmyk_jpeg": "CMYK", "ycck_jpeg": "YCCK"}[make.__name__]
+        assert close(whole(data), quarters(160, 240))
+        assert (whole(data) == np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))).all()
+        assert close(pixels(data, 20), quarters(20, 30))
+        assert dimensions(data) == (240, 160)
+
+    def test_grey_jpeg(self):
+        assert np.abs(whole(damage.grey_jpeg(90)).astype(int) - 90).max() <= 1
+        assert whole(damage.grey_jpeg()).shape == (16, 16, 3)
 
     def test_sixteen_bits_are_scaled(self):
-        levels = np.array([[0, 0x1234], [0x8000, 0xFFFF]], np.uint16)
-        assert decode(encoded(levels, "PNG"), 1)[..., 0].tolist() == [[0, 0x12], [0x80, 0xFF]]
+        assert pixels(damage.png16())[..., 0].tolist() == [[0, 0x12], [0x80, 0xFF]]
+        colours = np.array([[[0, 0x1234, 0xFFFF], [0xFF00, 0x00FF, 0x8000]]], np.uint16)
+        assert pixels(damage.png16(colours)).tolist() == [[[0, 0x12, 0xFF], [0xFF, 0, 0x80]]]
+
+    def test_alpha_lies_on_white(self):
+        red = Image.open(io.BytesIO(damage.rgba_png()))
+        grey = Image.merge("LA", (Image.new("L", (16, 16), 76), red.getchannel("A")))
+        sixteen_bits = damage.png(2, 1, zlib.compress(b"\0\x12\x34\0\0"), bits=16)
+        sixteen_bits = sixteen_bits[:33] + damage.chunk(b"tRNS", b"\0\0") + sixteen_bits[33:]
+        palette = Image.new("P", (16, 16))
+        palette.putpalette([255, 0, 0, 0, 0, 0])
+        palette.paste(1, (8, 0, 16, 16))
+        for data, left in (
+            (damage.rgba_png(), [255, 0, 0]),
+            (encoded(red, "WEBP", lossless=True), [255, 0, 0]),
+            (encoded(grey, "PNG"), [76] * 3),
+            (encoded(palette, "PNG", transparency=bytes([255, 0])), [255, 0, 0]),  # an alpha for each colour
+            (encoded(palette, "PNG", transparency=1), [255, 0, 0]),
+            (encoded(palette, "GIF", transparency=1), [255, 0, 0]),
+            (sixteen_bits, [0x12] * 3),
+        ):
+            row = pixels(data)[0]
+            assert row[0].tolist() == left
+            assert row[-1].tolist() == [255] * 3
+
+    @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+    def test_first_frame(self, kind):
+        red, blue = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (16, 16), "blue")
+        options = {"lossless": True} if kind == "WEBP" else {}
+        data = encoded(red, kind, save_all=True, append_images=[blue, red], **options)
+        assert (pixels(data) == [255, 0, 0]).all()
+
+    def test_damaged_animation_of_a_png(self):
+        data = encoded(
+            Image.new("RGB", (16, 16), "red"), "PNG", save_all=True, append_images=[Image.new("RGB", (16, 16))]
+        )
+        none = damage.chunk(b"acTL", struct.pack(">II", 0, 0))
+        assert (pixels(data[:33] + none + none + data[33:]) == [255, 0, 0]).all()
+
+
+class TestOrientation:
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    def test_all_eight(self, orientation):
+        """Against Pillow, which turns them by another code, whole and scaled, wherever the window is."""
+        image = quarters(150, 203)
+        data = damage.rotated_jpeg(orientation, image)
+        with Image.open(io.BytesIO(encoded(image, "PNG", exif=damage.exif(orientation)))) as opened:
+            exact = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
+        assert close(whole(data), exact)
+        assert dimensions(data) == exact.shape[1::-1]
+        for place in (0, 0.4, 0.99):
+            square = crop_resize(decode(data, 20), 20, place, 1 - place)
+            assert psnr(square, crop_resize(picture(exact), 20, place, 1 - place)) > 25
 
     @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
-    def test_alpha_lies_on_white(self, kind):
-        image = Image.new("RGBA", (16, 16), (255, 0, 0, 255))
-        image.paste((0, 0, 0, 0), (8, 0, 16, 16))
-        pixels = decode(encoded(image, kind, **({"lossless": True} if kind == "WEBP" else {})), 8)
-        assert pixels[0, 0].tolist() == [255, 0, 0]
-        assert pixels[0, 15].tolist() == [255, 255, 255]
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    def test_other_formats(self, kind, orientation):
+        options = {"lossless": True} if kind == "WEBP" else {}
+        data = encoded(quarters(), kind, exif=damage.exif(orientation), **options)
+        assert (pixels(data) == Picture(quarters(), 48, 64, orientation).upright()).all()
+        assert dimensions(data) == ((64, 48) if orientation < 5 else (48, 64))
 
+    def test_both_byte_orders_and_padding(self):
+        for order in "<>":
+            data = encoded(quarters(), "JPEG", exif=damage.exif(6, order))
+            assert dimensions(data) == (48, 64)
+            assert dimensions(data[:2] + b"\xff\xff" + data[2:]) == (48, 64)
+
+    @pytest.mark.parametrize(
+        "block",
+        [
+            damage.exif(0),
+            damage.exif(9),
+            damage.exif(6)[:20],
+            damage.exif(6).replace(b"II*", b"XX*"),
+            damage.exif(6).replace(struct.pack("<I", 8), struct.pack("<I", 4_000_000_000)),
+            damage.exif(6).replace(b"\x12\x01\x03", b"\x12\x01\x02"),  # a text
+            b"Exif\0\0",
+            b"Exif\0\0" + bytes(60_000),
+        ],
+    )
+    def test_damaged_exif_is_none(self, block):
+        for kind in ("JPEG", "PNG", "WEBP"):
+            data = encoded(quarters(), kind, exif=block)
+            assert dimensions(data) == (64, 48)
+            assert whole(data).shape == (48, 64, 3)
+
+    def test_exif_after_the_pixels_of_a_png(self):
+        data, block = encoded(quarters(), "PNG"), damage.chunk(b"eXIf", damage.exif(6)[6:])
+        assert dimensions(data[:-12] + block + data[-12:]) == (64, 48)
+        assert pixels(data[:-12] + block + data[-12:]).shape == (48, 64, 3)
+        assert dimensions(data[:33] + block + data[33:]) == (48, 64)
+
+
+class TestRefusals:
     def test_jpeg_cut_short(self):
-        data = simplejpeg.encode_jpeg(noise(256), 90)
-        scan = data.index(b"\xff\xda")
-        for end in (scan // 2, scan + 1, len(data) // 2, len(data) - 2):
+        data = simplejpeg.encode_jpeg(noise(48), 90)
+        for end in range(len(data) - 1):
             with pytest.raises(BadImage):
                 decode(data[:end], 64)
+
+    @pytest.mark.parametrize("kind", ["baseline", "progressive"])
+    def test_jpeg_with_flipped_bits(self, kind):
+        """Refused, or a picture of some size: nothing else, and no warning."""
+        data = encoded(smooth(64, 96), "JPEG", progressive=kind == "progressive", exif=damage.exif(6))
+        outcomes = []
+        for number in range(400):
+            place = int(np.random.default_rng(number).integers(2, len(data)))
+            flipped = data[:place] + bytes([data[place] ^ 1 << number % 8]) + data[place + 1 :]
+            try:
+                outcomes.append(crop_resize(decode(flipped, 16), 16, 0.5, 0.5).shape == (16, 16, 3))
+                dimensions(flipped)
+            except BadImage:
+                outcomes.append(None)
+        assert set(outcomes) == {True, None}
 
     @pytest.mark.parametrize("place", np.linspace(0.05, 0.9, 12))
     def test_jpeg_overwritten(self, place):
@@ -103,40 +255,143 @@ class TestDecode:
 
     @pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF", "BMP"])
     def test_cut_short(self, kind):
-        data = encoded(smooth(64, 64), kind)
-        with pytest.raises(BadImage):
-            decode(data[: len(data) // 2], 8)
+        data = encoded(noise(16), kind)
+        for end in range(len(data) - 32):
+            with pytest.raises(BadImage):
+                decode(data[:end], 8)
+
+    @pytest.mark.parametrize("interlaced", [False, True])
+    @pytest.mark.parametrize("colours", [0, 2, 6])
+    @pytest.mark.parametrize("level", [0, 7])  # black rows, that are there, look like rows that are not
+    def test_png_whose_pixels_are_not_as_many(self, interlaced, colours, level):
+        width, height, channels = 13, 11, {0: 1, 2: 3, 6: 4}[colours]
+        passes = [(2, 2), (2, 2), (1, 4), (3, 3), (3, 7), (6, 6), (5, 13)] if interlaced else [(height, width)]
+        rows = b"".join((b"\0" + bytes([level]) * columns * channels) * count for count, columns in passes)
+
+        def png(content):
+            return damage.png(width, height, zlib.compress(content), colours=colours, interlaced=interlaced)
+
+        expected = 255 - (255 - level) * level // 255 if colours == 6 else level
+        for enough in (rows, rows * 1000):
+            assert np.abs(whole(png(enough)).astype(int) - expected).max() <= 1
+        for end in range(len(rows)):
+            with pytest.raises(BadImage):
+                decode(png(rows[:end]), 8)
+
+    def test_png_whose_pixels_are_no_compressed_data(self):
+        for broken in (b"", b"\x78\x9c", b"not compressed", zlib.compress(bytes(17) * 16)[:-6]):
+            with pytest.raises(BadImage):
+                decode(damage.png(16, 16, broken), 8)
 
     @pytest.mark.parametrize(
-        "data", [b"", b"\xff\xd8", b"<html>not found</html>", bytes(1000), b"%!PS-Adobe-3.0 EPSF-3.0\n"]
+        "data",
+        [b"", b"\xff\xd8", damage.html(), bytes(1000), b"%!PS-Adobe-3.0 EPSF-3.0\n", b"RIFF....WAVE", b"BM", b"GIF89a"],
     )
     def test_not_a_picture(self, data):
-        with pytest.raises(BadImage):
-            decode(data, 8)
+        refused(data)
 
-    @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-    def test_bombs_are_refused_by_their_header(self, kind):
-        data = encoded(Image.new("L", (16, 16)), kind)
-        if kind == "PNG":  # width and height stand at byte 16, big-endian; the checksum of the header follows
-            header = b"IHDR" + (30_000).to_bytes(4, "big") * 2 + data[24:29]
-            data = data[:12] + header + zlib.crc32(header).to_bytes(4, "big") + data[33:]
-        else:  # in the frame header: marker, length, precision, height, width
+    def test_html_is_told_what_it_is_not(self):
+        refused(damage.html(), "is none of JPEG, PNG, WEBP, GIF, BMP")
+
+    @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "GIF frame", "BMP", "WEBP"])
+    @pytest.mark.parametrize("side", [9_434, 13_000, 16_000, 30_000])  # Pillow warns up to twice its limit, then raises
+    def test_bombs_are_refused_by_their_header(self, kind, side):
+        side = min(side, 16_383) if kind == "WEBP" else side
+        if kind == "PNG":
+            data = damage.png_bomb(side)
+        else:
+            data = encoded(Image.new("L", (16, 16)), kind.split()[0], **({"lossless": True} if kind == "WEBP" else {}))
+            place, size = {
+                "JPEG": (data.find(b"\xff\xc0") + 5, struct.pack(">HH", side, side)),
+                "GIF": (6, struct.pack("<HH", side, side)),
+                "GIF frame": (data.find(b",\0\0\0\0") + 5, struct.pack("<HH", side, side)),
+                "BMP": (18, struct.pack("<ii", side, side)),
+                "WEBP": (21, struct.pack("<I", (side - 1) * (1 + 2**14))),
+            }[kind]
+            data = data[:place] + size + data[place + len(size) :]
+        tracemalloc.start()
+        refused(data, f"{side} x {side} pixels")
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 2**20 + len(data)
+
+    def test_the_bomb_is_a_picture(self):
+        """Nothing but its size is wrong with it."""
+        assert len(damage.png_bomb()) < 1_000_000
+        assert whole(damage.png_bomb(3000)).shape == (3000, 3000, 3)
+
+    @pytest.mark.parametrize(("width", "height"), [(0, 16), (16, 0), (0, 0), (70_000, 1)])
+    def test_impossible_sizes(self, width, height):
+        refused(damage.png(width, height, zlib.compress(bytes(100))))
+        if width < 65_536:
+            data = damage.grey_jpeg()
             place = data.index(b"\xff\xc0") + 5
-            data = data[:place] + (30_000).to_bytes(2, "big") * 2 + data[place + 4 :]
-        with pytest.raises(BadImage, match=r"30000 x 30000|exceeds limit"):
-            decode(data, 8)
+            refused(data[:place] + struct.pack(">HH", height, width) + data[place + 4 :])
+
+
+# fmt: off
+PHOTOGRAPHS = [
+    "astronaut", "brick", "camera", "cell", "chelsea", "clock_motion", "coffee", "coins", "grass", "gravel",
+    "hubble_deep_field", "ihc", "microaneurysms", "moon", "motorcycle_left", "motorcycle_right", "page",
+    "retina", "rocket", "text",
+]
+# fmt: on
+
+
+def photograph(name, short):
+    """One of those that come with scikit-image, with this shorter side."""
+    (path,) = (Path(skimage.__file__).parent / "data").glob(f"{name}.[pj][np]g")
+    with Image.open(path) as opened:
+        scale = short / min(opened.size)
+        size = tuple(round(side * scale) for side in opened.size)
+        return np.asarray(opened.convert("RGB").resize(size, Image.Resampling.BICUBIC))
+
+
+def shares(side, start, end, size):
+    """float64 (size, side): how much of each pixel lies in each of `size` equal parts of [start, end)."""
+    edges = start + np.arange(size + 1) * (end - start) / size
+    numbers = np.arange(side)
+    covered = np.minimum(edges[1:, None], numbers + 1) - np.maximum(edges[:-1, None], numbers)
+    return np.clip(covered, 0, None) * size / (end - start)
+
+
+def mean_of_area(image, size):
+    """float64 (size, size, 3): what `crop_resize` is to look like, from the whole picture, in the middle."""
+    short = min(image.shape[:2])
+    starts = [int((side * size // short - size + 1) / 2) * short / size for side in image.shape[:2]]
+    down, across = (shares(side, start, start + short, size) for side, start in zip(image.shape, starts, strict=False))
+    return np.einsum("ih,hwc,jw->ijc", down, image.astype(float), across, optimize=True)
 
 
 class TestGeometry:
-    def test_resize_keeps_the_shape(self):
-        assert resize(smooth(120, 200), 60).shape == (60, 100, 3)
-        assert resize(smooth(200, 120), 60).shape == (100, 60, 3)
-        assert resize(smooth(60, 7000), 30).shape == (30, 3500, 3)
+    @pytest.mark.parametrize("name", PHOTOGRAPHS)
+    def test_photographs_look_like_the_mean_of_the_area(self, name):
+        for short, quality in ((1024, 90), (1025, 95)):  # the second ends within the last pixel of any scale
+            data = encoded(photograph(name, short), "JPEG", quality=quality, subsampling="4:2:0")
+            full = simplejpeg.decode_jpeg(data)
+            for size in (64, 256):
+                found = crop_resize(decode(data, size), size, 0.5, 0.5)
+                assert psnr(found, mean_of_area(full, size)) >= 35, (short, size)
 
-    def test_resize_does_not_alias(self):
+    def test_the_reference_is_pillows_box(self):
+        image = photograph("coffee", 300)[:, :300]
+        boxed = np.asarray(Image.fromarray(image).resize((50, 50), Image.Resampling.BOX))
+        assert np.abs(mean_of_area(image, 50) - boxed).max() < 1
+
+    def test_does_not_alias(self):
         stripes = np.zeros((512, 512, 3), np.uint8)
         stripes[:, ::2] = 255  # far finer than 64 px can show: must become even grey
-        assert resize(stripes, 64)[4:-4, 4:-4].std() < 2
+        assert crop_resize(picture(stripes), 64, 0.5, 0.5)[4:-4, 4:-4].std() < 2
+
+    def test_the_square_is_a_window_of_the_whole(self):
+        image = smooth(120, 200)
+        small = np.asarray(Image.fromarray(image).resize((100, 60), Image.Resampling.HAMMING)).astype(int)
+        for u in (0, 0.3, 0.5, 0.999):
+            assert np.abs(crop_resize(picture(image), 60, u, 0.5) - window(small, 60, u, 0.5)).max() <= 1
+            assert (crop_resize(picture(image[:60]), 60, u, 0.5) == window(image[:60], 60, u, 0.5)).all()
+
+    def test_a_thin_picture_costs_no_more(self):
+        assert (crop_resize(picture(np.full((1, 60_000, 3), 7, np.uint8)), 64, 0.5, 0.5) == 7).all()
 
     def test_windows(self):
         image = np.arange(10 * 14, dtype=np.uint8).reshape(10, 14, 1).repeat(3, 2)
@@ -152,11 +407,21 @@ class TestGeometry:
         places = [int(window(image, 1, u, 0)[0, 0, 0]) for u in (np.arange(1000) + 0.5) / 1000]
         assert np.bincount(places).tolist() == [200] * 5
 
-    @pytest.mark.parametrize("shape", [(90, 130), (130, 90), (90, 90), (20, 31)])
+    @pytest.mark.parametrize("shape", [(90, 130), (130, 90), (90, 90), (20, 31), (1, 1)])
     def test_crop_resize(self, shape):
-        image = crop_resize(smooth(*shape), 48, 0.3, 0.9)
+        image = crop_resize(picture(smooth(*shape)), 48, 0.3, 0.9)
         assert image.shape == (48, 48, 3)
         assert image.dtype == np.uint8
+
+    def test_every_size_from_every_size(self):
+        """No place of the window, turned or not, leaves the picture by a rounding."""
+        random = np.random.default_rng(0)
+        for _ in range(300):
+            height, width, size = random.integers(1, 90, 3)
+            scale = random.choice([1, 0.125, 0.25, 0.5])
+            image = np.zeros((int(np.ceil(height * scale)), int(np.ceil(width * scale)), 3), np.uint8)
+            found = Picture(image, height * scale, width * scale, int(random.integers(1, 9)))
+            assert crop_resize(found, int(size), *random.choice([0, 0.5, 0.999, 1], 2)).shape == (size, size, 3)
 
 
 class TestFloats:
