@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from pipeline.errors import UserError
 from pipeline.nn.fingerprint import fingerprint
-from pipeline.nn.text_encoder import BATCH, TextEncoder
+from pipeline.nn.text_encoder import TextEncoder, calls, padded
 from tools import tiny_t5
 
 CAPTIONS = [f"a {size} {colour} circle on white" for size in ("small", "large") for colour in ("red", "green", "blue")]
@@ -59,14 +59,45 @@ def test_values_beyond_half_precision_are_clipped(copy: Path) -> None:
 
 
 def test_a_caption_alone_gives_what_it_gave_among_others(encoder: TextEncoder) -> None:
-    captions = [CAPTIONS[i % len(CAPTIONS)] + " and blue" * (i % 3) for i in range(2 * BATCH + 3)]
+    captions = [CAPTIONS[i % len(CAPTIONS)] + " and blue" * (i % 4) for i in range(150)]
     done: list[int] = []
     text_NLD, mask_NL = encoder.encode(captions, progress=done.append)
-    assert done == [BATCH, BATCH, 3]
-    for row in (0, BATCH - 1, BATCH, 2 * BATCH + 2):
+    assert sorted(set(mask_NL.sum(1))) == [7, 11, 12]
+    assert done == [38, 42, 42, 28]  # 7 tokens in calls of 64 captions, 11 and 12 tokens in calls of 42
+    for row in (0, 1, 2, 3, 62, 148, 149):
         alone_NLD, alone_NL = encoder.encode([captions[row]])
         np.testing.assert_array_equal(alone_NLD[0], text_NLD[row])
         np.testing.assert_array_equal(alone_NL[0], mask_NL[row])
+
+
+def test_little_padding_changes_nothing_beyond_rounding(encoder: TextEncoder) -> None:
+    captions = ["", "a circle", *CAPTIONS]
+    text_NLD, mask_NL = encoder.encode(captions)
+    whole_NLD = encoder.encoder(*encoder.tokenize(captions))  # all padded to the whole length
+    np.testing.assert_allclose(text_NLD[mask_NL], whole_NLD[mask_NL], rtol=1e-3, atol=1e-4)
+
+
+def test_ragged_is_encode_without_padding(encoder: TextEncoder) -> None:
+    captions = ["a circle", "", CAPTIONS[0], "a large blue cross on black " * 3]
+    rows_TD, counts_N = encoder.encode_ragged(captions)
+    text_NLD, mask_NL = encoder.encode(captions)
+    assert (rows_TD.dtype, counts_N.dtype) == (np.float16, np.int64)
+    np.testing.assert_array_equal(counts_N, mask_NL.sum(1))
+    np.testing.assert_array_equal(rows_TD, text_NLD[mask_NL])
+    assert [array.shape for array in encoder.encode_ragged([])] == [(0, 32), (0,)]
+
+
+@pytest.mark.parametrize("length", [1, 12, 100, 128, 1000])
+def test_calls_hold_every_caption_once_in_few_shapes(length: int) -> None:
+    counts_N = np.random.default_rng(0).integers(1, length + 1, 5000)
+    made = list(calls(counts_N, length))
+    assert sorted(np.concatenate([chosen for chosen, _ in made])) == list(range(5000))
+    for chosen, (batch, tokens) in made:
+        assert len(chosen) <= batch
+        assert counts_N[chosen].max() <= tokens <= length
+        assert batch == 1 or batch * tokens <= 512
+        assert (padded(counts_N[chosen], length) == tokens).all()
+    assert len({shape for _, shape in made}) <= 4 + length / 16
 
 
 def test_different_words_give_different_embeddings(encoder: TextEncoder) -> None:
