@@ -73,14 +73,15 @@ def data(config: Any) -> dict[str, Any]:
     from pipeline.data.shards import Shards
 
     try:
-        shards = Shards.open(config.data.patterns)
+        shards = Shards.open(config.data)
     except UserError as error:
         return {"error": str(error)}
     return {
-        "shards": len(shards.shards),
+        "shards": len(shards.indexes),
         "samples": len(shards),
-        "skipped": len(shards.skipped),
         "steps_per_epoch": len(shards) / config.data.global_batch,
+        "removed": dict(shards.removed),
+        "damaged": sum(1 for _ in shards.faults),
     }
 
 
@@ -119,7 +120,7 @@ def as_text(report: dict[str, Any]) -> str:
             parts.append(f"== {name}\n{as_text(stage) if 'parameters' in stage else _yaml(stage)}")
         return "\n".join(parts)
     held = ", ".join(f"{name} {size / GIB:.2f}" for name, size in report["memory"].items())
-    found = ", ".join(f"{name} {value}" for name, value in report["data"].items())
+    found = ", ".join(f"{name} {value or 'none'}" for name, value in report["data"].items())
     return (
         f"{_yaml(report['config'])}\n"
         f"parameters  {report['parameters']:,}\n"

@@ -21,6 +21,7 @@ from mindspore import nn
 from PIL import Image
 from tqdm import tqdm
 
+from pipeline.data.captions import clean
 from pipeline.diffusion.sampler import SamplerConfig
 from pipeline.errors import UserError
 from pipeline.files import replace_folder
@@ -143,7 +144,8 @@ class Cascade:
         if low is not None and len(low) != len(prompts):
             raise UserError(f"low: {len(low)} pictures for {len(prompts)} prompts; give one each")
         pictures = None if low is None else np.stack([self.check_low(names[0], image) for image in low])
-        text, mask = self.text.encode(prompts)
+        cleaned = next(iter(self.manifests.values())).text.clean
+        text, mask = self.text.encode([clean(prompt) for prompt in prompts] if cleaned else prompts)
         made = {}
         with tqdm(
             total=sum(self.calls(name, len(prompts), options) for name in names), unit="step", disable=not progress

@@ -3,7 +3,8 @@
     config = build(StageConfig, apply_overrides(read_yaml("configs/base64.yaml"), ["train.steps=100"]))
 
 Configs are frozen keyword-only dataclasses, each beside what it configures. Type hints are the grammar: bool, int,
-float, str, `X | None`, `tuple[X, ...]`, `X | tuple[X, ...]`, `Literal[...]`, `dict[str, Any]`, nested dataclasses.
+float, str, `X | None`, `tuple[X, ...]`, `Literal[...]`, `dict[str, X]`, nested dataclasses, and unions of a plain
+type, a tuple and a dict, among which the value's form decides.
 `__post_init__` checks the rest and raises `ConfigError("size: 48 is not a multiple of 32; ...")`; `build` puts the
 section's path before that.
 
@@ -130,8 +131,8 @@ def _convert(hint: Any, raw: Any, where: str) -> Any:
         if raw is None and NoneType in args:
             return None
         inner = [arg for arg in args if arg is not NoneType]
-        lists = [arg for arg in inner if get_origin(arg) is tuple]  # `str | tuple[str, ...]`: the value's form decides
-        return _convert(lists[0] if lists and isinstance(raw, list) else inner[0], raw, where)
+        form = tuple if isinstance(raw, list) else dict if isinstance(raw, dict) else None  # the others are plain
+        return _convert(next((arg for arg in inner if form and get_origin(arg) is form), inner[0]), raw, where)
     if kind is tuple:
         if not isinstance(raw, list | tuple):
             fix = f"write [{raw}]" if isinstance(raw, str | int | float) else "write it as [a, b]"
@@ -142,6 +143,10 @@ def _convert(hint: Any, raw: Any, where: str) -> Any:
         return tuple(_convert(hints[number], item, f"{where}[{number}]") for number, item in enumerate(raw))
     if is_dataclass(hint):
         return build(cast(type, hint), raw, where)
+    if kind is dict and isinstance(raw, dict) and args[1] is not Any:
+        for key in [key for key in raw if not isinstance(key, str)]:
+            raise ConfigError(f"{_join(where, key)}: the name is {_got(key)}; {_fix(str, key)}")
+        return {key: _convert(args[1], value, _join(where, key)) for key, value in raw.items()}
     hint = dict if kind is dict else hint  # `dict[str, Any]`: free content, such as another file's configuration
     if kind is Literal:
         if any(type(raw) is type(choice) and raw == choice for choice in args):

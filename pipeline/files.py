@@ -86,17 +86,62 @@ def remove_folder(path: Path) -> None:
         log.warning("%s: cannot be removed: %s", path, error.strerror)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """A safetensors file, not yet synced. OSError if it cannot be written."""
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], facts: Mapping[str, str] | None = None) -> None:
+    """A safetensors file, not yet synced, with `facts` as its metadata. OSError if it cannot be written."""
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     try:
         # save_file takes an array's memory as it lies, so a transposed view would be written as if it were not one.
-        save_file({name: np.asarray(array, order="C") for name, array in tensors.items()}, path)
+        arrays = {name: np.asarray(array, order="C") for name, array in tensors.items()}
+        save_file(arrays, path, None if facts is None else dict(facts))
     except SafetensorError as error:
         raise OSError(f"{path}: {error}") from None
     path.chmod(0o666 & path.parent.stat().st_mode)  # save_file lets only the owner read; the folder knows the umask
+
+
+def write_tensors_atomically(path: Path, tensors: Mapping[str, np.ndarray], facts: Mapping[str, str]) -> None:
+    """As `write_tensors`, but `path` holds the old file or the new one at every moment."""
+    side = path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
+    try:
+        write_tensors(side, tensors, facts)
+        sync(side)
+        side.replace(path)
+    finally:
+        side.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+@contextlib.contextmanager
+def claim(path: Path) -> Iterator[bool]:
+    """Whether making `path` is this process's to do: True for one of all that ask at a time, over machines too if
+    their file system has locks. A process that dies lets go.
+
+    The lock is a hidden file beside `path`, which goes with the claim; so after one is got it has to be looked whether
+    the file is still the one of that name.
+    """
+    name = path.with_name(f".{path.name}.lock")
+    descriptor = os.open(name, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:  # no locks here: the work may be done twice, and is still written whole
+            yield True
+            return
+        try:
+            mine = os.path.samestat(os.fstat(descriptor), name.stat())
+        except FileNotFoundError:
+            mine = False
+        try:
+            yield mine
+        finally:
+            if mine:
+                name.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

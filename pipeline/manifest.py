@@ -26,6 +26,7 @@ class TextFacts:
     fingerprint: str
     length: int
     width: int
+    clean: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import numpy as np
 
 # One number a purpose, so that two kinds of draw never share a stream. Part of a run's identity: never reuse one.
 PURPOSES = {
-    "order": 1,  # permutation of the samples of an epoch
+    "order": 1,  # permutation of the samples of a window
     "crop": 2,  # which square of a picture
     "time": 3,  # diffusion time of a training sample
     "noise": 4,  # eps of a training sample
@@ -21,6 +21,9 @@ PURPOSES = {
     "sample": 9,  # noise of sampling, by image number and stage
     "shapes": 10,  # synthetic scenes
     "window": 11,  # which window of the square, for super-resolution
+    "shards": 12,  # permutation of the shards of an epoch
+    "mix": 13,  # which data set, in a block of places
+    "caption": 14,  # which of a sample's captions
 }
 
 

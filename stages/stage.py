@@ -16,7 +16,8 @@ from mindspore import Tensor, ops
 from pipeline import runtime
 from pipeline.config import ConfigError, build
 from pipeline.data.image import to_float, to_uint8
-from pipeline.data.loader import Arrays, DataConfig
+from pipeline.data.loader import Arrays
+from pipeline.data.shards import DataConfig
 from pipeline.diffusion.guidance import guide, threshold
 from pipeline.diffusion.loss import DiffusionConfig
 from pipeline.diffusion.loss import loss as score  # in a compiled method `loss` would be the method itself

@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 
+from pipeline.data.shards import DataConfig, Shards
+from pipeline.data.text import encoder, recipe
+from pipeline.data.text_store import TextStore
+from pipeline.nn.text_encoder import TextConfig
 from tools import shapes, tiny_t5
+
+LENGTH = 12  # tokens a caption
 
 
 @pytest.fixture(scope="session")
@@ -21,9 +27,12 @@ def shards_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def t5_folder(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A T5 of width 16 whose tokenizer knows the captions of `shards_folder`."""
+    """A T5 of width 16 whose tokenizer knows the captions of `shards_folder`; their embeddings lie beside them."""
     folder = tmp_path_factory.mktemp("models") / "t5"
     tiny_t5.make(folder, sorted(shards_folder.glob("*.tar")), width=16, layers=1, heads=2, vocab=64, seed=0)
+    shards = Shards.open(DataConfig(shards=f"{shards_folder}/*.tar"), progress=False)
+    text = TextConfig(encoder=str(folder), width=16, length=LENGTH)
+    TextStore(shards, recipe(text)).build(encoder(text), progress=False)
     return folder
 
 
@@ -34,7 +43,7 @@ def stage_yaml(kind: str, run: Path, shards: Path, t5: Path) -> dict[str, Any]:
         "kind": "base" if kind == "base" else "super_resolution",
         "run": str(run),
         "size": size,
-        "text": {"encoder": str(t5), "width": 16, "length": 12},
+        "text": {"encoder": str(t5), "width": 16, "length": LENGTH},
         "diffusion": {"prediction": "v"},
         "unet": {
             "kind": "adm" if kind == "base" else "efficient",

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from pipeline.data.captions import RULES, clean
+from pipeline.data.captions import RULES, captions, clean
 
 EXAMPLES = {
     "A Photo of a Cat": "a photo of a cat",
@@ -142,3 +142,21 @@ def test_every_rule_is_needed() -> None:
 def test_import_is_late() -> None:
     code = "import sys, pipeline.data.captions; sys.exit('ftfy' in sys.modules or 'mindspore' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("field", "expected"),
+    [
+        ("txt", ["a dog"]),
+        ("alt", ["a cat", "two"]),
+        ("title", ["one"]),
+        ("number", []),
+        ("none", []),
+        ("absent", []),
+        ("blank", []),
+    ],
+)
+def test_captions_of_a_sample(field: str, expected: list[str]) -> None:
+    meta = {"alt": [" a cat ", "", None, 3, "two"], "title": "one\n", "number": 3, "none": None, "blank": " "}
+    assert captions(" a dog\n", meta, field) == expected
+    assert captions("", meta, field) == ([] if field == "txt" else expected)

@@ -31,6 +31,7 @@ TOOLS = {
     "agreement": "[--manifest MANIFEST] [--json] IMAGES_DIR",
     "cache_text": "config [key=value ...]",
     "export": "config",
+    "index": "[--weights W [W ...]] [--cache DIR] [--workers WORKERS] [--json] SHARDS [SHARDS ...]",
     "overview": "IMAGES PNG",
     "references": "[NAME ...]",
     "shapes": "--num NUM --size SIZE --seed SEED [--shard-size SHARD_SIZE] [--workers WORKERS] OUT",

@@ -40,13 +40,14 @@ class StageConfig:
     clip: float | None = None
     name: str | None = None
     mults: tuple[int, ...] = (1, 2)
-    shards: str | tuple[str, ...] = ""
+    shards: str | tuple[str, ...] | dict[str, float] = ""
+    captions: dict[str, float] = field(default_factory=dict)
     adam: AdamConfig = field(default_factory=AdamConfig)
     low_res: LowResConfig | None = None
     derived: int = field(init=False, default=3)
 
 
-FIELDS = "run, seed, launcher, workers, shuffle, clip, name, mults, shards, adam, low_res"
+FIELDS = "run, seed, launcher, workers, shuffle, clip, name, mults, shards, captions, adam, low_res"
 
 
 def message(raw: Any) -> str:
@@ -73,7 +74,8 @@ def random_config(rng: np.random.Generator) -> StageConfig:
         clip=None if rng.integers(2) else number(),
         name=None if rng.integers(2) else text(),
         mults=tuple(int(n) for n in rng.integers(1, 9, rng.integers(0, 4))),
-        shards=text() if rng.integers(2) else tuple(text() for _ in range(rng.integers(0, 3))),
+        shards=[text(), tuple(text() for _ in range(rng.integers(0, 3))), {text(): number()}][rng.integers(3)],
+        captions={text(): number() for _ in range(rng.integers(0, 3))},
         adam=AdamConfig(lr=number(), betas=(number(), number())),
         low_res=LowResConfig(size=64, levels=levels) if rng.integers(2) else None,
     )
@@ -188,6 +190,8 @@ def test_integers_become_the_floats_that_the_type_asks_for() -> None:
         ),
         ({"run": "r", "shards": 7}, "shards: expected text, got 7; put it in quotes"),
         ({"run": "r", "shards": ["a", 7]}, "shards[1]: expected text, got 7; put it in quotes"),
+        ({"run": "r", "shards": {"a": "x"}}, "shards.a: expected a number, got text 'x'; give a number without quotes"),
+        ({"run": "r", "captions": {3: 1}}, "captions.3: the name is 3; put it in quotes"),
         ({"run": ["x" * 200]}, "run: expected text, got the list ['" + "x" * 75 + "...; give text"),
     ],
 )

@@ -4,12 +4,12 @@ import tracemalloc
 import zlib
 from pathlib import Path
 
-import damage
 import numpy as np
+import pictures
 import pytest
 import simplejpeg
 import skimage
-from damage import encoded, quarters
+from pictures import encoded, quarters
 from PIL import Image, ImageOps
 
 from pipeline.data.image import (
@@ -114,7 +114,7 @@ class TestDecode:
         image = Image.fromarray(quarters()).convert(mode)
         assert (pixels(encoded(image, "PNG")) == np.asarray(image.convert("RGB"))).all()
 
-    @pytest.mark.parametrize("make", [damage.cmyk_jpeg, damage.ycck_jpeg])
+    @pytest.mark.parametrize("make", [pictures.cmyk_jpeg, pictures.ycck_jpeg])
     def test_inks(self, make):
         """The right colours, not their negatives; scaled too."""
         data = make(quarters(160, 240))
@@ -125,24 +125,24 @@ class TestDecode:
         assert dimensions(data) == (240, 160)
 
     def test_grey_jpeg(self):
-        assert np.abs(whole(damage.grey_jpeg(90)).astype(int) - 90).max() <= 1
-        assert whole(damage.grey_jpeg()).shape == (16, 16, 3)
+        assert np.abs(whole(pictures.grey_jpeg(90)).astype(int) - 90).max() <= 1
+        assert whole(pictures.grey_jpeg()).shape == (16, 16, 3)
 
     def test_sixteen_bits_are_scaled(self):
-        assert pixels(damage.png16())[..., 0].tolist() == [[0, 0x12], [0x80, 0xFF]]
+        assert pixels(pictures.png16())[..., 0].tolist() == [[0, 0x12], [0x80, 0xFF]]
         colours = np.array([[[0, 0x1234, 0xFFFF], [0xFF00, 0x00FF, 0x8000]]], np.uint16)
-        assert pixels(damage.png16(colours)).tolist() == [[[0, 0x12, 0xFF], [0xFF, 0, 0x80]]]
+        assert pixels(pictures.png16(colours)).tolist() == [[[0, 0x12, 0xFF], [0xFF, 0, 0x80]]]
 
     def test_alpha_lies_on_white(self):
-        red = Image.open(io.BytesIO(damage.rgba_png()))
+        red = Image.open(io.BytesIO(pictures.rgba_png()))
         grey = Image.merge("LA", (Image.new("L", (16, 16), 76), red.getchannel("A")))
-        sixteen_bits = damage.png(2, 1, zlib.compress(b"\0\x12\x34\0\0"), bits=16)
-        sixteen_bits = sixteen_bits[:33] + damage.chunk(b"tRNS", b"\0\0") + sixteen_bits[33:]
+        sixteen_bits = pictures.png(2, 1, zlib.compress(b"\0\x12\x34\0\0"), bits=16)
+        sixteen_bits = sixteen_bits[:33] + pictures.chunk(b"tRNS", b"\0\0") + sixteen_bits[33:]
         palette = Image.new("P", (16, 16))
         palette.putpalette([255, 0, 0, 0, 0, 0])
         palette.paste(1, (8, 0, 16, 16))
         for data, left in (
-            (damage.rgba_png(), [255, 0, 0]),
+            (pictures.rgba_png(), [255, 0, 0]),
             (encoded(red, "WEBP", lossless=True), [255, 0, 0]),
             (encoded(grey, "PNG"), [76] * 3),
             (encoded(palette, "PNG", transparency=bytes([255, 0])), [255, 0, 0]),  # an alpha for each colour
@@ -165,7 +165,7 @@ class TestDecode:
         data = encoded(
             Image.new("RGB", (16, 16), "red"), "PNG", save_all=True, append_images=[Image.new("RGB", (16, 16))]
         )
-        none = damage.chunk(b"acTL", struct.pack(">II", 0, 0))
+        none = pictures.chunk(b"acTL", struct.pack(">II", 0, 0))
         assert (pixels(data[:33] + none + none + data[33:]) == [255, 0, 0]).all()
 
 
@@ -174,8 +174,8 @@ class TestOrientation:
     def test_all_eight(self, orientation):
         """Against Pillow, which turns them by another code, whole and scaled, wherever the window is."""
         image = quarters(150, 203)
-        data = damage.rotated_jpeg(orientation, image)
-        with Image.open(io.BytesIO(encoded(image, "PNG", exif=damage.exif(orientation)))) as opened:
+        data = pictures.rotated_jpeg(orientation, image)
+        with Image.open(io.BytesIO(encoded(image, "PNG", exif=pictures.exif(orientation)))) as opened:
             exact = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
         assert close(whole(data), exact)
         assert dimensions(data) == exact.shape[1::-1]
@@ -187,25 +187,25 @@ class TestOrientation:
     @pytest.mark.parametrize("orientation", range(1, 9))
     def test_other_formats(self, kind, orientation):
         options = {"lossless": True} if kind == "WEBP" else {}
-        data = encoded(quarters(), kind, exif=damage.exif(orientation), **options)
+        data = encoded(quarters(), kind, exif=pictures.exif(orientation), **options)
         assert (pixels(data) == Picture(quarters(), 48, 64, orientation).upright()).all()
         assert dimensions(data) == ((64, 48) if orientation < 5 else (48, 64))
 
     def test_both_byte_orders_and_padding(self):
         for order in "<>":
-            data = encoded(quarters(), "JPEG", exif=damage.exif(6, order))
+            data = encoded(quarters(), "JPEG", exif=pictures.exif(6, order))
             assert dimensions(data) == (48, 64)
             assert dimensions(data[:2] + b"\xff\xff" + data[2:]) == (48, 64)
 
     @pytest.mark.parametrize(
         "block",
         [
-            damage.exif(0),
-            damage.exif(9),
-            damage.exif(6)[:20],
-            damage.exif(6).replace(b"II*", b"XX*"),
-            damage.exif(6).replace(struct.pack("<I", 8), struct.pack("<I", 4_000_000_000)),
-            damage.exif(6).replace(b"\x12\x01\x03", b"\x12\x01\x02"),  # a text
+            pictures.exif(0),
+            pictures.exif(9),
+            pictures.exif(6)[:20],
+            pictures.exif(6).replace(b"II*", b"XX*"),
+            pictures.exif(6).replace(struct.pack("<I", 8), struct.pack("<I", 4_000_000_000)),
+            pictures.exif(6).replace(b"\x12\x01\x03", b"\x12\x01\x02"),  # a text
             b"Exif\0\0",
             b"Exif\0\0" + bytes(60_000),
         ],
@@ -217,7 +217,7 @@ class TestOrientation:
             assert whole(data).shape == (48, 64, 3)
 
     def test_exif_after_the_pixels_of_a_png(self):
-        data, block = encoded(quarters(), "PNG"), damage.chunk(b"eXIf", damage.exif(6)[6:])
+        data, block = encoded(quarters(), "PNG"), pictures.chunk(b"eXIf", pictures.exif(6)[6:])
         assert dimensions(data[:-12] + block + data[-12:]) == (64, 48)
         assert pixels(data[:-12] + block + data[-12:]).shape == (48, 64, 3)
         assert dimensions(data[:33] + block + data[33:]) == (48, 64)
@@ -233,7 +233,7 @@ class TestRefusals:
     @pytest.mark.parametrize("kind", ["baseline", "progressive"])
     def test_jpeg_with_flipped_bits(self, kind):
         """Refused, or a picture of some size: nothing else, and no warning."""
-        data = encoded(smooth(64, 96), "JPEG", progressive=kind == "progressive", exif=damage.exif(6))
+        data = encoded(smooth(64, 96), "JPEG", progressive=kind == "progressive", exif=pictures.exif(6))
         outcomes = []
         for number in range(400):
             place = int(np.random.default_rng(number).integers(2, len(data)))
@@ -269,7 +269,7 @@ class TestRefusals:
         rows = b"".join((b"\0" + bytes([level]) * columns * channels) * count for count, columns in passes)
 
         def png(content):
-            return damage.png(width, height, zlib.compress(content), colours=colours, interlaced=interlaced)
+            return pictures.png(width, height, zlib.compress(content), colours=colours, interlaced=interlaced)
 
         expected = 255 - (255 - level) * level // 255 if colours == 6 else level
         for enough in (rows, rows * 1000):
@@ -281,24 +281,33 @@ class TestRefusals:
     def test_png_whose_pixels_are_no_compressed_data(self):
         for broken in (b"", b"\x78\x9c", b"not compressed", zlib.compress(bytes(17) * 16)[:-6]):
             with pytest.raises(BadImage):
-                decode(damage.png(16, 16, broken), 8)
+                decode(pictures.png(16, 16, broken), 8)
 
     @pytest.mark.parametrize(
         "data",
-        [b"", b"\xff\xd8", damage.html(), bytes(1000), b"%!PS-Adobe-3.0 EPSF-3.0\n", b"RIFF....WAVE", b"BM", b"GIF89a"],
+        [
+            b"",
+            b"\xff\xd8",
+            pictures.html(),
+            bytes(1000),
+            b"%!PS-Adobe-3.0 EPSF-3.0\n",
+            b"RIFF....WAVE",
+            b"BM",
+            b"GIF89a",
+        ],
     )
     def test_not_a_picture(self, data):
         refused(data)
 
     def test_html_is_told_what_it_is_not(self):
-        refused(damage.html(), "is none of JPEG, PNG, WEBP, GIF, BMP")
+        refused(pictures.html(), "is none of JPEG, PNG, WEBP, GIF, BMP")
 
     @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "GIF frame", "BMP", "WEBP"])
     @pytest.mark.parametrize("side", [9_434, 13_000, 16_000, 30_000])  # Pillow warns up to twice its limit, then raises
     def test_bombs_are_refused_by_their_header(self, kind, side):
         side = min(side, 16_383) if kind == "WEBP" else side
         if kind == "PNG":
-            data = damage.png_bomb(side)
+            data = pictures.png_bomb(side)
         else:
             data = encoded(Image.new("L", (16, 16)), kind.split()[0], **({"lossless": True} if kind == "WEBP" else {}))
             place, size = {
@@ -317,14 +326,14 @@ class TestRefusals:
 
     def test_the_bomb_is_a_picture(self):
         """Nothing but its size is wrong with it."""
-        assert len(damage.png_bomb()) < 1_000_000
-        assert whole(damage.png_bomb(3000)).shape == (3000, 3000, 3)
+        assert len(pictures.png_bomb()) < 1_000_000
+        assert whole(pictures.png_bomb(3000)).shape == (3000, 3000, 3)
 
     @pytest.mark.parametrize(("width", "height"), [(0, 16), (16, 0), (0, 0), (70_000, 1)])
     def test_impossible_sizes(self, width, height):
-        refused(damage.png(width, height, zlib.compress(bytes(100))))
+        refused(pictures.png(width, height, zlib.compress(bytes(100))))
         if width < 65_536:
-            data = damage.grey_jpeg()
+            data = pictures.grey_jpeg()
             place = data.index(b"\xff\xc0") + 5
             refused(data[:place] + struct.pack(">HH", height, width) + data[place + 4 :])
 

@@ -1,77 +1,82 @@
 """Batches by step: the same whoever asks; what cannot be used is replaced, written down, and not lost in silence."""
 
-import io
 import json
-import tarfile
+import os
+import signal
+import subprocess
+import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from tars import jpeg, sample, tar
 
-from pipeline.config import ConfigError
+from pipeline.config import build
 from pipeline.data.image import crop_resize, decode
-from pipeline.data.loader import ATTEMPTS, Arrays, DataConfig, Loader
-from pipeline.data.order import sample_ids
-from pipeline.data.shards import Shards
+from pipeline.data.loader import ATTEMPTS, Arrays, Loader
+from pipeline.data.shards import DataConfig, Shards
 from pipeline.errors import UserError
 
 SIZE, BATCH, STEPS = 8, 6, 5
 GOOD, BROKEN = "abcdefg", "xy"  # keys of the samples in `crawl`
 
 
-class Places:
-    """In the place of embeddings: where they would be read from."""
+class Numbers:
+    """In the place of embeddings: whose they would be."""
 
-    def __getitem__(self, place: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        return np.array([place], np.float32), np.array([True])
+    def __init__(self, threadsafe: bool = True) -> None:
+        self.threadsafe = threadsafe
+        self.askers: set[str] = set()
+
+    def embed(self, numbers: Sequence[int], draws: Sequence[np.random.Generator]) -> tuple[np.ndarray, np.ndarray]:
+        self.askers.add(threading.current_thread().name)
+        return np.array(numbers, np.float32).reshape(-1, 1, 1), np.ones((len(numbers), 1), bool)
 
 
-def arrange(step: int, positions: range, pictures: np.ndarray, text: np.ndarray, mask: np.ndarray) -> Arrays:
+def arrange(step: int, positions: Sequence[int], pictures: np.ndarray, text: np.ndarray, mask: np.ndarray) -> Arrays:
     return np.full(len(positions), step), np.array(positions), pictures, text, mask
 
 
-def jpeg(seed: int) -> bytes:
-    """Wider than high, so that it matters where the square is cut."""
-    buffer = io.BytesIO()
-    noise = np.random.default_rng(seed).integers(0, 256, (3, 5, 3)).astype(np.uint8)
-    Image.fromarray(noise).resize((20, 12)).save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
 def write(path: Path, pictures: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for key, data in pictures.items():
-            for name, content in ((f"{key}.jpg", data), (f"{key}.txt", f"caption of {key}".encode())):
-                member = tarfile.TarInfo(name)
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+    path.write_bytes(tar([file for key, data in pictures.items() for file in sample(key, jpg=data)]))
     return path
 
 
 @pytest.fixture(scope="module")
 def crawl(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tar as they come: nine samples, two of them broken."""
-    pictures = {key: jpeg(number) for number, key in enumerate("abxcdyefg")}
-    pictures |= {"x": pictures["x"][:-100], "y": b"<html>gone</html>"}
-    return write(tmp_path_factory.mktemp("crawl") / "00000.tar", pictures)
+    """Tars as they come: nine samples, two of whose pictures are broken though their headers are not."""
+    folder = tmp_path_factory.mktemp("crawl")
+    pictures = {key: jpeg(20, 12, number) for number, key in enumerate("abxcdyefg")}
+    for key in BROKEN:
+        pictures[key] = pictures[key][:-20]
+    items = list(pictures.items())
+    for number in range(3):
+        write(folder / f"{number}.tar", dict(items[3 * number : 3 * number + 3]))
+    return folder
 
 
-def make(shards: Path, run: Path, share: range = range(BATCH), workers: int = 2, **options: Any) -> Loader:
-    config = DataConfig(shards=str(shards), global_batch=BATCH, workers=workers, crop="random")
-    values = {"text": Places(), "arrange": arrange} | options
+def make(shards: Path, run: Path, share: range = range(BATCH), arrange: Any = arrange, **options: Any) -> Loader:
+    raw = {"shards": f"{shards}/*.tar", "global_batch": BATCH, "window": 2, "crop": "random", "max_damage": 1.0}
+    text = Numbers(options.pop("threadsafe", True))
+    config = build(DataConfig, raw | options)
     run.mkdir(exist_ok=True)
     return Loader(
-        config,
+        Shards.open(config, progress=False),
+        text,
         seed=3,
-        shards=Shards.open(config.patterns),
         size=SIZE,
+        arrange=arrange,
         quarantine=run / "quarantine.jsonl",
         share=share,
-        **values,
     )
+
+
+def pictures_of(batch: Arrays) -> list[int]:
+    """The samples of a batch."""
+    return [int(number) for number in batch[3].ravel()]
 
 
 def listed(run: Path) -> list[dict[str, str]]:
@@ -89,29 +94,29 @@ def threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("loader")]
 
 
-@pytest.fixture
-def whole(crawl: Path, tmp_path: Path) -> list[Arrays]:
-    """All batches, one after the other, without threads."""
-    loader = make(crawl, tmp_path / "whole")
-    return [loader.batch(step) for step in range(STEPS)]
+@pytest.fixture(scope="module")
+def whole(crawl: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Arrays]:
+    """All batches, made by one process and one thread."""
+    return list(make(crawl, tmp_path_factory.mktemp("whole"), workers=1).batches(0, STEPS))
 
 
 def test_a_batch_is_the_samples_of_its_step(shards_folder: Path, tmp_path: Path) -> None:
-    loader = make(shards_folder / "*.tar", tmp_path)
-    for step, (steps, positions, pictures, text, mask) in enumerate(loader.batches(0, STEPS)):
+    loader = make(shards_folder, tmp_path, crop="center")
+    for step, batch in enumerate(loader.batches(0, STEPS)):
+        steps, positions, pictures, _, mask = batch
         assert steps.tolist() == [step] * BATCH
         assert positions.tolist() == list(range(BATCH))
-        ids = sample_ids(3, step, BATCH, 24)
-        assert [tuple(place) for place in text[:, 0].astype(int)] == [loader.shards.location(int(i)) for i in ids]
+        assert pictures_of(batch) == loader.ids(step).tolist() == loader.order.ids(step, BATCH).tolist()
         assert mask.all()
-        for picture, number in zip(pictures, ids, strict=True):
-            expected = crop_resize(decode(loader.shards.read(int(number)).image, SIZE), SIZE, 0.5, 0.5)
+        for picture, number in zip(pictures, loader.ids(step), strict=True):
+            expected = crop_resize(decode(loader.shards.image(int(number)), SIZE), SIZE, 0.5, 0.5)
             np.testing.assert_array_equal(picture, expected)
     assert not (tmp_path / "quarantine.jsonl").exists()
 
 
 @pytest.mark.parametrize("world", [2, 3, 6])
 def test_the_ranks_batches_are_the_whole_batch(world: int, whole: list[Arrays], crawl: Path, tmp_path: Path) -> None:
+    """Fewer shards than ranks, of uneven sizes: every rank has every step."""
     each = BATCH // world
     ranks = [make(crawl, tmp_path / "run", range(rank * each, (rank + 1) * each)) for rank in range(world)]
     parts = [list(rank.batches(0, STEPS)) for rank in ranks]
@@ -120,27 +125,80 @@ def test_the_ranks_batches_are_the_whole_batch(world: int, whole: list[Arrays], 
 
 
 @pytest.mark.parametrize(("start", "workers"), [(0, 1), (0, 4), (2, 2), (STEPS - 1, 3), (STEPS, 1)])
-def test_batches_do_not_depend_on_start_or_workers(
-    start: int, workers: int, whole: list[Arrays], crawl: Path, tmp_path: Path
+@pytest.mark.parametrize("threadsafe", [True, False])
+def test_batches_do_not_depend_on_start_workers_or_where_text_comes_from(
+    start: int, workers: int, threadsafe: bool, whole: list[Arrays], crawl: Path, tmp_path: Path
 ) -> None:
-    assert_equal(list(make(crawl, tmp_path / "run", workers=workers).batches(start, STEPS)), whole[start:])
+    loader = make(crawl, tmp_path / "run", workers=workers, threadsafe=threadsafe)
+    assert_equal(list(loader.batches(start, STEPS)), whole[start:])
     assert threads() == []
+    assert isinstance(loader.text, Numbers)
+    if not threadsafe:
+        assert loader.text.askers <= {threading.current_thread().name}
+
+
+RANK = """
+import sys
+from pathlib import Path
+sys.path.insert(0, "tests")
+from test_loader import make, pictures_of
+rank, world, start, folder = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
+each = 6 // world
+loader = make(Path(sys.argv[5]), folder, range(rank * each, (rank + 1) * each))
+with open(folder / f"seen-{world}-{rank}", "w", buffering=1) as file:
+    for step, batch in enumerate(loader.batches(start, start + 10_000), start):
+        print(step, *pictures_of(batch), file=file)
+"""
+
+
+def run_ranks(world: int, start: int, steps: int, crawl: Path, folder: Path) -> dict[int, list[int]]:
+    """The samples of each step, as `world` processes saw them before they were killed with -9 somewhere."""
+    command = [sys.executable, "-W", "error", "-c", RANK]
+    ranks = [
+        subprocess.Popen([*command, *map(str, (rank, world, start, folder, crawl))], cwd=Path(__file__).parent.parent)
+        for rank in range(world)
+    ]
+    files = [folder / f"seen-{world}-{rank}" for rank in range(world)]
+    try:
+        for _ in range(600):
+            if all(file.exists() and file.read_text().count("\n") >= steps for file in files):
+                break
+            assert all(rank.poll() is None for rank in ranks)
+            threading.Event().wait(0.1)
+    finally:
+        for rank in ranks:
+            os.kill(rank.pid, signal.SIGKILL)
+            rank.wait(timeout=60)
+    seen: dict[int, list[int]] = {}
+    for file in files:
+        for line in file.read_text().splitlines(keepends=True)[:steps]:
+            step, *ids = map(int, line.split())
+            seen.setdefault(step, []).extend(ids)
+    return seen
+
+
+def test_killed_and_resumed_on_another_number_of_ranks(crawl: Path, tmp_path: Path) -> None:
+    """The state is one integer, the step: what comes after it is what an uninterrupted run would have seen."""
+    first = run_ranks(2, 0, 7, crawl, tmp_path)
+    later = run_ranks(3, 7, 9, crawl, tmp_path)
+    assert list(first) == list(range(7))
+    assert list(later) == list(range(7, 16))
+    whole = [pictures_of(batch) for batch in make(crawl, tmp_path / "run").batches(0, 16)]
+    assert [*first.values(), *later.values()] == whole
 
 
 def test_the_crop_is_drawn_for_the_place(crawl: Path, tmp_path: Path) -> None:
     """The same sample comes cut elsewhere in another step, and in the middle if that is asked for."""
     loader = make(crawl, tmp_path)
-    number = next(i for i in range(9) if loader.shards.key(i).endswith(":a"))
-    cuts = {loader.picture(number, step, position).tobytes() for step in range(4) for position in range(4)}
+    cuts = {loader.picture(0, step, position).tobytes() for step in range(4) for position in range(4)}
     assert len(cuts) > 3
-    assert all(loader.picture(number, 1, 2).tobytes() in cuts for _ in range(2))
-    loader.config = DataConfig(shards="", crop="center")
-    assert len({loader.picture(number, step, 0).tobytes() for step in range(8)}) == 1
+    assert all(loader.picture(0, 1, 2).tobytes() in cuts for _ in range(2))
+    centered = make(crawl, tmp_path, crop="center")
+    assert len({centered.picture(0, step, 0).tobytes() for step in range(8)}) == 1
 
 
 def test_first_starts_again_from_the_first(crawl: Path, tmp_path: Path) -> None:
-    loader = make(crawl, tmp_path)
-    pictures, text, mask = loader.first(11)
+    pictures, text, mask = make(crawl, tmp_path).first(11)
     assert pictures.shape == (11, SIZE, SIZE, 3)
     assert mask.shape == (11, 1)
     assert (text[9:] == text[:2]).all()
@@ -149,64 +207,63 @@ def test_first_starts_again_from_the_first(crawl: Path, tmp_path: Path) -> None:
 def test_what_cannot_be_decoded_is_replaced_and_listed_once(crawl: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     first, second = (make(crawl, run, share) for share in (range(3), range(3, BATCH)))  # two processes of a job
-    rows = {first.shards.key(i).partition(":")[2]: i for i in range(9)}
+    names = {i: first.shards.name(i)[1] for i in range(9)}
     seen = set()
     for loader in (first, second, make(crawl, run)):  # and a later run
-        for *_, text, _ in loader.batches(0, STEPS):
-            seen |= {int(row) for row in text[:, 0, 1]}
-    assert seen == {rows[key] for key in GOOD}
+        for batch in loader.batches(0, 3 * STEPS):
+            seen |= {names[number] for number in pictures_of(batch)}
+    assert seen == set(GOOD)
     entries = {entry["key"]: entry for entry in listed(run)}
     assert len(listed(run)) == len(entries) == 2
-    assert {entry["shard"] for entry in entries.values()} == {str(crawl)}
     assert entries.keys() == set(BROKEN)
+    assert entries["x"]["shard"] == str(crawl / "0.tar")
     assert entries["x"]["reason"].startswith("cannot be decoded (")
-    assert entries["y"]["reason"] == "is none of JPEG, PNG, WEBP, GIF, BMP"
-    assert first.quarantine.known | second.quarantine.known == {(str(crawl), key) for key in BROKEN}
 
 
-def test_what_the_scan_skipped_is_listed_too(tmp_path: Path) -> None:
-    tar = write(tmp_path / "a.tar", {"good": jpeg(1), "empty": b""})
+def test_what_the_index_left_out_is_listed_too(tmp_path: Path) -> None:
+    write(tmp_path / "a.tar", {"good": jpeg(), "empty": b""})
     for _ in range(2):
-        make(tar, tmp_path)
-    assert listed(tmp_path) == [{"shard": str(tar), "key": "empty", "reason": "no image"}]
-
-
-def test_a_line_that_a_full_disk_cut_short_does_not_count(crawl: Path, tmp_path: Path) -> None:
-    list(make(crawl, tmp_path).batches(0, STEPS))
-    path = tmp_path / "quarantine.jsonl"
-    whole = path.read_text()
-    path.write_text(whole[:-9])
-    list(make(crawl, tmp_path).batches(0, STEPS))
-    assert sorted(path.read_text().splitlines()) == sorted(whole.splitlines())
+        make(tmp_path, tmp_path)
+    (entry,) = listed(tmp_path)
+    assert (entry["shard"], entry["key"]) == (str(tmp_path / "a.tar"), "empty")
 
 
 def test_nothing_that_can_be_decoded(tmp_path: Path) -> None:
-    loader = make(write(tmp_path / "a.tar", {"one": b"no picture"}), tmp_path)
+    loader = make(write(tmp_path / "a.tar", {"one": jpeg()[:-20]}).parent, tmp_path)
     with pytest.raises(UserError) as error:
         next(loader.batches(0, STEPS))
     assert str(error.value) == (
-        f"data.shards: a.tar:one and {ATTEMPTS} stand-ins cannot be decoded; the reasons are in "
+        f"data.shards: {tmp_path}/a.tar:one and {ATTEMPTS} stand-ins cannot be used; the reasons are in "
         f"{tmp_path}/quarantine.jsonl; repair or remove those shards"
     )
     assert len(listed(tmp_path)) == 1
     assert threads() == []
 
 
+def test_too_many_that_cannot_be_decoded_end_the_run(crawl: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"data\.max_damage: 2 of about 9 samples looked at cannot be used, more than 15"
+    ):
+        list(make(crawl, tmp_path, max_damage=0.15).batches(0, 3 * STEPS))
+    assert threads() == []
+
+
 def test_a_tar_that_is_gone_ends_the_run(tmp_path: Path) -> None:
-    tar = write(tmp_path / "a.tar", {"one": jpeg(1)})
-    loader = make(tar, tmp_path)
-    tar.unlink()
-    with pytest.raises(UserError, match=r"a\.tar: .* unlike at the start; put it back and start again"):
+    loader = make(write(tmp_path / "a.tar", {"one": jpeg()}).parent, tmp_path)
+    (tmp_path / "a.tar").unlink()
+    with pytest.raises(UserError, match=r"a\.tar"):
         next(loader.batches(0, 1))
+    assert threads() == []
 
 
-def test_an_error_in_a_thread_surfaces_at_its_step(crawl: Path, tmp_path: Path) -> None:
-    def fail(step: int, positions: range, *arrays: np.ndarray) -> Arrays:
+@pytest.mark.parametrize("threadsafe", [True, False])
+def test_an_error_in_a_thread_surfaces_at_its_step(threadsafe: bool, crawl: Path, tmp_path: Path) -> None:
+    def fail(step: int, positions: Sequence[int], *arrays: np.ndarray) -> Arrays:
         if step == 2:
             raise ZeroDivisionError("step 2")
         return arrange(step, positions, *arrays)
 
-    batches = make(crawl, tmp_path, arrange=fail).batches(0, STEPS)
+    batches = make(crawl, tmp_path, arrange=fail, threadsafe=threadsafe).batches(0, STEPS)
     assert [next(batches)[0][0] for _ in range(2)] == [0, 1]
     with pytest.raises(ZeroDivisionError, match="step 2"):
         next(batches)
@@ -216,7 +273,7 @@ def test_an_error_in_a_thread_surfaces_at_its_step(crawl: Path, tmp_path: Path) 
 def test_a_loop_that_is_left_early_leaves_no_threads(crawl: Path, tmp_path: Path) -> None:
     made: list[int] = []
 
-    def count(step: int, positions: range, *arrays: np.ndarray) -> Arrays:
+    def count(step: int, positions: Sequence[int], *arrays: np.ndarray) -> Arrays:
         made.append(step)
         return arrange(step, positions, *arrays)
 
@@ -225,16 +282,4 @@ def test_a_loop_that_is_left_early_leaves_no_threads(crawl: Path, tmp_path: Path
     assert threads()
     batches.close()
     assert threads() == []
-    assert len(made) <= 5  # the one taken, and those ahead of it
-
-
-@pytest.mark.parametrize("name", ["global_batch", "workers"])
-def test_settings_that_cannot_be(name: str) -> None:
-    with pytest.raises(ConfigError) as error:
-        DataConfig(shards="a.tar", **{name: 0})
-    assert str(error.value) == f"{name}: 0 is not positive; give 1 or more"
-
-
-def test_shards_are_one_pattern_or_several() -> None:
-    assert DataConfig(shards="a.tar").patterns == ("a.tar",)
-    assert DataConfig(shards=("a.tar", "b.tar")).patterns == ("a.tar", "b.tar")
+    assert max(made) <= 3  # the one taken, and those ahead of it

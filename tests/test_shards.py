@@ -1,206 +1,227 @@
-import io
+"""Data sets as one row of samples: numbers, names and bytes as the tars have them, and what is refused."""
+
 import json
 import os
 import tarfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from pictures import html
+from server import Server
+from tars import sample, tar
 
-from pipeline.data.shards import Shards
+from pipeline.config import ConfigError, build
+from pipeline.data.shards import Damaged, DataConfig, Shards, indexed
 from pipeline.errors import UserError
 
 
-def write_tar(path: Path, files: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, data in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return path
-
-
-def good(key: str) -> dict[str, bytes]:
-    return {f"{key}.jpg": b"image of " + key.encode(), f"{key}.txt": b"caption of " + key.encode()}
+def opened(shards: Any, **options: Any) -> Shards:
+    return Shards.open(build(DataConfig, {"shards": shards, **options}), progress=False)
 
 
 @pytest.fixture
-def shards(shards_folder):
-    return Shards.open((f"{shards_folder}/{{00000..00001}}.tar",))
+def shards(shards_folder: Path) -> Shards:
+    return opened(f"{shards_folder}/{{00000..00001}}.tar")
 
 
-def test_every_sample_in_order(shards, shards_folder):
+def test_every_sample_in_order(shards: Shards, shards_folder: Path) -> None:
     """The truth is what tarfile reads."""
     assert len(shards) == 24
-    assert shards.skipped == []
+    assert (shards.sizes, shards.weights, shards.removed, list(shards.faults)) == ([[12, 12]], [1.0], {}, [])
     for i in range(24):
         shard, row = divmod(i, 12)
-        sample = shards.read(i)
-        with tarfile.open(shards_folder / f"{shard:05d}.tar") as tar:
-            parts = {kind: tar.extractfile(f"{i:08d}.{kind}").read() for kind in ("jpg", "txt", "json")}
-        assert sample == (f"{i:08d}", parts["jpg"], parts["txt"].decode(), json.loads(parts["json"]))
-        assert shards.key(i) == f"{shard:05d}.tar:{i:08d}"
+        with tarfile.open(shards_folder / f"{shard:05d}.tar") as file:
+            parts = [file.extractfile(f"{i:08d}.{kind}") for kind in ("jpg", "txt")]
+            image, words = (part.read() for part in parts if part)
+        assert shards.image(i) == image
+        assert shards.name(i) == (str(shards_folder / f"{shard:05d}.tar"), f"{i:08d}")
         assert shards.location(i) == (shard, row)
-
-
-def test_locations_point_into_captions(shards, shards_folder):
-    captions = shards.captions()
-    assert [shard.path for shard in captions] == [shards_folder / "00000.tar", shards_folder / "00001.tar"]
-    for i in range(len(shards)):
-        shard, row = shards.location(i)
-        sample = shards.read(i)
-        assert (captions[shard].keys[row], captions[shard].captions[row]) == (sample.key, sample.caption)
+        assert list(shards.captions(shard, np.array([row]))) == [{"txt": [words.decode()]}]
 
 
 @pytest.mark.parametrize("i", [-1, 24])
-def test_numbers_outside(shards, i):
+def test_numbers_outside(shards: Shards, i: int) -> None:
     with pytest.raises(IndexError, match=f"sample {i} of 24"):
-        shards.read(i)
+        shards.image(i)
 
 
-def test_threads_read_the_same(shards):
-    alone = [shards.read(i) for i in range(24)]
+def test_threads_read_the_same(shards: Shards) -> None:
+    alone = [shards.image(i) for i in range(24)]
     with ThreadPoolExecutor(8) as threads:
-        assert list(threads.map(shards.read, list(range(24)) * 10)) == alone * 10
+        assert list(threads.map(shards.image, list(range(24)) * 10)) == alone * 10
 
 
-def test_patterns(shards_folder):
-    first, second = (str(shards_folder / f"0000{number}.tar") for number in (0, 1))
-    for patterns in ((first, second), (f"{shards_folder}/*.tar",), (f"{shards_folder}/0000{{0,1}}.tar",)):
-        assert [str(shard.path) for shard in Shards.open(patterns).shards] == [first, second]
-    assert [str(shard.path) for shard in Shards.open((second, first)).shards] == [second, first]
+def write(path: Path, scores: range) -> None:
+    """Four samples, 0 to 3."""
+    metas = [json.dumps({"score": score}).encode() for score in scores]
+    path.write_bytes(tar([file for n, meta in enumerate(metas) for file in sample(f"{n}", n, json=meta)]))
 
 
-@pytest.mark.parametrize(
-    ("pattern", "message"),
-    [
-        ("pipe:cat {folder}/00000.tar", "a URL"),
-        ("https://example.com/{{00000..00001}}.tar", "a URL"),
-        ("{folder}/00007.tar", "00007.tar: no such file"),
-        ("{folder}/{{00000..00002}}.tar", "00002.tar: no such file"),
-        ("{folder}/*.tgz", "matches no file"),
-        ("{folder}", r"a folder; add /\*.tar"),
-        ("{folder}/{{00000..00001.tar", "write it like"),
-        ("${{NO_SUCH_NAME}}.tar", "write it like"),
-    ],
-)
-def test_bad_patterns(shards_folder, pattern, message):
-    with pytest.raises(UserError, match=message):
-        Shards.open((pattern.format(folder=shards_folder),))
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """a.tar with four samples, b.tar with three of which one is damaged."""
+    write(tmp_path / "a.tar", range(4))
+    (tmp_path / "b.tar").write_bytes(tar([*sample("x", 4), ("y.jpg", html()), ("y.txt", b"y"), *sample("z", 5)]))
+    return tmp_path
 
 
-def test_no_pattern_and_repeated_shards(shards_folder):
-    with pytest.raises(UserError, match="empty"):
-        Shards.open(())
-    with pytest.raises(UserError, match="named twice"):
-        Shards.open((f"{shards_folder}/*.tar", f"{shards_folder}/00001.tar"))
+def test_filters_number_what_is_left(folder: Path) -> None:
+    shards = opened(f"{folder}/a.tar", filter={"fields": {"score": [1, 3]}})
+    assert [shards.name(i)[1] for i in range(len(shards))] == ["1", "3"]
+    assert shards.image(1) == opened(f"{folder}/a.tar").image(3)
+    assert shards.rows(0).tolist() == [1, 3]
+    assert shards.account() == "left out: 2 score not [1, 3]"
 
 
-def test_unusable_samples_are_listed(tmp_path):
-    files = {
-        **good("a"),
-        "no_caption.jpg": b"image",
-        "no_image.txt": b"caption",
-        "empty_caption.jpg": b"image",
-        "empty_caption.txt": b" \n",
-        "not_utf8.jpg": b"image",
-        "not_utf8.txt": b"\xff\xfe\xfd",
-        "empty_image.jpg": b"",
-        "empty_image.txt": b"caption",
-        "bad_meta.png": b"image",
-        "bad_meta.txt": b"caption",
-        "bad_meta.json": b"{",
-        **good("b"),
-    }
-    path = write_tar(tmp_path / "0.tar", files)
-    shards = Shards.open((str(path),))
-    assert [shards.read(i).key for i in range(len(shards))] == ["a", "b"]
-    assert shards.location(1) == (0, 1)
-    assert {(reject.key, reject.reason) for reject in shards.skipped} == {
-        ("no_caption", "no caption"),
-        ("no_image", "no image"),
-        ("empty_caption", "no caption"),
-        ("not_utf8", "no caption"),
-        ("empty_image", "no image"),
-        ("bad_meta", "metadata that is no JSON object"),
-    }
-    assert {reject.shard for reject in shards.skipped} == {str(path)}
+def test_several_sets_with_weights(folder: Path) -> None:
+    shards = opened({f"{folder}/a.tar": 3, f"{folder}/b.tar": 1}, max_damage=1)
+    assert (shards.sizes, shards.weights, len(shards)) == ([[4], [2]], [3.0, 1.0], 6)
+    assert [shards.name(i)[1] for i in range(6)] == ["0", "1", "2", "3", "x", "z"]
+    listed = opened([f"{folder}/a.tar", f"{folder}/b.tar"], max_damage=1)
+    assert (listed.sizes, listed.weights) == ([[4, 2]], [1.0])
 
 
-def test_names(tmp_path):
-    """The key ends at the first dot; types in capitals, folders, hidden files and spread-out samples are fine."""
-    files = {
-        "x/1.JPEG": b"image 1",
-        "x/._1.jpg": b"hidden",
-        "x/2.webp": b"image 2",
-        "x/1.txt": "  zwölf Äpfel \n".encode(),
-        "x/2.seg.png": b"not the image",
-        "x/2.txt": b"two",
-        "README": b"",
-    }
-    shards = Shards.open((str(write_tar(tmp_path / "0.tar", files)),))
-    assert shards.read(0) == ("x/1", b"image 1", "zwölf Äpfel", {})
-    assert shards.read(1) == ("x/2", b"image 2", "two", {})
-    assert shards.skipped == []
+def test_too_much_damage_is_refused_before_the_run(folder: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        opened(f"{folder}/b.tar", max_damage=0.3)
+    assert str(caught.value) == (
+        "data.max_damage: 33.3% of the samples are damaged, more than 30.0%; left out: 1 damaged (the first, "
+        f"{folder}/b.tar:y, its jpg is none of JPEG, PNG, WEBP, GIF, BMP); repair the shards or raise it"
+    )
+    assert len(opened(f"{folder}/b.tar", max_damage=0.34)) == 2
 
 
-def test_long_names(tmp_path):
-    key = "k" * 300  # needs a second header in front
-    shards = Shards.open((str(write_tar(tmp_path / "0.tar", good(key))),))
-    assert shards.read(0).image == b"image of " + key.encode()
+def test_a_lost_shard_counts_as_the_samples_it_would_hold(folder: Path) -> None:
+    whole = (folder / "a.tar").read_bytes()
+    for number in range(9):
+        (folder / f"whole{number}.tar").write_bytes(whole)
+    (folder / "c.tar").write_bytes(os.urandom(len(whole)))
+    shards = opened(f"{folder}/[!b]*.tar", max_damage=1)
+    assert len(shards) == 40
+    assert shards.damage == pytest.approx(1 / 11, rel=0.01)
 
 
-def test_nothing_usable(tmp_path):
-    path = write_tar(tmp_path / "0.tar", {"a.jpg": b"image", "b.jpg": b"image"})
+def test_nothing_left(folder: Path) -> None:
     with pytest.raises(
-        UserError, match=r"none of the 2 samples can be used, the first, .*0\.tar:a, because it has no caption"
+        UserError, match=r"data\.shards: .*a\.tar: no sample is left; left out: 6 shorter side under 99"
     ):
-        Shards.open((str(path),))
+        opened({f"{folder}/a.tar": 1, f"{folder}/b.tar": 1}, filter={"min_size": 99})
+
+
+def test_one_shard_in_two_sets(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"a\.tar: in two data sets"):
+        opened({f"{folder}/a.tar": 1, f"{folder}/[ab].tar": 1})
+
+
+def touch(path: Path) -> None:
+    os.utime(path, (1, 1))
+
+
+def grow(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + bytes(512))
+
+
+def rewrite(path: Path) -> None:
+    write(path, range(5, 9))
+
+
+@pytest.mark.parametrize(("change", "words"), [(grow, "bytes and had"), (rewrite, "has changed at byte")])
+def test_an_index_that_no_longer_fits_is_refused_and_mended(
+    change: Callable[[Path], None], words: str, folder: Path
+) -> None:
+    pattern = f"{folder}/a.tar"
+    before = opened(pattern)
+    change(folder / "a.tar")
+    with pytest.raises(UserError) as caught:
+        opened(pattern)
+    assert words in str(caught.value)
+    assert str(caught.value).endswith(f"run `python -m tools.index '{pattern}'`")
+    indexed(build(DataConfig, {"shards": pattern}), outdated=True, progress=False)
+    after = opened(pattern)
+    assert (after.digest == before.digest) == (change is grow)
+
+
+def test_a_copy_needs_no_new_index(folder: Path) -> None:
+    before = opened(f"{folder}/a.tar")
+    made = (folder / "a.index.safetensors").stat().st_mtime_ns
+    touch(folder / "a.tar")
+    assert opened(f"{folder}/a.tar").digest == before.digest
+    assert (folder / "a.index.safetensors").stat().st_mtime_ns == made
+
+
+def test_bytes_that_changed_since_are_noticed(folder: Path) -> None:
+    shards = opened(f"{folder}/a.tar")
+    offset = int(shards.indexes[0].column("offset")[2, 0])
+    with (folder / "a.tar").open("r+b") as file:
+        file.seek(offset + 200)
+        byte = file.read(1)
+        file.seek(offset + 200)
+        file.write(bytes([byte[0] ^ 1]))
+    assert shards.image(1)
+    with pytest.raises(Damaged, match="its bytes are no longer those that were indexed"):
+        shards.image(2)
+
+
+def test_a_tar_that_is_cut_or_gone_later(folder: Path) -> None:
+    shards = opened(f"{folder}/a.tar")
+    os.truncate(folder / "a.tar", 2048)
+    with pytest.raises(UserError, match=r"a\.tar: ends before byte"):
+        shards.image(3)
+    (folder / "a.tar").unlink()
+    with pytest.raises(UserError, match=r"a\.tar"):
+        shards.image(0)
+
+
+def test_indexes_in_a_cache_folder(folder: Path) -> None:
+    cache = folder / "cache"
+    shards = opened(f"{folder}/a.tar", cache=str(cache))
+    assert not list(folder.glob("*.safetensors"))
+    assert len(list(cache.rglob("*.index.safetensors"))) == 1
+    assert opened(f"{folder}/a.tar", cache=str(cache)).digest == shards.digest
+
+
+def test_shards_on_a_server(folder: Path, tmp_path: Path) -> None:
+    """Indexed from end to end, read by ranges, and from the cache when the server is gone."""
+    local = opened(f"{folder}/a.tar")
+    with Server(folder) as server:
+        remote = opened(server.url("a.tar"), cache=str(tmp_path / "cache"))
+        assert remote.digest == local.digest
+        read = [remote.image(i) for i in range(4)]
+    assert read == [local.image(i) for i in range(4)] == [remote.image(i) for i in range(4)]
+
+
+def test_a_server_without_a_cache_folder(folder: Path) -> None:
+    with Server(folder) as server, pytest.raises(UserError, match=r"set data\.cache"):
+        opened(server.url("a.tar"))
 
 
 @pytest.mark.parametrize(
-    "damage",
+    ("raw", "message"),
     [
-        lambda data: b"",
-        lambda data: bytes(len(data)),  # an end and nothing before it
-        lambda data: b"<html>not found</html>" * 100,
-        lambda data: data[:700],  # inside the first file
-        lambda data: data[: 7 * 512 + 5],  # inside the last file
-        lambda data: data[: 4 * 512],  # between two files, which tarfile itself takes for the end
-        lambda data: data[: 4 * 512] + b"x" * 512 + data[5 * 512 :],  # a broken header, likewise
-        lambda data: data[: 4 * 512 + 100],
+        ({"global_batch": 0}, "global_batch: 0 is not positive"),
+        ({"window": 0}, "window: 0 is not positive"),
+        ({"workers": 0}, "workers: 0 is not positive"),
+        ({"max_damage": 1.5}, r"max_damage: 1.5 is not a share in \[0, 1\]"),
+        ({"shards": {}}, "shards: {}; give each entry a weight above 0"),
+        ({"shards": {"a": 1, "b": 0}}, "give each entry a weight above 0"),
+        ({"shards": {"a": 1, "b": 1e-6}}, "a weight is so small that 10,000 samples have none of it"),
+        ({"shards": {"a": "much"}}, "shards.a: expected a number, got text 'much'"),
+        ({"captions": {"txt": -1}}, "captions: {'txt': -1.0}; give each entry a weight above 0"),
     ],
 )
-def test_damaged_tars(tmp_path, damage):
-    path = write_tar(tmp_path / "0.tar", {**good("a"), **good("b")})
-    path.write_bytes(damage(path.read_bytes()))
-    write_tar(tmp_path / "1.tar", good("c"))
-    with pytest.raises(UserError, match=r"0\.tar: cannot be read as a tar"):
-        Shards.open((f"{tmp_path}/*.tar",))
+def test_settings_that_cannot_be(raw: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(DataConfig, {"shards": "a.tar", **raw})
 
 
-def test_compressed_tars_are_refused(tmp_path):
-    with tarfile.open(tmp_path / "0.tar", "w:gz"):
-        pass
-    with pytest.raises(UserError, match="cannot be read as a tar"):
-        Shards.open((f"{tmp_path}/0.tar",))
-
-
-def test_a_repeated_file(tmp_path):
-    path = write_tar(tmp_path / "0.tar", good("a"))
-    with tarfile.open(path, "a") as tar:
-        tar.addfile(tarfile.TarInfo("a.txt"), io.BytesIO())
-    with pytest.raises(UserError, match=r"holds a\.txt twice"):
-        Shards.open((str(path),))
-
-
-def test_a_tar_that_changes_later(tmp_path):
-    path = write_tar(tmp_path / "0.tar", {**good("a"), **good("b")})
-    shards = Shards.open((str(path),))
-    os.truncate(path, 4 * 512)
-    assert shards.read(0).key == "a"
-    with pytest.raises(UserError, match=r"0\.tar: ends before byte"):
-        shards.read(1)
-    path.unlink()
-    with pytest.raises(UserError, match="No such file"):
-        shards.read(0)
+def test_shards_are_one_pattern_several_or_sets() -> None:
+    for raw, sets in (
+        ("a.tar", {("a.tar",): 1.0}),
+        (["a.tar", "b.tar"], {("a.tar", "b.tar"): 1.0}),
+        ({"a.tar": 2, "b.tar": 0.5}, {("a.tar",): 2.0, ("b.tar",): 0.5}),
+    ):
+        assert build(DataConfig, {"shards": raw}).sets == sets

@@ -15,11 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from server import Server
 
 from pipeline.data import web
 from pipeline.data.source import PIECE, Sources, Stat, expand, is_remote
 from pipeline.errors import JobError, UserError
-from tests.server import Server
 
 DATA = random.Random(1).randbytes(100_000)
 

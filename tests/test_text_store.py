@@ -1,185 +1,249 @@
 """Embeddings beside the shards: what comes back is what the encoder said, or a refusal."""
 
+import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from tars import sample, tar
 
-from pipeline.data import text_store
-from pipeline.data.text_store import ShardCaptions, TextStore, build, store_path
-from pipeline.errors import UserError
+from pipeline.config import build
+from pipeline.data import text_store as module
+from pipeline.data.shards import DataConfig, Shards
+from pipeline.data.text_store import Recipe, TextStore
+from pipeline.errors import JobError, UserError
 
-LENGTH, WIDTH = 6, 5
+WIDTH = 5
+RECIPE = Recipe(encoder="ab" * 32, width=WIDTH, length=6, clean=False)
+CAPTIONS = [("abc", "d", "efghij"), ("k", "xyz", "a b", "A b"), ("solo",)]
 
 
 class LetterEncoder:
     """One token a letter; counts what it was asked."""
 
-    width, length = WIDTH, LENGTH
-
-    def __init__(self, fingerprint: str = "ab" * 32) -> None:
-        self.fingerprint = fingerprint
+    def __init__(self) -> None:
         self.asked: list[str] = []
 
-    def encode(
+    def encode_ragged(
         self, captions: Sequence[str], progress: Callable[[int], object] | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         self.asked += captions
-        text_NLD = np.zeros((len(captions), LENGTH, WIDTH), np.float32)
-        mask_NL = np.zeros((len(captions), LENGTH), bool)
-        for row, caption in enumerate(captions):
-            for place, letter in enumerate(caption[:LENGTH]):
-                rng = np.random.default_rng([ord(letter), place])
-                text_NLD[row, place] = rng.standard_normal(WIDTH).astype(np.float16)
-                mask_NL[row, place] = True
-        if progress is not None:
-            progress(len(captions))
-        return text_NLD, mask_NL
+        rows = [embedding(caption) for caption in captions]
+        return np.concatenate([np.zeros((0, WIDTH), np.float16), *rows]), np.array([len(row) for row in rows], np.int64)
+
+
+def embedding(caption: str) -> np.ndarray:
+    rows = [np.random.default_rng([ord(letter), place]).standard_normal(WIDTH) for place, letter in enumerate(caption)]
+    return np.array(rows[: RECIPE.length], np.float16).reshape(-1, WIDTH)
 
 
 @pytest.fixture
-def shards(tmp_path: Path) -> list[ShardCaptions]:
-    captions = [("abc", "d", "efghij"), ("", "xyz", "", "a"), ()]
-    return [
-        ShardCaptions(tmp_path / f"{n:05}.tar", tuple(f"{n}{i}" for i in range(len(words))), words)
-        for n, words in enumerate(captions)
-    ]
+def folder(tmp_path: Path) -> Path:
+    for number, words in enumerate(CAPTIONS):
+        members = [
+            file
+            for row, caption in enumerate(words)
+            for file in sample(f"{number}{row}", txt=caption.encode(), json=b'{"alt": ["%d", "", "other"]}' % row)
+        ]
+        (tmp_path / f"{number}.tar").write_bytes(tar(members))
+    return tmp_path
 
 
-@pytest.fixture
-def encoder() -> LetterEncoder:
-    return LetterEncoder()
+def opened(folder: Path, **options: Any) -> Shards:
+    return Shards.open(build(DataConfig, {"shards": f"{folder}/*.tar", **options}), progress=False)
 
 
-@pytest.mark.parametrize("chunk", [2, 512])
-def test_round_trip(
-    chunk: int, shards: list[ShardCaptions], encoder: LetterEncoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(text_store, "CHUNK", chunk)
-    paths = build(shards, encoder, progress=False)
-    assert [path.name for path in paths] == [f"{n:05}.text-abababababab.safetensors" for n in range(3)]
-    store = TextStore.open(shards, encoder.fingerprint, LENGTH)
-    for n, shard in enumerate(shards):
-        for row, caption in enumerate(shard.captions):
-            (expected_LD,), (expected_L,) = encoder.encode([caption])
-            text_LD, mask_L = store[n, row]
-            np.testing.assert_array_equal(text_LD, expected_LD)
-            np.testing.assert_array_equal(mask_L, expected_L)
-            assert text_LD.dtype == np.float32
-            assert mask_L.dtype == bool
+def built(folder: Path, encoder: LetterEncoder | None = None, recipe: Recipe = RECIPE, **options: Any) -> TextStore:
+    store = TextStore(opened(folder, **options), recipe)
+    store.build(lambda: encoder or LetterEncoder(), progress=False)
+    return store
 
 
-def test_files_hold_no_padding(shards: list[ShardCaptions], encoder: LetterEncoder) -> None:
-    arrays = load_file(build(shards, encoder, progress=False)[0])
+def test_round_trip(folder: Path) -> None:
+    store = built(folder)
+    assert list(store.faults()) == []
+    for shard, words in enumerate(CAPTIONS):
+        for row, caption in enumerate(words):
+            found = store.read(shard, row, "txt", 0)
+            np.testing.assert_array_equal(found, embedding(caption))
+            assert found.dtype == np.float16
+
+
+def test_several_captions_a_sample(folder: Path) -> None:
+    """A list in a field of KEY.json is several captions; empty ones do not count."""
+    store = built(folder, captions={"alt": 1, "txt": 1})
+    for row in range(4):
+        np.testing.assert_array_equal(store.read(1, row, "alt", 0), embedding(str(row)))
+        np.testing.assert_array_equal(store.read(1, row, "alt", 1), embedding("other"))
+        np.testing.assert_array_equal(store.read(1, row, "txt", 0), embedding(CAPTIONS[1][row]))
+    assert store.path(0, "alt") != store.path(0, "txt")
+
+
+def test_captions_are_cleaned_if_asked(folder: Path) -> None:
+    store = built(folder, recipe=Recipe(encoder="ab" * 32, width=WIDTH, length=6, clean=True))
+    np.testing.assert_array_equal(store.read(1, 3, "txt", 0), embedding("a b"))
+
+
+def test_files_hold_no_padding(folder: Path) -> None:
+    store = built(folder)
+    arrays = load_file(store.path(0, "txt"))
     assert arrays["embeddings"].shape == (10, WIDTH)
     assert arrays["embeddings"].dtype == np.float16
     assert arrays["offsets"].tolist() == [0, 3, 4, 10]
 
 
-def test_build_does_what_is_missing(shards: list[ShardCaptions], encoder: LetterEncoder, tmp_path: Path) -> None:
-    build(shards[:1], encoder, progress=False)
+def test_build_does_what_is_missing(folder: Path) -> None:
+    encoder = LetterEncoder()
+    store = built(folder, encoder)
+    store.path(1, "txt").unlink()
     encoder.asked.clear()
-    assert len(build(shards, encoder, progress=False)) == 2
-    assert encoder.asked == list(shards[1].captions)
-    encoder.asked.clear()
-    assert build(shards, encoder, progress=False) == []
-    assert encoder.asked == []
-    assert len(list(tmp_path.iterdir())) == 3  # nothing unfinished is left
+    assert store.build(lambda: encoder, progress=False) == 1
+    assert encoder.asked == list(CAPTIONS[1])
+    assert store.build(lambda: pytest.fail("loaded for nothing"), progress=False) == 0
+    assert sorted(path.name for path in folder.iterdir() if path.name.startswith(".")) == []
 
 
-def test_an_interrupted_build_leaves_no_file(
-    shards: list[ShardCaptions], encoder: LetterEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def save_half(arrays: dict[str, np.ndarray], path: Path, metadata: dict[str, str]) -> None:
-        path.write_bytes(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(text_store, "save_file", save_half)
-    with pytest.raises(OSError, match="disk full"):
-        build(shards, encoder, progress=False)
-    assert list(tmp_path.iterdir()) == []
+def test_only_what_the_filters_let_pass_is_encoded(folder: Path) -> None:
+    encoder = LetterEncoder()
+    store = built(folder, encoder, filter={"max_caption": 1})
+    assert encoder.asked == ["d", "k"]
+    assert store.read(1, 0, "txt", 0).shape == (1, WIDTH)
+    wider = TextStore(opened(folder), RECIPE)
+    assert {reason for *_, reason in wider.faults()} == {"lacks samples that the filters now let pass"}
+    assert wider.build(LetterEncoder, progress=False) == 3
+    assert list(store.faults()) == []  # what fits many fits few
 
 
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-3])
 
 
-def drop_caption(path: Path) -> None:
-    """Whole and of the right encoder, but one offset short."""
-    arrays = load_file(path)
-    with text_store.safe_open(path, "numpy") as file:
-        metadata = file.metadata()
-    save_file({**arrays, "offsets": arrays["offsets"][:-1]}, path, metadata)
+def change(**arrays: np.ndarray) -> Callable[[Path], None]:
+    """Whole and of the right recipe, but with other arrays."""
+
+    def spoil(path: Path) -> None:
+        with safe_open(path, "numpy") as file:
+            metadata = file.metadata()
+        save_file({**load_file(path), **arrays}, path, metadata)
+
+    return spoil
 
 
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (Path.unlink, "is missing"),
     "truncated": (truncate, "is damaged"),
     "empty": (lambda path: path.write_bytes(b""), "is damaged"),
-    "no metadata": (lambda path: save_file(load_file(path), path), "another text encoder"),
-    "partial": (drop_caption, "do not fit together"),
+    "no metadata": (lambda path: save_file(load_file(path), path), "was made by another recipe"),
+    "an offset short": (change(offsets=np.arange(4)), "do not fit together"),
+    "another width": (change(embeddings=np.zeros((8, 4), np.float16)), "do not fit together"),
     "other tensors": (lambda path: save_file({"a": np.zeros(1)}, path), "is damaged"),
 }
 
 
 @pytest.mark.parametrize("kind", FAULTS)
-def test_what_cannot_be_used_is_refused_then_mended(
-    kind: str, shards: list[ShardCaptions], encoder: LetterEncoder
-) -> None:
+def test_what_cannot_be_used_is_found_then_mended(kind: str, folder: Path) -> None:
     spoil, words = FAULTS[kind]
-    path = build(shards, encoder, progress=False)[1]
-    spoil(path)
-    with pytest.raises(UserError) as caught:
-        TextStore.open(shards, encoder.fingerprint, LENGTH)
-    assert str(path) in str(caught.value)
-    assert words in str(caught.value)
-    assert str(caught.value).endswith("run `python -m tools.cache_text CONFIG`")
-    assert build(shards, encoder, progress=False) == [path]
-    TextStore.open(shards, encoder.fingerprint, LENGTH)
+    store = built(folder)
+    spoil(store.path(1, "txt"))
+    ((path, shard, field, reason),) = store.faults()
+    assert (path, shard, field) == (store.path(1, "txt"), 1, "txt")
+    assert words in reason
+    assert store.build(LetterEncoder, progress=False) == 1
+    assert list(store.faults()) == []
+
+
+def test_a_flipped_bit_is_noticed_when_it_is_read(folder: Path) -> None:
+    store = built(folder)
+    path = store.path(0, "txt")
+    embeddings = load_file(path)["embeddings"].copy()
+    embeddings.view(np.uint16)[5, 2] ^= 1
+    change(embeddings=embeddings)(path)
+    assert list(store.faults()) == []
+    assert len(store.read(0, 0, "txt", 0)) == 3
+    with pytest.raises(UserError, match=r"is damaged \(caption 0 of sample 2 .*remove it and run `python -m"):
+        store.read(0, 2, "txt", 0)
+
+
+def test_other_captions_are_refused(folder: Path) -> None:
+    built(folder)
+    (folder / "2.tar").write_bytes(tar(sample("20", txt=b"sola")))
+    (folder / "2.index.safetensors").unlink()
+    ((*_, reason),) = TextStore(opened(folder), RECIPE).faults()
+    assert reason == "was made from other captions than the shard's"
 
 
 @pytest.mark.parametrize(
-    ("keys", "captions"),
-    [
-        (("00", "01", "02"), ("abc", "D", "efghij")),
-        (("00", "01", "3"), ("abc", "d", "efghij")),
-        (("00", "01"), ("abc", "d")),
-    ],
+    "other", [{"encoder": "cd" * 32}, {"length": 7}, {"clean": True}, {"encoder": "ab" * 6 + "cd" * 26}]
 )
-def test_other_captions_are_refused(
-    keys: tuple[str, ...], captions: tuple[str, ...], shards: list[ShardCaptions], encoder: LetterEncoder
-) -> None:
-    build(shards, encoder, progress=False)
-    with pytest.raises(UserError, match=r"00000\.text-.* was made from other captions"):
-        TextStore.open([ShardCaptions(shards[0].path, keys, captions), *shards[1:]], encoder.fingerprint, LENGTH)
+def test_another_recipe_is_another_file(other: dict[str, Any], folder: Path) -> None:
+    store = built(folder)
+    theirs = TextStore(store.shards, Recipe(**{**vars(RECIPE), **other}))
+    assert {reason.partition(" (")[0] for *_, reason in theirs.faults()} == {"is missing"}
+    assert all("is of another text encoder, length, caption" in reason for *_, reason in theirs.faults())
+    theirs.build(LetterEncoder, progress=False)
+    assert list(store.faults()) == list(theirs.faults()) == []  # both are kept
 
 
-def test_another_encoder_is_refused(shards: list[ShardCaptions], encoder: LetterEncoder) -> None:
-    build(shards, encoder, progress=False)
-    with pytest.raises(UserError, match=r"is missing \(00000\.text-abababababab\.safetensors is of another"):
-        TextStore.open(shards, "cd" * 32, LENGTH)
-    with pytest.raises(UserError, match="was made by another text encoder"):
-        TextStore.open(shards, "ab" * 6 + "cd" * 26, LENGTH)  # the same name
-    build(shards, LetterEncoder("cd" * 32), progress=False)  # both may be kept
-    TextStore.open(shards, "ab" * 32, LENGTH)
-    TextStore.open(shards, "cd" * 32, LENGTH)
+def test_what_does_not_read_back_is_no_success(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def careless(path: Path, arrays: dict[str, np.ndarray], facts: dict[str, str]) -> None:
+        save_file({**arrays, "crc32": arrays["crc32"] + 1}, path, facts)
+
+    monkeypatch.setattr(module, "write_tensors_atomically", careless)
+    with pytest.raises(JobError, match="does not read back the same"):
+        built(folder)
+    assert not list(folder.glob("*.text-*"))
 
 
-def test_another_length_is_refused(shards: list[ShardCaptions], encoder: LetterEncoder) -> None:
-    build(shards, encoder, progress=False)
-    with pytest.raises(UserError, match=f"was made with {LENGTH} tokens a caption instead of {LENGTH + 1}"):
-        TextStore.open(shards, encoder.fingerprint, LENGTH + 1)
+WORKER = """
+import sys, time
+sys.path.insert(0, "tests")
+from pathlib import Path
+import test_text_store as t
+class Slow(t.LetterEncoder):
+    def encode_ragged(self, captions, progress=None):
+        time.sleep(float(sys.argv[2]))
+        return super().encode_ragged(captions, progress)
+print(t.TextStore(t.opened(Path(sys.argv[1])), t.RECIPE).build(Slow, progress=False))
+"""
 
 
-def test_the_file_is_named_after_shard_and_encoder() -> None:
-    path = store_path(Path("data/laion.00007.tar"), "0123456789abcdef")
-    assert path == Path("data/laion.00007.text-0123456789ab.safetensors")
+def start(folder: Path, seconds: float) -> subprocess.Popen[str]:
+    command = [sys.executable, "-W", "error", "-c", WORKER, str(folder), str(seconds)]
+    return subprocess.Popen(command, cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, text=True)
+
+
+def test_processes_share_the_work_and_take_over_from_the_dead(folder: Path) -> None:
+    """Each shard is encoded once, by one of them; the one that is killed in its work leaves it to the others."""
+    opened(folder)
+    workers = [start(folder, 0.5), start(folder, 0.5), start(folder, 600)]
+    try:
+        for _ in range(300):  # until the one that will not end has begun
+            if (
+                len(list(folder.glob(".*.lock")))
+                and workers[2].poll() is None
+                and len(list(folder.glob("*.text-*"))) >= 2
+            ):
+                break
+            threading.Event().wait(0.1)
+        os.kill(workers[2].pid, signal.SIGKILL)
+        written = [int(worker.communicate(timeout=60)[0]) for worker in workers[:2]]
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.communicate(timeout=60)
+    assert sum(written) == 3
+    assert list(TextStore(opened(folder), RECIPE).faults()) == []
+    assert not list(folder.glob(".*"))
 
 
 def test_needs_no_mindspore() -> None:
-    code = "import sys, pipeline.data.text_store; sys.exit('mindspore' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys, pipeline.data.text; sys.exit('mindspore' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

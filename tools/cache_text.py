@@ -1,4 +1,8 @@
-"""Encodes the captions of a stage's shards ahead of training; the same command again goes on where it stopped."""
+"""Encodes the captions of a stage's shards ahead of training.
+
+The same command again goes on where it stopped. Run it any number of times at once, on any machines that see the same
+folders, by a launcher or by hand: each shard is encoded by one of them.
+"""
 
 from collections.abc import Sequence
 
@@ -11,16 +15,25 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="instead of the file's")
     arguments = parser.parse_args(argv)
 
-    from pipeline.data.loader import open_text
     from pipeline.data.shards import Shards
+    from pipeline.data.text import encoder, recipe
+    from pipeline.data.text_store import TextStore
+    from pipeline.errors import JobError
     from pipeline.kinds import read_stage_config
     from pipeline.log import setup_logging
 
     setup_logging()
     config, _ = read_stage_config(arguments.config, arguments.overrides)
-    shards = Shards.open(config.data.patterns)
-    store = open_text(config.text, shards)
-    print(f"{len(shards)} captions in {len(shards.shards)} shards, text encoder {store.fingerprint[:12]}")
+    shards = Shards.open(config.data)
+    store = TextStore(shards, recipe(config.text))
+    written = store.build(encoder(config.text))
+    for path, *_, reason in store.faults():
+        raise JobError(f"{path} {reason}, after all were written; look at the disk and run the same command again")
+    files = len(shards.indexes) * len(store.fields)
+    print(
+        f"{len(shards):,} samples in {len(shards.indexes):,} shards: {files:,} files checked, {written:,} of them "
+        f"written now; text encoder {store.recipe.encoder[:12]}"
+    )
 
 
 if __name__ == "__main__":

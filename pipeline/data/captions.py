@@ -1,4 +1,4 @@
-"""Captions from the web, rid of what says nothing about the picture.
+"""The captions of a sample; and captions from the web, rid of what says nothing about the picture.
 
 The models that people compare with (DeepFloyd IF and what follows it) saw captions that had been cleaned: mojibake
 mended, markup, addresses, file names and shop-speak taken out, quotes and dashes made plain, all in lower case. `clean`
@@ -14,6 +14,8 @@ lookbehind, so a run is entered once) or does not give back (`++`).
 
 import html
 import re
+from collections.abc import Mapping
+from typing import Any
 
 ROUNDS = 8  # what is taken out can bring together what is to be taken out; prose is done after two
 
@@ -64,6 +66,15 @@ RULES = [
         (r"\A[\W_]++\Z", ""),  # no letter, no digit
     )
 ]
+
+
+def captions(txt: str, meta: Mapping[str, Any], field: str) -> list[str]:
+    """What a sample has in the caption field `field`: `txt` is KEY.txt, all others are of KEY.json, whose value may be
+    one caption or a list of them. Empty ones do not count.
+    """
+    value = txt if field == "txt" else meta.get(field)
+    found = value if isinstance(value, list) else [value]
+    return [caption.strip() for caption in found if isinstance(caption, str) and caption.strip()]
 
 
 def clean(text: str) -> str:

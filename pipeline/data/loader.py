@@ -1,181 +1,149 @@
 """Batches by step: sample numbers, bytes, pictures, embeddings and, from the stage, the arrays that its network takes.
 
-`batch(step)` is a pure function of the configuration and the step, so looking ahead is a matter of asking for the next
-steps in threads; decoding releases Python's lock. A picture that cannot be decoded is written down in
-`quarantine.jsonl` and another one takes its place, the same one in every run.
+A batch is a pure function of the configuration and the step, and each of its places one of the step and the place. So
+the work is cut into small pieces, in the order in which the samples lie in their shards, for a pool of threads that
+runs ahead: reading, decoding and drawing noise release Python's lock. (Threads rather than processes: nothing has to
+be copied between them, and there is no worker whose death could be taken for a preemption. Measured in tools/bench.)
+A picture that cannot be used is written down in `quarantine.jsonl` and another one takes its place, the same one in
+every run.
 """
 
-import json
-import logging
-import threading
+import math
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Any
 
 import numpy as np
 
-from pipeline.config import ConfigError
 from pipeline.data.image import BadImage, crop_resize, decode
-from pipeline.data.order import replacement, sample_ids
-from pipeline.data.shards import Rejected, Shards
-from pipeline.data.text_store import TextStore, build
+from pipeline.data.order import Order
+from pipeline.data.quarantine import Quarantine
+from pipeline.data.shards import Damaged, Shards
+from pipeline.data.text import Text
 from pipeline.errors import UserError
-from pipeline.files import write_atomically
 from pipeline.rng import generator
 
-if TYPE_CHECKING:
-    from pipeline.nn.text_encoder import TextConfig
-
-log = logging.getLogger("cascade")
 ATTEMPTS = 16  # stand-ins tried for one place before the data set is called broken
+AHEAD = 2  # steps that are prepared while one is trained
+PIECE = 16  # samples a thread takes at a time, at most
 
 Arrays = tuple[np.ndarray, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Where samples come from and how many make a step."""
-
-    shards: str | tuple[str, ...]  # WebDataset tars; braces and * are expanded
-    global_batch: int = 2048  # samples a step over all ranks
-    crop: Literal["center", "random"] = "center"  # where the square is cut out of a picture that is none
-    workers: int = 2  # threads that prepare batches
-
-    def __post_init__(self) -> None:
-        for name in ("global_batch", "workers"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: {getattr(self, name)} is not positive; give 1 or more")
-
-    @property
-    def patterns(self) -> tuple[str, ...]:
-        return (self.shards,) if isinstance(self.shards, str) else self.shards
-
-
-def open_text(config: "TextConfig", shards: Shards) -> TextStore:
-    """The embeddings of the shards' captions; encoded now where they are not yet beside the shards."""
-    from pipeline.nn.text_encoder import TextEncoder  # late: MindSpore, which nothing else here needs
-
-    encoder = TextEncoder.load(config.encoder, config.encoder, config.length)
-    if encoder.width != config.width:
-        raise UserError(
-            f"text.width: {config.width}, but the encoder in {config.encoder} has {encoder.width}; set that"
-        )
-    captions = shards.captions()
-    build(captions, encoder)
-    return TextStore.open(captions, encoder.fingerprint, config.length)
-
-
-class Quarantine:
-    """`quarantine.jsonl`: what was left out and why, each sample once over all runs in the folder."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.lock = path, threading.Lock()
-        text = path.read_text() if path.exists() else ""
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:  # a full disk cut the last line short
-            write_atomically(path, whole.encode())
-        self.known = self.read()
-
-    def read(self) -> set[tuple[str, str]]:
-        """Shard and key of what the file lists."""
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        return {(entry["shard"], entry["key"]) for entry in map(json.loads, lines)}
-
-    def add(self, rejected: Rejected) -> None:
-        with self.lock:
-            if (rejected.shard, rejected.key) not in self.known:
-                self.known = self.read()  # the job's other processes write it too
-            if (rejected.shard, rejected.key) in self.known:
-                return
-            self.known.add((rejected.shard, rejected.key))
-            with self.path.open("a") as file:
-                file.write(json.dumps(rejected._asdict()) + "\n")
-        log.warning("%s:%s is left out: %s", rejected.shard, rejected.key, rejected.reason)
+Piece = tuple[list[int], Arrays]  # positions in the global batch, and their rows
+Arrange = Callable[[int, Sequence[int], np.ndarray, np.ndarray, np.ndarray], Arrays]
 
 
 class Loader:
     """The batches of a stage's run.
 
     Args:
-        config, seed: of the run.
         shards, text: the samples and their embeddings.
+        seed: of the run.
         size: side of the pictures that `arrange` wants, in pixels.
         arrange: (step, positions in the global batch, uint8 (B, size, size, 3), text (B, L, D), mask (B, L)) -> the
-            arrays of one training step.
+            arrays of one training step, whose rows must not depend on one another.
         quarantine: the file for what cannot be used.
         share: which slice of the global batch this process makes.
     """
 
     def __init__(
         self,
-        config: DataConfig,
-        seed: int,
         shards: Shards,
-        text: TextStore,
+        text: Text,
+        seed: int,
         size: int,
-        arrange: Callable[[int, range, np.ndarray, np.ndarray, np.ndarray], Arrays],
+        arrange: Arrange,
         quarantine: Path,
         share: range,
     ) -> None:
-        self.config, self.seed, self.shards, self.text = config, seed, shards, text
+        self.config, self.seed, self.shards, self.text = shards.config, seed, shards, text
         self.size, self.arrange, self.share = size, arrange, share
-        self.quarantine = Quarantine(quarantine)
-        for rejected in shards.skipped:
-            self.quarantine.add(rejected)
+        self.order = Order(seed, shards.sizes, shards.weights, self.config.window)
+        self.quarantine = Quarantine(quarantine, len(shards), self.config.max_damage)
+        for shard, fault in shards.faults:
+            self.quarantine.write(shard, fault.key, fault.reason)
 
     def picture(self, number: int, step: int, position: int) -> np.ndarray:
-        """Sample `number` as uint8 (size, size, 3), cut as `position` of `step` has it. Raises BadImage."""
+        """Sample `number` as uint8 (size, size, 3), cut as `position` of `step` has it. Raises BadImage or Damaged."""
         u = v = 0.5
         if self.config.crop == "random":
             u, v = generator(self.seed, "crop", step, position).random(2)
-        return crop_resize(decode(self.shards.read(number).image, self.size), self.size, u, v)
+        return crop_resize(decode(self.shards.image(number), self.size), self.size, u, v)
 
     def usable(self, number: int, step: int, position: int) -> tuple[int, np.ndarray]:
-        """Sample `number`, or the first stand-in that can be decoded, and its picture."""
+        """Sample `number`, or the first stand-in that can be used, and its picture."""
         first = number
         for attempt in range(ATTEMPTS):
             try:
                 return number, self.picture(number, step, position)
-            except BadImage as error:
-                shard, _ = self.shards.location(number)
-                key = self.shards.key(number).partition(":")[2]
-                self.quarantine.add(Rejected(str(self.shards.shards[shard].path), key, str(error)))
-                number = replacement(self.seed, step, position, attempt, len(self.shards))
+            except (BadImage, Damaged) as error:
+                self.quarantine.add(*self.shards.name(number), str(error))
+                number = self.order.replacement(step, position, attempt)
         raise UserError(
-            f"data.shards: {self.shards.key(first)} and {ATTEMPTS} stand-ins cannot be decoded; the reasons are in "
-            f"{self.quarantine.path}; repair or remove those shards"
+            f"data.shards: {':'.join(self.shards.name(first))} and {ATTEMPTS} stand-ins cannot be used; the reasons "
+            f"are in {self.quarantine.path}; repair or remove those shards"
         )
 
-    def batch(self, step: int) -> Arrays:
-        """The arrays of `step` (from 0) for this process's share."""
-        ids = sample_ids(self.seed, step, self.config.global_batch, len(self.shards))
-        chosen = [self.usable(int(ids[position]), step, position) for position in self.share]
-        text, mask = zip(*(self.text[self.shards.location(number)] for number, _ in chosen), strict=True)
-        return self.arrange(step, self.share, np.stack([p for _, p in chosen]), np.stack(text), np.stack(mask))
+    def ids(self, step: int) -> np.ndarray:
+        """The samples of this process's share of `step` (from 0), before any is replaced; int64."""
+        return self.order.ids(step, self.config.global_batch)[self.share.start : self.share.stop]
+
+    def pieces(self, step: int) -> list[list[tuple[int, int]]]:
+        """(sample, position) of this process's share, cut into pieces in the order of the shards."""
+        places = sorted(zip(self.ids(step).tolist(), self.share, strict=True))
+        size = min(PIECE, math.ceil(len(places) / self.config.workers))
+        return [places[start : start + size] for start in range(0, len(places), size)]
+
+    def pictures(self, step: int, piece: Sequence[tuple[int, int]]) -> tuple[list[int], list[int], np.ndarray]:
+        """The samples that were used, their positions, and their pictures uint8 (B, size, size, 3)."""
+        self.quarantine.look(len(piece))
+        numbers, pictures = zip(*(self.usable(number, step, position) for number, position in piece), strict=True)
+        return list(numbers), [position for _, position in piece], np.stack(pictures)
+
+    def rows(self, step: int, numbers: list[int], positions: list[int], pictures: np.ndarray) -> Piece:
+        """These positions of the batch."""
+        draws = [generator(self.seed, "caption", step, position) for position in positions]
+        text, mask = self.text.embed(numbers, draws)
+        return positions, self.arrange(step, positions, pictures, text, mask)
 
     def first(self, num: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Pictures, text and mask of samples 0 to `num` - 1 (again from 0 if there are fewer), to be looked at."""
-        chosen = [self.usable(i % len(self.shards), 0, i) for i in range(num)]
-        text, mask = zip(*(self.text[self.shards.location(number)] for number, _ in chosen), strict=True)
-        return np.stack([p for _, p in chosen]), np.stack(text), np.stack(mask)
+        numbers, positions, pictures = self.pictures(0, [(i % len(self.shards), i) for i in range(num)])
+        return pictures, *self.text.embed(numbers, [generator(self.seed, "caption", 0, i) for i in positions])
 
     def batches(self, start: int, stop: int) -> Iterator[Arrays]:
         """The batches of steps `start` to `stop` - 1, prepared ahead in threads."""
-        with ThreadPoolExecutor(self.config.workers, "loader") as threads:
-            ahead = deque(threads.submit(self.batch, s) for s in range(start, min(stop, start + self.ahead)))
+        # MindSpore compiles and runs in one thread: where captions are encoded now, that is left to the caller's.
+        whole = self.text.threadsafe
+
+        def make(step: int, piece: list[tuple[int, int]]) -> Any:
+            done = self.pictures(step, piece)
+            return self.rows(step, *done) if whole else done
+
+        def gather(pieces: list[Future]) -> Any:
+            parts = [piece.result() for piece in pieces]
+            return join(self.share, parts) if whole else parts
+
+        with ThreadPoolExecutor(1, "loader") as gatherer, ThreadPoolExecutor(self.config.workers, "loader") as threads:
+            ahead: deque[Future] = deque()
             try:
                 for step in range(start, stop):
-                    arrays = ahead.popleft().result()
-                    if step + self.ahead < stop:
-                        ahead.append(threads.submit(self.batch, step + self.ahead))
-                    yield arrays
+                    for later in range(step + len(ahead), min(step + 1 + AHEAD, stop)):
+                        pieces = [threads.submit(make, later, piece) for piece in self.pieces(later)]
+                        ahead.append(gatherer.submit(gather, pieces))
+                    done = ahead.popleft().result()
+                    yield done if whole else join(self.share, [self.rows(step, *part) for part in done])
             finally:
-                for future in ahead:
-                    future.cancel()
+                gatherer.shutdown(wait=False, cancel_futures=True)
+                threads.shutdown(wait=False, cancel_futures=True)
 
-    @property
-    def ahead(self) -> int:
-        return self.config.workers + 1
+
+def join(share: range, parts: list[Piece]) -> Arrays:
+    """Pieces of a batch, each with its positions, as one batch in order."""
+    batch: Arrays = ()
+    for positions, arrays in parts:
+        batch = batch or tuple(np.empty((len(share), *array.shape[1:]), array.dtype) for array in arrays)
+        for whole, part in zip(batch, arrays, strict=True):
+            whole[np.subtract(positions, share.start)] = part
+    return batch

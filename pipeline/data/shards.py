@@ -1,222 +1,229 @@
-"""Captioned images in WebDataset tars, read by number.
+"""All samples of a run's data sets, numbered through and read by number.
 
-A shard is a plain tar as img2dataset writes it: the files of a sample share their name up to the first dot and differ
-in what follows, `KEY.jpg` (or jpeg, png, webp), `KEY.txt` with the caption and, if there is one, `KEY.json`. Training
-wants sample number i, in any order, from any thread, and the same i after a restart; streaming a tar gives none of
-that. So each tar is walked once, header by header, for the place of every sample, and a sample is then read by its
-offset.
-
-Nothing is lost in silence. A tar that ends early or turns into garbage is an error (`tarfile` just stops there, as do
-WebDataset's own readers), and each sample that cannot be used is listed in `Shards.skipped`.
+Only counts are held of each shard; its index is opened when a sample of it is wanted, and the last few stay. So ten
+thousand shards cost little to open, and a step, whose samples come from a window of shards, finds theirs open.
 """
 
-import glob
+import hashlib
 import json
-import os
-import re
-import tarfile
+import logging
+import zlib
 from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass
-from itertools import accumulate
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-from pipeline.data.text_store import ShardCaptions
+from pipeline.config import ConfigError
+from pipeline.data.captions import captions
+from pipeline.data.index import Fault, Index, build, index_path, read_index, unfit
+from pipeline.data.order import BLOCK, quotas
+from pipeline.data.select import FilterConfig, select
+from pipeline.data.source import Sources, expand
 from pipeline.errors import UserError
 
-IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")
-BLOCK = 512  # bytes; all of a tar is made of blocks
-SCAN_THREADS = 4  # overlap the waits for a slow disk; in Python more only get in each other's way
+log = logging.getLogger("cascade")
+OPEN = 64  # tables of shards in memory, each some hundred kilobytes
+THREADS = 8  # that open indexes: they wait for disks and servers
+GIB = 2**30
+MANY = 2**28  # bytes from which on shards are indexed by several processes
 
 
-class Sample(NamedTuple):
-    key: str
-    image: bytes  # the file as it lies in the shard, not decoded
-    caption: str  # never empty
-    meta: dict[str, Any]  # KEY.json; empty if there is none
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where samples come from, which are taken, in what order, and how many make a step."""
+
+    # Tars, with braces and *; or several data sets and their weights. (MindSpore hashes configurations it compiles in.)
+    shards: str | tuple[str, ...] | dict[str, float] = field(hash=False)
+    global_batch: int = 2048  # samples a step over all ranks
+    window: int = 8  # shards whose samples are shuffled together
+    crop: Literal["center", "random"] = "center"  # where the square is cut out of a picture that is none
+    captions: dict[str, float] = field(default_factory=lambda: {"txt": 1.0}, hash=False)  # txt, fields of KEY.json
+    filter: FilterConfig = FilterConfig()
+    max_damage: float = 0.1  # share of samples that may be unusable before the run stops
+    workers: int = 2  # threads that prepare batches
+    cache: str | None = None  # folder for indexes and embeddings (default: beside the shards) and what http(s) gave
+    cache_gib: float = 64  # of what http(s) gave
+
+    def __post_init__(self) -> None:
+        for name in ("global_batch", "window", "workers"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: {getattr(self, name)} is not positive; give 1 or more")
+        if not 0 <= self.max_damage <= 1:
+            raise ConfigError(f"max_damage: {self.max_damage} is not a share in [0, 1]")
+        for name in ("shards", "captions"):
+            weights = getattr(self, name)
+            if isinstance(weights, dict) and (not weights or min(weights.values()) <= 0):
+                raise ConfigError(f"{name}: {weights}; give each entry a weight above 0, or leave it out")
+        if 0 in quotas(list(self.sets.values())):
+            raise ConfigError(f"shards: {self.shards}; a weight is so small that {BLOCK:,} samples have none of it")
+
+    @property
+    def sets(self) -> dict[tuple[str, ...], float]:
+        """The patterns of each data set and its weight."""
+        if isinstance(self.shards, dict):
+            return {(pattern,): weight for pattern, weight in self.shards.items()}
+        return {(self.shards,) if isinstance(self.shards, str) else self.shards: 1.0}
+
+    @property
+    def sources(self) -> Sources:
+        return Sources(Path(self.cache) / "ranges" if self.cache else None, int(self.cache_gib * GIB))
+
+    @property
+    def cache_folder(self) -> Path | None:
+        return Path(self.cache) if self.cache else None
 
 
-class Rejected(NamedTuple):
-    shard: str
-    key: str
-    reason: str
+class Damaged(ValueError):
+    """A sample cannot be used; says why."""
 
 
-Span = tuple[int, int]  # offset and size of a file in its tar, in bytes
-NOWHERE: Span = (0, 0)
+class Table(NamedTuple):
+    """What of a shard's index is needed to read its samples, one row each."""
 
-
-@dataclass(frozen=True)
-class Shard:
-    """The usable samples of one tar, in tar order; the same row of each column is one sample."""
-
-    path: Path
-    keys: tuple[str, ...]
-    captions: tuple[str, ...]
-    spans: np.ndarray  # int64 (rows, 4): offset and size of the image, then of KEY.json (size 0: none)
+    rows: np.ndarray  # in the index
+    offset: np.ndarray  # of the picture in the tar
+    size: np.ndarray
+    crc32: np.ndarray
 
 
 class Shards:
-    """All usable samples of some tars, numbered from 0 in the order of the tars and, within a tar, of its files.
+    """The usable samples of some data sets, numbered from 0 by set, shard and place in the shard.
 
-    Reading needs no lock: nothing changes after the scan, and each read opens the file for itself.
+    Attributes:
+        indexes: of all shards.
+        sizes, weights: of each data set the samples in each of its shards, and its weight.
+        removed: how many samples each filter removed.
     """
 
-    def __init__(self, shards: list[Shard], skipped: list[Rejected]) -> None:
-        self.shards = shards
-        self.skipped = skipped
-        self._starts = [0, *accumulate(len(shard.keys) for shard in shards)]  # number of each shard's first sample
+    def __init__(self, config: DataConfig, sets: list[list[Index]]) -> None:
+        self.config, self.sources = config, config.sources
+        self.indexes = [index for indexes in sets for index in indexes]
+        with ThreadPoolExecutor(THREADS) as threads:
+            selected = list(threads.map(self._select, self.indexes))
+        counts = iter([count for count, _ in selected])
+        self.sizes = [[next(counts) for _ in indexes] for indexes in sets]
+        self.weights = list(config.sets.values())
+        self.removed: Counter[str] = sum((removed for _, removed in selected), Counter())
+        self._starts = [0, *accumulate(size for sizes in self.sizes for size in sizes)]
+        self._table = lru_cache(OPEN)(self.table)
+
+    def _select(self, index: Index) -> tuple[int, Counter[str]]:
+        rows, removed = select(index, self.config.filter, self.config.captions)
+        return len(rows), removed
 
     @classmethod
-    def open(cls, patterns: tuple[str, ...]) -> "Shards":
-        """Scan the tars that `patterns` name: paths, with braces (`{00000..00127}.tar`) and `*` expanded.
+    def open(cls, config: DataConfig, progress: bool = True) -> "Shards":
+        """The samples of `config.shards`, indexed now where they are not yet.
 
-        Raises UserError for a URL, a missing file, a `*` that matches nothing, a tar that is empty, cut short or not a
-        tar, and if no sample is usable.
+        Raises UserError for shards that cannot be, for an index that no longer fits its shard, for a data set of which
+        no sample is left, and if more is damaged than `config.max_damage`.
         """
-        paths = expand(patterns)
-        with ThreadPoolExecutor(SCAN_THREADS) as threads:
-            scans = list(threads.map(_scan, paths))
-        shards = cls([shard for shard, _ in scans], [reject for _, rejects in scans for reject in rejects])
-        if not len(shards):
-            shard, key, reason = shards.skipped[0]
+        shards = cls(config, indexed(config, progress=progress))
+        for patterns, sizes in zip(config.sets, shards.sizes, strict=True):
+            if not sum(sizes):
+                raise UserError(f"data.shards: {', '.join(patterns)}: no sample is left; {shards.account()}")
+        if shards.damage > config.max_damage:
             raise UserError(
-                f"data.shards: none of the {len(shards.skipped)} samples can be used, the first, {shard}:{key}, "
-                f"because it has {reason}; a sample is KEY.jpg (or {', '.join(IMAGE_TYPES[1:])}) beside KEY.txt"
+                f"data.max_damage: {shards.damage:.1%} of the samples are damaged, more than {config.max_damage:.1%}; "
+                f"{shards.account()}; repair the shards or raise it"
             )
         return shards
 
     def __len__(self) -> int:
         return self._starts[-1]
 
+    @property
+    def faults(self) -> Iterator[tuple[str, Fault]]:
+        """All that is wrong with the shards, each with its shard."""
+        return ((index.location, fault) for index in self.indexes for fault in index.faults)
+
+    @property
+    def damage(self) -> float:
+        """The share of samples that are damaged; a stretch of a tar counts as the samples it would hold."""
+        found = sum(index.num_samples for index in self.indexes)
+        size = sum(index.stat.size for index in self.indexes) - sum(fault.size for _, fault in self.faults)
+        lost = sum(max(1.0, fault.size * found / max(size, 1)) for _, fault in self.faults)
+        return lost / max(found + lost, 1)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256, in hexadecimal, of what decides which sample is which: all texts of all shards, and the counts."""
+        facts = [[index.digest for index in self.indexes], self.sizes, self.weights]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def account(self) -> str:
+        """In words, what was left out and why."""
+        faults = list(self.faults)
+        parts = [f"{number:,} {reason}" for reason, number in self.removed.most_common()]
+        if faults:
+            location, fault = faults[0]
+            parts.append(f"{len(faults):,} damaged (the first, {location}:{fault.key}, {fault.reason})")
+        return "left out: " + (", ".join(parts) or "nothing")
+
     def location(self, i: int) -> tuple[int, int]:
-        """(shard, row) of sample `i`: the place of its caption in `captions()[shard].captions[row]`."""
+        """(shard, row in its index) of sample `i`."""
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of {len(self)}")
         shard = bisect_right(self._starts, i) - 1
-        return shard, i - self._starts[shard]
+        return shard, int(self._table(shard).rows[i - self._starts[shard]])
 
-    def key(self, i: int) -> str:
-        """How sample `i` is named in messages and logs: `00000.tar:KEY`."""
+    def table(self, shard: int) -> Table:
+        index = self.indexes[shard]
+        rows, _ = select(index, self.config.filter, self.config.captions)
+        return Table(rows, *(index.column(name)[rows, 0] for name in ("offset", "size", "crc32")))
+
+    def rows(self, shard: int) -> np.ndarray:
+        """The rows of a shard's index that are samples here."""
+        return self._table(shard).rows
+
+    def name(self, i: int) -> tuple[str, str]:
+        """Shard and key of sample `i`."""
         shard, row = self.location(i)
-        return f"{self.shards[shard].path.name}:{self.shards[shard].keys[row]}"
+        return self.indexes[shard].location, next(self.indexes[shard].texts(np.array([row])))["key"]
 
-    def captions(self) -> list[ShardCaptions]:
-        """Keys and captions shard by shard, for the text encoder."""
-        return [ShardCaptions(path=shard.path, keys=shard.keys, captions=shard.captions) for shard in self.shards]
+    def image(self, i: int) -> bytes:
+        """The picture's file, as it lies in the shard. Raises Damaged if it is not what was indexed."""
+        shard, _ = self.location(i)
+        table, row = self._table(shard), i - self._starts[shard]
+        data = self.sources.read(self.indexes[shard].location, int(table.offset[row]), int(table.size[row]))
+        if zlib.crc32(data) != table.crc32[row]:
+            raise Damaged("its bytes are no longer those that were indexed")
+        return data
 
-    def read(self, i: int) -> Sample:
-        """Sample `i` from the disk. Raises UserError if its tar is gone or shorter than when it was scanned."""
-        number, row = self.location(i)
-        shard = self.shards[number]
-        offset, size, meta_offset, meta_size = shard.spans[row].tolist()
-        try:
-            with shard.path.open("rb", buffering=0) as file:
-                image, meta = _read(file, (offset, size)), _read(file, (meta_offset, meta_size))
-        except OSError as error:
-            raise UserError(f"{shard.path}: {error}, unlike at the start; put it back and start again") from error
-        return Sample(shard.keys[row], image, shard.captions[row], json.loads(meta or b"{}"))
-
-
-def expand(patterns: tuple[str, ...]) -> list[Path]:
-    """The files that `patterns` name, in their order (those of a `*` sorted), all of them there and each named once."""
-    from webdataset.shardlists import expand_urls  # late: webdataset imports torch where that is installed
-
-    paths: list[Path] = []
-    for pattern in patterns:
-        try:
-            names = expand_urls(pattern)
-        except (ValueError, AssertionError) as error:  # unbalanced braces; ${NAME} without WDS_NAME in the environment
-            raise UserError(f"data.shards: {pattern}: {error}; write it like {{00000..00127}}.tar") from error
-        for name in names:
-            if re.match(r"[A-Za-z][\w+.-]+:", name):
-                raise UserError(
-                    f"data.shards: {name}: a URL; only files can be read in any order, so copy it to a disk"
-                )
-            if any(sign in name for sign in "*?[") and not Path(name).exists():
-                found = sorted(glob.glob(name))  # noqa: PTH207  (Path.glob takes no absolute pattern)
-                if not found:
-                    raise UserError(f"data.shards: {name}: matches no file (looked from {Path.cwd()})")
-                paths += map(Path, found)
-            elif not Path(name).is_file():
-                what = "a folder; add /*.tar" if Path(name).is_dir() else f"no such file (looked from {Path.cwd()})"
-                raise UserError(f"data.shards: {name}: {what}")
-            else:
-                paths.append(Path(name))
-    if not paths:
-        raise UserError("data.shards: empty; name the tars, for example shards/{00000..00127}.tar")
-    for path, again in zip(sorted(paths), sorted(paths)[1:], strict=False):
-        if path == again:
-            raise UserError(f"data.shards: {path}: named twice, so that its samples would be seen twice; name it once")
-    return paths
+    def captions(self, shard: int, rows: np.ndarray) -> Iterator[Mapping[str, list[str]]]:
+        """The captions of some rows of a shard's index, by field."""
+        for text in self.indexes[shard].texts(rows):
+            meta = json.loads(text["json"] or "{}")
+            yield {name: captions(text["txt"], meta, name) for name in self.config.captions}
 
 
-def _scan(path: Path) -> tuple[Shard, list[Rejected]]:
-    """Walk one tar: its headers, captions and metadata, but no image."""
-    keys, captions, spans, rejects = [], [], [], []
-    try:
-        with path.open("rb") as file:
-            for key, files in _files_by_key(file, path).items():
-                try:
-                    caption, image, meta = _check(file, files)
-                except ValueError as reason:
-                    rejects.append(Rejected(str(path), key, str(reason)))
-                else:
-                    keys.append(key)
-                    captions.append(caption)
-                    spans.append((*image, *meta))
-    except (OSError, tarfile.TarError) as error:
-        raise UserError(f"{path}: cannot be read as a tar ({error}); write or copy it again") from error
-    return Shard(path, tuple(keys), tuple(captions), np.array(spans, np.int64).reshape(-1, 4)), rejects
+def indexed(config: DataConfig, outdated: bool = False, progress: bool = True) -> list[list[Index]]:
+    """The indexes of each data set's shards, made now where they are missing, and if `outdated` where they no longer
+    fit. UserError otherwise.
+    """
+    sources, cache = config.sources, config.cache_folder
+    sets = [expand(patterns) for patterns in config.sets]
+    every = sorted(location for locations in sets for location in locations)
+    for location, again in pairwise(every):
+        if location == again:
+            raise UserError(f"data.shards: {location}: in two data sets; name it once")
 
+    def fitting(location: str) -> Index:
+        index = read_index(index_path(location, cache), location)
+        reason = index.fault(sources) if index else "has no index"
+        if not index or reason:
+            raise UserError(f"{location}: {reason}; run `python -m tools.index '{location}'`")
+        return index
 
-def _files_by_key(file: IO[bytes], path: Path) -> dict[str, dict[str, Span]]:
-    """{key: {type: place}} of a tar, in the order in which the keys first appear."""
-    samples: dict[str, dict[str, Span]] = {}
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        for member in tar:
-            folder, slash, name = member.name.rpartition("/")
-            stem, _, kind = name.partition(".")
-            if not (member.isfile() and stem and kind):
-                continue  # a folder, a hidden file
-            files = samples.setdefault(folder + slash + stem, {})
-            if kind.lower() in files:
-                raise UserError(f"{path}: holds {member.name} twice; write it again")
-            files[kind.lower()] = (member.offset_data, member.size)
-        end = tar.offset
-    # tarfile takes a broken header for the end of the tar. The true end is a block of zeros.
-    if os.pread(file.fileno(), BLOCK, end) != bytes(BLOCK):
-        raise tarfile.ReadError(f"cut short or damaged at byte {end} of {path.stat().st_size}")
-    if not samples:
-        raise tarfile.ReadError("no files in it")
-    return samples
-
-
-def _check(file: IO[bytes], files: dict[str, Span]) -> tuple[str, Span, Span]:
-    """Caption, place of the image and place of the metadata of a sample, or ValueError with why it cannot be used."""
-    image = next((files[kind] for kind in IMAGE_TYPES if kind in files), NOWHERE)
-    if not image[1]:
-        raise ValueError("no image")
-    try:
-        caption = _read(file, files.get("txt", NOWHERE)).decode("utf-8").strip()
-    except UnicodeDecodeError:
-        caption = ""
-    if not caption:
-        raise ValueError("no caption")
-    meta = files.get("json", NOWHERE)
-    with suppress(ValueError):
-        if isinstance(json.loads(_read(file, meta) or b"{}"), dict):
-            return caption, image, meta
-    raise ValueError("metadata that is no JSON object")
-
-
-def _read(file: IO[bytes], span: Span) -> bytes:
-    offset, size = span
-    data = os.pread(file.fileno(), size, offset) if size else b""
-    if len(data) < size:
-        raise OSError(f"ends before byte {offset + size}")
-    return data
+    left = [location for location in every if unfit(location, sources, cache, outdated)]
+    many = sum(sources.stat(location).size for location in left) > MANY
+    build(left, cache, config.workers if many else 1, progress)
+    with ThreadPoolExecutor(THREADS) as threads:
+        return [list(threads.map(fitting, locations)) for locations in sets]

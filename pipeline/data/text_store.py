@@ -1,154 +1,187 @@
 """Text embeddings of a data set, computed once and kept beside its shards.
 
-The text encoder is frozen and far larger than a stage, so its answers are stored ahead of training: one file a shard,
-`00000.tar` -> `00000.text-0123456789ab.safetensors`, the hexadecimal digits being the start of the encoder's
-fingerprint. A file holds the embeddings of all captions one after the other without padding (a caption of 12 tokens
-takes 12 rows, not 128), where each caption starts, and what it was made from: the whole fingerprint, the length at
-which captions were cut, and a digest of keys and captions. A file that does not match its shard and its encoder is
-refused, never used in silence.
+The text encoder is frozen and far larger than a stage, so its answers are stored ahead of training: one file a shard
+and caption field, `00000.tar` -> `00000.text-0123456789ab.safetensors`, the hexadecimal digits being the start of the
+recipe's fingerprint. A file holds the embeddings of all captions one after the other without padding (a caption of 12
+tokens takes 12 rows, not 128), where each caption starts, their checksums, and what all was made from. A file that does
+not match its shard and its recipe is refused, never used in silence.
 
-Shapes: N captions of a shard, T their tokens, L tokens a caption after padding, D text width.
+Shapes: N samples of a shard's index, C their captions, T all tokens, L tokens a caption after padding, D text width.
 """
 
 import hashlib
 import json
-import os
-import secrets
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from pipeline.errors import UserError
+from pipeline.data.captions import clean
+from pipeline.data.index import beside
+from pipeline.data.shards import Shards
+from pipeline.errors import JobError, UserError
+from pipeline.files import claim, write_tensors_atomically
 
-CHUNK = 512  # captions encoded at a time: bounds the padded embeddings, 1 GB at T5-XXL's width and 128 tokens
+OPEN = 128  # files held open
 
 
-@dataclass(frozen=True)
-class ShardCaptions:
-    """What a shard's embeddings are made from: its samples' keys and captions, in order."""
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What the embeddings of a caption depend on, beside the caption."""
 
-    path: Path
-    keys: tuple[str, ...]
-    captions: tuple[str, ...]
+    encoder: str  # fingerprint of configuration, weights and tokenizer
+    width: int
+    length: int  # tokens a caption at most
+    clean: bool  # whether captions are cleaned before
 
-    @property
-    def digest(self) -> str:
-        pairs = list(zip(self.keys, self.captions, strict=True))
-        return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+    def fingerprint(self, field: str) -> str:
+        """SHA-256, in hexadecimal, of the recipe and the caption field."""
+        return hashlib.sha256(json.dumps({**asdict(self), "field": field}, sort_keys=True).encode()).hexdigest()
+
+    def text(self, caption: str) -> str:
+        """What the encoder is given of a caption."""
+        return clean(caption) if self.clean else caption
 
 
 class Encoder(Protocol):
     """What `build` needs of `pipeline.nn.text_encoder.TextEncoder`."""
 
-    length: int
-
-    @property
-    def fingerprint(self) -> str: ...
-    @property
-    def width(self) -> int: ...
-    def encode(
+    def encode_ragged(
         self, captions: Sequence[str], progress: Callable[[int], object] | None = None
     ) -> tuple[np.ndarray, np.ndarray]: ...
 
 
-def store_path(shard: Path, fingerprint: str) -> Path:
-    return shard.with_name(f"{shard.stem}.text-{fingerprint[:12]}.safetensors")
+class Stored(NamedTuple):
+    """An open file."""
 
-
-def build(captions_per_shard: Sequence[ShardCaptions], encoder: Encoder, progress: bool = True) -> list[Path]:
-    """Writes the files that are missing, stale or damaged, and answers which; the same call again goes on."""
-    todo = [shard for shard in captions_per_shard if fault(shard, encoder.fingerprint, encoder.length)]
-    written = []
-    total = sum(len(shard.captions) for shard in todo)
-    with tqdm(total=total, unit="caption", disable=not (progress and todo)) as bar:
-        for shard in todo:
-            path = store_path(shard.path, encoder.fingerprint)
-            sizes = {"width": str(encoder.width), "length": str(encoder.length)}
-            metadata = {"fingerprint": encoder.fingerprint, "captions": shard.digest, **sizes}
-            write(path, pack(shard.captions, encoder, bar.update), metadata)
-            written.append(path)
-    return written
-
-
-def pack(captions: Sequence[str], encoder: Encoder, progress: Callable[[int], object]) -> dict[str, np.ndarray]:
-    """embeddings (T, D) float16 and offsets (N + 1,) int64: caption n is rows offsets[n] to offsets[n + 1]."""
-    parts, counts = [np.zeros((0, encoder.width), np.float16)], [np.zeros(1, np.int64)]
-    for start in range(0, len(captions), CHUNK):
-        text_NLD, mask_NL = encoder.encode(captions[start : start + CHUNK], progress=progress)
-        parts.append(text_NLD[mask_NL].astype(np.float16))
-        counts.append(mask_NL.sum(axis=1, dtype=np.int64))
-    return {"embeddings": np.concatenate(parts), "offsets": np.cumsum(np.concatenate(counts))}
-
-
-def write(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """Whole or not at all: a file under another name, on disk, then renamed."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        save_file(arrays, partial, metadata)
-        partial.chmod(0o644)  # safetensors leaves it to the owner alone
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def fault(shard: ShardCaptions, fingerprint: str, length: int) -> str | None:
-    """Why the shard's file cannot be used, or None."""
-    path = store_path(shard.path, fingerprint)
-    if not path.is_file():
-        others = sorted(other.name for other in path.parent.glob(f"{shard.path.stem}.text-*.safetensors"))
-        return f"is missing ({others[0]} is of another text encoder)" if others else "is missing"
-    try:
-        with safe_open(path, "numpy") as file:
-            metadata, offsets = file.metadata() or {}, file.get_tensor("offsets")
-            tokens, width = file.get_slice("embeddings").get_shape()
-    except (SafetensorError, OSError, ValueError) as error:
-        return f"is damaged ({error})"
-    if metadata.get("fingerprint") != fingerprint:
-        return "was made by another text encoder"
-    if metadata.get("length") != str(length):
-        return f"was made with {metadata.get('length')} tokens a caption instead of {length}"
-    if metadata.get("captions") != shard.digest:
-        return "was made from other captions than the shard's"
-    ordered = len(offsets) == len(shard.captions) + 1 and offsets[0] == 0 and (np.diff(offsets) >= 0).all()
-    if not ordered or offsets[-1] != tokens or metadata.get("width") != str(width):
-        return "is damaged (its parts do not fit together)"
-    return None
+    embeddings: Any  # (T, D), float16, read where it is sliced
+    offsets: np.ndarray  # (C + 1,): caption c is rows offsets[c] to offsets[c + 1]
+    firsts: np.ndarray  # (N + 1,): sample n has the captions firsts[n] to firsts[n + 1]
+    crc32: np.ndarray  # (C,)
 
 
 class TextStore:
-    """`store[shard, row]` is the caption's text (L, D) float32, zero beyond its tokens, and mask (L,) bool."""
+    """The embeddings of `shards` under a recipe, whether they are all there or not."""
 
-    def __init__(self, files: Sequence[Any], fingerprint: str, length: int) -> None:
-        self.files, self.fingerprint, self.length = files, fingerprint, length
+    def __init__(self, shards: Shards, recipe: Recipe) -> None:
+        self.shards, self.recipe = shards, recipe
+        self.fields = tuple(shards.config.captions)
+        self._open = lru_cache(OPEN)(self.open)
 
-    @classmethod
-    def open(cls, captions_per_shard: Sequence[ShardCaptions], fingerprint: str, length: int) -> Self:
-        """Checks every shard's file, `UserError` at the first that cannot be used; embeddings are read when needed."""
-        for shard in captions_per_shard:
-            if reason := fault(shard, fingerprint, length):
-                path = store_path(shard.path, fingerprint)
-                raise UserError(f"{path} {reason}; run `python -m tools.cache_text CONFIG`")
-        files = [safe_open(store_path(shard.path, fingerprint), "numpy") for shard in captions_per_shard]
-        return cls(files, fingerprint, length)
+    def path(self, shard: int, field: str) -> Path:
+        what = f"text-{self.recipe.fingerprint(field)[:12]}"
+        return beside(self.shards.indexes[shard].location, what, self.shards.config.cache_folder)
 
-    def __getitem__(self, place: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        shard, row = place
-        start, stop = (int(offset) for offset in self.files[shard].get_slice("offsets")[row : row + 2])
-        embeddings = self.files[shard].get_slice("embeddings")
-        text_LD = np.zeros((self.length, embeddings.get_shape()[1]), np.float32)
-        if start < stop:  # safetensors refuses an empty slice
-            text_LD[: stop - start] = embeddings[start:stop]
-        return text_LD, np.arange(self.length) < stop - start
+    def open(self, shard: int, field: str) -> Stored:
+        file = safe_open(self.path(shard, field), "numpy")
+        arrays = (file.get_tensor(name) for name in ("offsets", "firsts", "crc32"))
+        return Stored(file.get_slice("embeddings"), *arrays)
+
+    def read(self, shard: int, row: int, field: str, number: int) -> np.ndarray:
+        """float16 (tokens, D): caption `number` of a row of the shard's index. UserError if it has been damaged."""
+        stored = self._open(shard, field)
+        caption = int(stored.firsts[row]) + number
+        start, stop = stored.offsets[caption : caption + 2].tolist()
+        embedding: np.ndarray = stored.embeddings[start:stop]
+        if zlib.crc32(embedding.tobytes()) != stored.crc32[caption]:
+            raise UserError(
+                f"{self.path(shard, field)} is damaged (caption {number} of sample {row} has another checksum); remove "
+                "it and run `python -m tools.cache_text CONFIG`"
+            )
+        return embedding
+
+    def fault(self, shard: int, field: str) -> str | None:
+        """Why the file of a shard cannot be used, or None."""
+        path, index = self.path(shard, field), self.shards.indexes[shard]
+        if not path.is_file():
+            stem = path.name.partition(".text-")[0]
+            others = sorted(other.name for other in path.parent.glob(f"{stem}.text-*.safetensors"))
+            what = "of another text encoder, length, caption field or cleaning"
+            return f"is missing ({others[0]} is {what})" if others else "is missing"
+        try:
+            with safe_open(path, "numpy") as file:
+                facts, done = file.metadata() or {}, file.get_tensor("done")
+                offsets, firsts = file.get_tensor("offsets"), file.get_tensor("firsts")
+                tokens, width = file.get_slice("embeddings").get_shape()
+        except (SafetensorError, OSError, ValueError) as error:
+            return f"is damaged ({error})"
+        if facts.get("fingerprint") != self.recipe.fingerprint(field):
+            return "was made by another recipe"
+        if facts.get("digest") != index.digest:
+            return "was made from other captions than the shard's"
+        sizes = (len(firsts), len(offsets), tokens, width)
+        if sizes != (len(done) + 1, firsts[-1] + 1, offsets[-1], self.recipe.width):
+            return "is damaged (its parts do not fit together)"
+        if not done[self.shards.rows(shard)].all():
+            return "lacks samples that the filters now let pass"
+        return None
+
+    def faults(self) -> Iterator[tuple[Path, int, str, str]]:
+        """(path, shard, field, reason) of each file that cannot be used."""
+        for shard in range(len(self.shards.indexes)):
+            for field in self.fields:
+                if reason := self.fault(shard, field):
+                    yield self.path(shard, field), shard, field, reason
+
+    def build(self, encoder: Callable[[], Encoder], progress: bool = True) -> int:
+        """Writes the files that are missing, stale or damaged, and answers how many.
+
+        The same call again goes on where one was stopped; other processes, on other machines too, may do the same at
+        the same time, and share the work shard by shard. The encoder is loaded if there is anything to do.
+        """
+        todo = [(shard, field) for _, shard, field, _ in self.faults()]
+        written, loaded = 0, encoder() if todo else None
+        total = sum(len(self.shards.rows(shard)) for shard, _ in todo)
+        with tqdm(total=total, unit="sample", disable=not (progress and todo)) as bar:
+            while todo and loaded:
+                others = []
+                for shard, field in todo:
+                    path = self.path(shard, field)
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    with claim(path) as mine:
+                        if not mine:
+                            others.append((shard, field))
+                            continue
+                        if self.fault(shard, field):
+                            self.write(shard, field, loaded)
+                            written += 1
+                    bar.update(len(self.shards.rows(shard)))
+                todo = others
+                time.sleep(1 if todo else 0)  # another process has them; if it dies, they are ours
+        return written
+
+    def write(self, shard: int, field: str, encoder: Encoder) -> None:
+        """Encodes one caption field of a shard, writes the file and reads it back."""
+        index, path = self.shards.indexes[shard], self.path(shard, field)
+        rows = self.shards.rows(shard)
+        done, counts = np.zeros(index.num_samples, bool), np.zeros(index.num_samples, np.int64)
+        done[rows] = True
+        words: list[str] = []
+        for row, found in zip(rows, self.shards.captions(shard, rows), strict=True):
+            words += map(self.recipe.text, found[field])
+            counts[row] = len(found[field])
+        embeddings, lengths = encoder.encode_ragged(words)
+        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        sums = [zlib.crc32(embeddings[a:b].tobytes()) for a, b in pairwise(offsets.tolist())]
+        arrays = {
+            "embeddings": embeddings,
+            "offsets": offsets,
+            "firsts": np.concatenate([[0], np.cumsum(counts)]),
+            "crc32": np.array(sums, np.uint32),
+            "done": done.astype(np.uint8),
+        }
+        facts = {"fingerprint": self.recipe.fingerprint(field), "digest": index.digest}
+        write_tensors_atomically(path, arrays, facts)
+        with safe_open(path, "numpy") as file:
+            same = all(np.array_equal(file.get_tensor(name), array) for name, array in arrays.items())
+        if not same:
+            path.unlink()
+            raise JobError(f"{path}: what was written does not read back the same; look at the disk")

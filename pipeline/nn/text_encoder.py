@@ -40,6 +40,7 @@ class TextConfig:
     encoder: str  # Hugging Face folder of a T5: config.json, safetensors, spiece.model
     width: int = 4096  # of its embeddings; T5-XXL's
     length: int = 128  # tokens a caption, padded or cut
+    clean: bool = False  # captions and prompts: see pipeline/data/captions.py
     drop: float = 0.1  # share of captions that training replaces by nothing, for guidance
 
     def __post_init__(self) -> None:

@@ -18,8 +18,9 @@ from mindspore import Tensor, nn
 
 from pipeline import checkpoint
 from pipeline.config import ConfigError, differences, dump, read_yaml, to_dict
-from pipeline.data.loader import Arrays, DataConfig, Loader, open_text
-from pipeline.data.shards import Shards
+from pipeline.data.loader import Arrays, Loader
+from pipeline.data.shards import DataConfig, Shards
+from pipeline.data.text import open_text
 from pipeline.errors import UserError
 from pipeline.files import lock, write_atomically
 from pipeline.log import RunLog
@@ -91,20 +92,19 @@ class Trainee(Protocol):
 
 # What may change between two attempts of one run, because the steps done so far would have been the same.
 FREE = ("run", "train.steps", "train.checkpoint_every", "train.keep_checkpoints", "train.report_every",
-        "train.sample_every", "train.num_samples", "data.workers", "sample.")  # fmt: skip
+        "train.sample_every", "train.num_samples", "data.workers", "data.max_damage", "data.cache",
+        "sample.")  # fmt: skip
 
 
 def train(stage: Trainee, stop: Callable[[], bool] = bool) -> bool:
     """Trains `stage` to its last step and writes its stage folder; False if `stop()` ended it early, after saving."""
     config = stage.config
     run, places = Path(config.run), share(config)
-    shards = Shards.open(config.data.patterns)
+    shards = Shards.open(config.data)
     text = open_text(config.text, shards)
     with lock(run):  # only now: a mistake in the data leaves no run folder behind
         newest = settle(run, config)
-        loader = Loader(
-            config.data, config.seed, shards, text, config.size, stage.batch, run / "quarantine.jsonl", places
-        )
+        loader = Loader(shards, text, config.seed, config.size, stage.batch, run / "quarantine.jsonl", places)
         initialize(stage.network, config.seed)
         trainer = TrainStep(
             stage.network,
@@ -114,15 +114,16 @@ def train(stage: Trainee, stop: Callable[[], bool] = bool) -> bool:
             config.train.ema_decay,
             config.train.accumulate,
         )
-        done = resume(newest, trainer, stage.network) if newest else 0
+        done = resume(newest, trainer, stage.network, shards) if newest else 0
         log.info(
-            "%s: %.2fM parameters, %d samples in %d shards, step %d of %d",
-            *(run, num_parameters(stage.network) / 1e6, len(shards), len(shards.shards), done, config.train.steps),
+            "%s: %.2fM parameters, %d samples in %d shards, %s, step %d of %d",
+            *(run, num_parameters(stage.network) / 1e6, len(shards), len(shards.indexes), shards.account(), done),
+            config.train.steps,
         )
         finished = done >= config.train.steps or steps(stage, loader, trainer, done, stop)
         if finished:
             write_stage(
-                run / "stage", manifest(stage, text.fingerprint, max(done, config.train.steps)), trainer.average()
+                run / "stage", manifest(stage, text.recipe.encoder, max(done, config.train.steps)), trainer.average()
             )
             log.info("%s: done, the stage is in %s", run, run / "stage")
         return finished
@@ -134,8 +135,8 @@ def steps(stage: Trainee, loader: Loader, trainer: TrainStep, done: int, stop: C
     log.info("compiling the training step, once a run")
     with RunLog(run, done, config.steps) as report:
         since, last = time.perf_counter(), done
-        for step, batch in enumerate(loader.batches(done, config.steps), done + 1):
-            loss, norm = trainer(batch)
+        for step, parts in enumerate(trainer.ahead(loader.batches(done, config.steps)), done + 1):
+            loss, norm = trainer(parts)
             if not math.isfinite(loss) or not math.isfinite(norm):
                 raise ArithmeticError(
                     f"{run}: step {step}: loss {loss}, gradient norm {norm}; the checkpoint before is intact: lower "
@@ -161,9 +162,8 @@ def steps(stage: Trainee, loader: Loader, trainer: TrainStep, done: int, stop: C
                     report.picture(step, stage.picture(*loader.first(config.num_samples)))
             stopping = stop()
             if step % config.checkpoint_every == 0 or step == config.steps or stopping:
-                checkpoint.save(
-                    run / "checkpoints", step, trainer.state(), {"step": step}, keep=config.keep_checkpoints
-                )
+                state = {"step": step, "data": loader.shards.digest}
+                checkpoint.save(run / "checkpoints", step, trainer.state(), state, keep=config.keep_checkpoints)
             if stopping and step < config.steps:
                 log.info("%s: stopped after step %d, saved; the same command goes on from there", run, step)
                 return False
@@ -185,9 +185,14 @@ def settle(run: Path, config: Config) -> Path | None:
     return newest
 
 
-def resume(path: Path, trainer: TrainStep, network: nn.Cell) -> int:
-    """Loads the checkpoint and answers its step."""
+def resume(path: Path, trainer: TrainStep, network: nn.Cell, shards: Shards) -> int:
+    """Loads the checkpoint and answers its step. UserError if the data are no longer those that led to it."""
     tensors, state = checkpoint.load(path)
+    if state.get("data", shards.digest) != shards.digest:
+        raise UserError(
+            f"data.shards: the samples are no longer those that {path} was trained on (there are {len(shards):,} now; "
+            "a shard was changed, added, lost or indexed anew): put them back, or take another run folder"
+        )
     assign(network, tensors["model"], str(path / "model.safetensors"))
     trainer.load(tensors, str(path))
     log.info("resuming from %s", path)
@@ -217,6 +222,7 @@ def manifest(stage: Trainee, fingerprint: str, step: int) -> dict[str, Any]:
             "fingerprint": fingerprint,
             "length": stage.config.text.length,
             "width": stage.config.text.width,
+            "clean": stage.config.text.clean,
         },
         "ema_decay": stage.config.train.ema_decay,
         "step": step,

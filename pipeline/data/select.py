@@ -1,0 +1,91 @@
+"""Which samples of the shards a run takes, and how many were left out for what.
+
+All is decided from the indexes, before a picture is read: sizes from the pictures' headers, captions and the fields of
+`KEY.json` from the texts that the index holds.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pipeline.config import ConfigError
+from pipeline.data.captions import captions
+from pipeline.data.index import Index
+
+BOUNDS = {"min", "max"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterConfig:
+    """What a sample must be; what is not set is not asked."""
+
+    min_size: int = 1  # pixels of the shorter side
+    max_aspect: float | None = None  # longer side over shorter
+    min_caption: int = 1  # characters of its first caption
+    max_caption: int | None = None
+    fields: dict[str, Any] = field(default_factory=dict, hash=False)  # of KEY.json: a value, several, or {min, max}
+
+    def __post_init__(self) -> None:
+        if self.max_aspect is not None and self.max_aspect < 1:
+            raise ConfigError(f"max_aspect: {self.max_aspect} is less than 1, a square's; no picture is so narrow")
+        if self.max_caption is not None and self.max_caption < self.min_caption:
+            raise ConfigError(f"max_caption: {self.max_caption} is less than min_caption, {self.min_caption}")
+        for name, wanted in self.fields.items():
+            if isinstance(wanted, dict) and (not wanted or wanted.keys() - BOUNDS):
+                raise ConfigError(f"fields.{name}: {wanted} is no range; write {{min: 0.3}}, {{max: 1}} or both")
+
+
+def select(index: Index, config: FilterConfig, weights: Mapping[str, float]) -> tuple[np.ndarray, Counter[str]]:
+    """The rows of an index that pass, int64, and of each filter how many samples it was the first to remove.
+
+    `weights` names the caption fields of the run; a sample without any caption is removed.
+    """
+    left = np.arange(index.num_samples)
+    removed: Counter[str] = Counter()
+
+    def keep(passing: np.ndarray, reason: str) -> None:
+        nonlocal left
+        if len(left) > passing.sum():
+            removed[reason] += len(left) - int(passing.sum())
+        left = left[passing]
+
+    if config.min_size > 1 or config.max_aspect is not None:
+        pixels = index.column("pixels").astype(np.int64)
+        short, long = pixels.min(axis=1), pixels.max(axis=1)
+        keep(short[left] >= config.min_size, f"shorter side under {config.min_size} px")
+        if config.max_aspect is not None:
+            keep(long[left] <= config.max_aspect * short[left], f"aspect over {config.max_aspect:g}")
+    if config.fields or list(weights) != ["txt"]:
+        texts = [(text["txt"], json.loads(text["json"] or "{}")) for text in index.texts(left)]
+        firsts = (next((c for name in weights for c in captions(txt, meta, name)), "") for txt, meta in texts)
+        lengths = np.array([len(first) for first in firsts], int)
+        passing = {
+            name: np.array([fits(meta.get(name), wanted) for _, meta in texts], bool)
+            for name, wanted in config.fields.items()
+        }
+    else:
+        lengths, passing = index.column("caption_length")[left], {}
+    conditions = {"no caption": lengths > 0}
+    if config.min_caption > 1:
+        conditions[f"caption under {config.min_caption} characters"] = lengths >= config.min_caption
+    if config.max_caption is not None:
+        conditions[f"caption over {config.max_caption} characters"] = lengths <= config.max_caption
+    conditions |= {f"{name} not {wanted}": passing[name] for name, wanted in config.fields.items()}
+    alive = np.ones(len(left), bool)
+    for reason, condition in conditions.items():
+        keep(condition[alive], reason)
+        alive &= condition
+    return left, removed
+
+
+def fits(value: Any, wanted: Any) -> bool:
+    """Whether a field has the wanted value, one of a list of values, or lies in a range (which only a number can)."""
+    if isinstance(wanted, dict):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        return bool(wanted.get("min", value) <= value <= wanted.get("max", value))
+    return any(type(value) is type(one) and value == one for one in (wanted if isinstance(wanted, list) else [wanted]))
