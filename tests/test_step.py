@@ -1,7 +1,7 @@
 """The training step on a quadratic, whose gradient is known, against the papers' algorithms in NumPy float64."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,7 +80,7 @@ class History:
 def train(step: TrainStep, first: int = 0) -> History:
     seen = History()
     for number in range(first, STEPS):
-        loss, norm = step(batch(number))
+        loss, norm = step(step.parts(batch(number)))
         seen.losses.append(loss)
         seen.norms.append(norm)
         seen.states.append(snapshot(step))
@@ -114,7 +114,7 @@ def seen(trainer: TrainStep) -> History:
 def resumed(kind: str, seen: History) -> tuple[Quadratic, TrainStep, History]:
     """A run from the middle, in a process that already took a step of its own."""
     network, step = make(kind)
-    step(batch(STEPS))
+    step(step.parts(batch(STEPS)))
     load(network, step, seen.states[HALF - 1])
     return network, step, train(step, HALF)
 
@@ -263,7 +263,7 @@ def test_averaged_is_a_visit(seen: History, resumed: tuple[Quadratic, TrainStep,
             np.testing.assert_allclose(look(*map(Tensor, targets)).asnumpy(), losses(before["ema"], targets), rtol=1e-5)
         assert_same_bits(snapshot(step), before)
         np.testing.assert_allclose(look(*map(Tensor, targets)).asnumpy(), losses(before["model"], targets), rtol=1e-5)
-        assert step(batch(number)) == (seen.losses[number], seen.norms[number])
+        assert step(step.parts(batch(number))) == (seen.losses[number], seen.norms[number])
         assert_same_bits(snapshot(step), seen.states[number])
     with pytest.raises(KeyError, match="picture"), step.averaged():
         raise KeyError("picture")
@@ -310,3 +310,21 @@ def test_optimizer_settings_that_cannot_be(values: dict[str, Any], message: str)
     with pytest.raises(ConfigError) as error:
         OptimizerConfig(**values)
     assert str(error.value) == message
+
+
+def test_the_next_batch_is_on_its_way_while_one_is_trained() -> None:
+    asked: list[int] = []
+
+    def batches() -> Iterator[tuple[np.ndarray, ...]]:
+        for number in range(3):
+            asked.append(number)
+            yield (np.full(4, number, np.float32),)
+
+    step = TrainStep.__new__(TrainStep)  # nothing of it but the number of parts
+    step.accumulate = 2
+    seen = []
+    for number, parts in enumerate(step.ahead(batches())):
+        assert asked == list(range(min(number + 2, 3)))
+        seen.append([part[0].asnumpy().tolist() for part in parts])
+    assert seen == [[[float(number)] * 2] * 2 for number in range(3)]
+    assert list(step.ahead(iter(()))) == []

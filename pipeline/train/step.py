@@ -85,13 +85,28 @@ class TrainStep:
 
         self._whole, self._part, self._finish = map(runtime.compile, (whole, part, finish))
 
-    def __call__(self, batch: tuple[np.ndarray, ...]) -> tuple[float, float]:
-        """Trains on `batch`; answers its mean loss and the gradient's norm before clipping."""
-        if self.accumulate == 1:
-            loss, norm = self._whole(*map(Tensor, batch))
-            return float(loss.asnumpy()), float(np.squeeze(norm.asnumpy()))
+    def parts(self, batch: tuple[np.ndarray, ...]) -> list[tuple[Tensor, ...]]:
+        """What a step takes: `batch` on the device, in as many parts as are accumulated."""
         parts = zip(*(np.split(array, self.accumulate) for array in batch), strict=True)
-        losses = [float(self._part(*map(Tensor, part)).asnumpy()) for part in parts]
+        return [tuple(map(runtime.to_device, part)) for part in parts]
+
+    def ahead(self, batches: Iterator[tuple[np.ndarray, ...]]) -> Iterator[list[tuple[Tensor, ...]]]:
+        """The parts of each batch, those of the next one already on their way while a step is made of these."""
+        now = None
+        for batch in batches:
+            later = self.parts(batch)
+            if now is not None:
+                yield now
+            now = later
+        if now is not None:
+            yield now
+
+    def __call__(self, parts: list[tuple[Tensor, ...]]) -> tuple[float, float]:
+        """Trains on what `parts` gave; answers the mean loss and the gradient's norm before clipping."""
+        if self.accumulate == 1:
+            loss, norm = self._whole(*parts[0])
+            return float(loss.asnumpy()), float(np.squeeze(norm.asnumpy()))
+        losses = [float(self._part(*part).asnumpy()) for part in parts]
         return sum(losses) / self.accumulate, float(np.squeeze(self._finish().asnumpy()))
 
     def lr(self, step: int) -> float:
