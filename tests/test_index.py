@@ -2,7 +2,10 @@
 
 import json
 import os
+import subprocess
+import sys
 import tarfile
+import threading
 import zlib
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from pipeline.data import index as module
 from pipeline.data.index import FILES, Index, beside, build, index_path, read_index, write_index
 from pipeline.data.source import Sources
 from pipeline.errors import UserError
+from tools import index as tool
 
 
 def indexed(path: Path, data: bytes | Members) -> Index:
@@ -263,3 +267,101 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot be written .* data\.cache"):
         build([str(tmp_path / "0.tar")], tmp_path / "file", 1, progress=False)
+
+
+# The tool.
+
+
+@pytest.fixture
+def crawl(tmp_path: Path) -> Path:
+    """Seven samples in two tars, one damaged and one unusable."""
+    (tmp_path / "a.tar").write_bytes(tar([*sample("0", jpg=jpeg(300, 90)), *sample("1"), *sample("2", txt=b"")]))
+    (tmp_path / "b.tar").write_bytes(
+        flipped(THREE, PLACES[2] + 5)[: PLACES[-1]] + tar([("x.jpg", html()), *sample("y")])
+    )
+    return tmp_path
+
+
+def run_tool(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    tool.main(argv)
+    return capsys.readouterr().out
+
+
+def test_the_report_in_numbers(crawl: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    patterns = [f"{crawl}/a.tar", f"{crawl}/b.tar"]
+    found = json.loads(run_tool(capsys, *patterns, "--weights", "3", "1", "--json"))
+    assert (found["shards"], found["samples"], found["without_caption"]) == (2, 6, 2)
+    assert found["bytes"] == sum((crawl / name).stat().st_size for name in ("a.tar", "b.tar"))
+    assert [(each["samples"], each["share"]) for each in found["sets"]] == [(2, 0.75), (2, 0.25)]
+    assert {name: number for name, number in found["shorter_side"].items() if number} == {"0-63": 5, "64-127": 1}
+    assert found["caption_length"] == {"min": 0, "median": 12, "max": 12}
+    assert [fault["shard"] for fault in found["faults"]] == [patterns[1]] * 3
+    assert [fault["key"] for fault in found["faults"]] == ["", "x", "b"]
+
+
+def test_the_report_in_words(crawl: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tool, "SHOWN", 2)
+    text = run_tool(capsys, f"{crawl}/*.tar")
+    assert text.splitlines()[0].startswith("6 samples in 2 shards, 0.00 GiB")
+    assert "KEY.txt, characters: min 0, median 12, max 12; 2 samples have none" in text
+    assert f"wrong: 3\n  {crawl}/b.tar:: damaged from byte" in text
+    assert text.endswith("and 1 more; --json lists them all\n")
+    assert "nothing is wrong" in run_tool(capsys, f"{crawl}/a.tar")
+
+
+def test_the_tool_looks_again_and_mends(crawl: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_tool(capsys, f"{crawl}/*.tar")
+    times = {path.name: path.stat().st_mtime_ns for path in crawl.glob("*.safetensors")}
+    (crawl / "a.tar").write_bytes(tar(sample("new")))
+    assert json.loads(run_tool(capsys, f"{crawl}/*.tar", "--json"))["samples"] == 4
+    after = {path.name: path.stat().st_mtime_ns for path in crawl.glob("*.safetensors")}
+    assert after["b.index.safetensors"] == times["b.index.safetensors"]
+    assert after["a.index.safetensors"] != times["a.index.safetensors"]
+
+
+def test_nothing_but_damage_is_a_report_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.tar").write_bytes(b"")
+    found = json.loads(run_tool(capsys, f"{tmp_path}/a.tar", "--json"))
+    assert (found["samples"], found["caption_length"]) == (0, {})
+    assert "a.tar:: empty" in run_tool(capsys, f"{tmp_path}/a.tar")
+
+
+@pytest.mark.parametrize("weights", [["1"], ["1", "0"], ["1", "2", "3"]])
+def test_weights_that_do_not_fit(weights: list[str], crawl: Path) -> None:
+    with pytest.raises(UserError, match=r"--weights: .* for 2 SHARDS; give one above 0 for each"):
+        tool.main([f"{crawl}/a.tar", f"{crawl}/b.tar", "--weights", *weights])
+
+
+SLOW = """
+import sys, time
+import pipeline.data.index as index
+plain = index.scan
+def scan(file, size):
+    time.sleep(float(sys.argv[1]))
+    return plain(file, size)
+index.scan = scan
+index.build(sys.argv[2:], None, 1, progress=False)
+"""
+
+
+def test_processes_share_the_work_and_take_over_from_the_dead(tmp_path: Path) -> None:
+    paths = [str(tmp_path / f"{number}.tar") for number in range(3)]
+    for path in paths:
+        Path(path).write_bytes(THREE)
+    first, second = (
+        subprocess.Popen([sys.executable, "-W", "error", "-c", SLOW, seconds, *paths], cwd=Path(__file__).parent.parent)
+        for seconds in ("600", "0.2")
+    )
+    try:
+        for _ in range(300):
+            if list(tmp_path.glob(".0.*.lock")) and (tmp_path / "2.index.safetensors").exists():
+                break
+            threading.Event().wait(0.1)
+        first.kill()
+        assert second.wait(timeout=60) == 0
+    finally:
+        for process in (first, second):
+            process.kill()
+            process.wait(timeout=60)
+    assert all(read_index(index_path(path, None), path) for path in paths)
+    assert not list(tmp_path.glob(".*"))

@@ -14,13 +14,15 @@ import pytest
 import yaml
 from PIL import Image
 from safetensors.numpy import load_file
+from tars import jpeg, sample, tar
 
 from pipeline import checkpoint
 from pipeline.config import build
+from pipeline.data.shards import DataConfig, Shards
 from pipeline.errors import UserError
 from pipeline.files import lock
 from pipeline.kinds import stage_class
-from pipeline.train.loop import settle, train
+from pipeline.train.loop import resume, settle, train
 from tests.conftest import stage_yaml
 
 PATIENCE = 240  # seconds for what takes a few: the machine may be busy
@@ -99,11 +101,15 @@ def end(process: subprocess.Popen[bytes]) -> int:
 
 @pytest.fixture(scope="module")
 def interrupted(trained, shards_folder, t5_folder, tmp_path_factory) -> tuple[Path, Path, list[int]]:
-    """An uninterrupted run of 12 steps; one that was killed, stopped and continued; the exit codes of its attempts."""
+    """An uninterrupted run of 12 steps; one that was killed, stopped and continued; the exit codes of its attempts.
+
+    The second has copies of the shards with no embeddings beside them, and encodes its captions as it goes.
+    """
     folder = tmp_path_factory.mktemp("resume")
     runs = {}
+    copied = shutil.copytree(shards_folder, folder / "shards", ignore=shutil.ignore_patterns("*.safetensors"))
     for name in ("whole", "pieces"):
-        raw = stage_yaml("base", folder / name, shards_folder, t5_folder)
+        raw = stage_yaml("base", folder / name, shards_folder if name == "whole" else copied, t5_folder)
         raw["train"] |= {"steps": 12, "checkpoint_every": 3, "sample_every": 4, "keep_checkpoints": 9}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(raw))
         runs[name] = folder / name
@@ -177,6 +183,29 @@ def test_a_changed_configuration_is_refused_by_name(trained, shards_folder, t5_f
         "run folder"
     )
     assert (run / "config.yaml").read_bytes() == before
+
+
+def test_other_data_are_refused(trained, shards_folder):
+    newest = checkpoint.newest(trained / "base" / "checkpoints")
+    less = {"shards": f"{shards_folder}/*.tar", "filter": {"fields": {"shape": "circle"}}}
+    shards = Shards.open(build(DataConfig, less), progress=False)
+    with pytest.raises(UserError) as error:
+        resume(newest, None, None, shards)
+    assert str(error.value) == (
+        f"data.shards: the samples are no longer those that {newest} was trained on (there are {len(shards)} now; a "
+        "shard was changed, added, lost or indexed anew): put them back, or take another run folder"
+    )
+
+
+def test_data_that_are_too_damaged_end_the_run(shards_folder, t5_folder, tmp_path):
+    """Most pictures are broken behind their headers."""
+    raw = stage_yaml("base", tmp_path / "run", tmp_path, t5_folder)
+    members = [file for n in range(24) for file in sample(f"{n}", n, jpg=jpeg(seed=n)[: 700 if n % 4 else None])]
+    (tmp_path / "0.tar").write_bytes(tar(members))
+    cls = stage_class("base")
+    with pytest.raises(UserError, match=r"data\.max_damage: 3 of about 24 samples looked at cannot be used"):
+        train(cls(build(cls.Config, raw)))
+    assert len((tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()) >= 3
 
 
 def test_more_steps_are_no_other_run(trained, shards_folder, t5_folder, tmp_path):

@@ -162,13 +162,17 @@ def read_index(path: Path, location: str) -> Index | None:
     return Index(path, location, stat, int(facts["samples"]), faults, facts["digest"])
 
 
-def build(locations: Sequence[str], cache: Path | None, workers: int, progress: bool = True) -> None:
-    """Writes the indexes of shards in `workers` processes, beside other jobs that do the same: none is written twice.
+def build(
+    locations: Sequence[str], cache: Path | None, workers: int, outdated: bool = False, progress: bool = True
+) -> None:
+    """Writes the indexes that are missing or damaged and, if `outdated`, those that no longer fit their shards.
 
-    UserError where the files cannot be written.
+    In `workers` processes, and beside other jobs that do the same: none is written twice. UserError where the files
+    cannot be written.
     """
-    left, start = list(locations), time.time()
-    one = partial(build_one, cache=cache, since=start)
+    sources = Sources()
+    left = [location for location in locations if unfit(location, sources, cache, outdated)]
+    one = partial(build_one, cache=cache, outdated=outdated)
     # New processes rather than forked ones: a caller may have threads (MindSpore's), which do not survive a fork.
     pool = ProcessPoolExecutor(workers, get_context("spawn")) if min(workers, len(left)) > 1 else None
     with pool or nullcontext(), tqdm(total=len(left), unit="shard", disable=not (progress and left)) as bar:
@@ -187,14 +191,14 @@ def unfit(location: str, sources: Sources, cache: Path | None, outdated: bool) -
     return index is None or (outdated and index.fault(sources) is not None)
 
 
-def build_one(location: str, cache: Path | None, since: float) -> bool:
-    """False if another process is at it. An index written after `since`, by another process, is not made again."""
+def build_one(location: str, cache: Path | None, outdated: bool) -> bool:
+    """False if another process is at it."""
     path = index_path(location, cache)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with claim(path) as mine:
-            if mine and not (path.exists() and path.stat().st_mtime >= since and read_index(path, location)):
-                write_index(Sources(), location, path)
+            if mine and unfit(location, sources := Sources(), cache, outdated):
+                write_index(sources, location, path)
             return mine
     except (PermissionError, FileExistsError, NotADirectoryError) as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); name another folder in data.cache") from None

@@ -22,7 +22,7 @@ import numpy as np
 
 from pipeline.config import ConfigError
 from pipeline.data.captions import captions
-from pipeline.data.index import Fault, Index, build, index_path, read_index, unfit
+from pipeline.data.index import Fault, Index, build, index_path, read_index
 from pipeline.data.order import BLOCK, quotas
 from pipeline.data.select import FilterConfig, select
 from pipeline.data.source import Sources, expand
@@ -222,8 +222,7 @@ def indexed(config: DataConfig, outdated: bool = False, progress: bool = True) -
             raise UserError(f"{location}: {reason}; run `python -m tools.index '{location}'`")
         return index
 
-    left = [location for location in every if unfit(location, sources, cache, outdated)]
-    many = sum(sources.stat(location).size for location in left) > MANY
-    build(left, cache, config.workers if many else 1, progress)
+    many = sum(sources.stat(location).size for location in every) > MANY
+    build(every, cache, config.workers if many else 1, outdated, progress)
     with ThreadPoolExecutor(THREADS) as threads:
         return [list(threads.map(fitting, locations)) for locations in sets]
