@@ -29,6 +29,8 @@ COMMANDS = {
 }
 TOOLS = {
     "agreement": "[--manifest MANIFEST] [--json] IMAGES_DIR",
+    "bench": "{benches} ...",
+    "bench text": "[--captions N] [--rounds N] [--json FILE]",
     "cache_text": "config [key=value ...]",
     "export": "config",
     "index": "[--weights W [W ...]] [--cache DIR] [--workers WORKERS] [--json] SHARDS [SHARDS ...]",
@@ -78,17 +80,26 @@ def test_all_that_can_be_said() -> None:
 
 
 def test_every_tool_is_listed() -> None:
-    with_main = {path.stem for path in (ROOT / "tools").glob("*.py") if "\ndef main(" in path.read_text()}
-    assert with_main == TOOLS.keys()
+    """A tool is a file with a main, or a folder whose __main__.py has one: its modules, each with `run`, follow it."""
+    sources = {path: path.read_text() for path in (ROOT / "tools").rglob("*.py")}
+    found = {path.stem for path, text in sources.items() if path.parent.name == "tools" and "\ndef main(" in text}
+    for main in (path for path in sources if path.name == "__main__.py"):
+        modules = [path for path in main.parent.glob("*.py") if "\ndef add_arguments(" in sources[path]]
+        found |= {main.parent.name, *(f"{main.parent.name} {path.stem}" for path in modules)}
+    assert found == TOOLS.keys()
 
 
 @pytest.mark.parametrize("name", TOOLS)
 def test_what_the_tools_take(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "500")
+    tool, *words = name.split()
+    module = f"tools.{tool}.__main__" if (ROOT / "tools" / tool).is_dir() else f"tools.{tool}"
     with pytest.raises(SystemExit) as end:
-        importlib.import_module(f"tools.{name}").main(["--help"])
+        importlib.import_module(module).main([*words, "--help"])
     assert end.value.code == 0
-    assert capsys.readouterr().out.splitlines()[0] == f"usage: python -m tools.{name} [-h] {TOOLS[name]}"
+    benches = "|".join(other.removeprefix("bench ") for other in TOOLS if other.startswith("bench "))
+    usage = TOOLS[name].format(benches=benches)
+    assert capsys.readouterr().out.splitlines()[0] == f"usage: python -m tools.{name} [-h] {usage}"
 
 
 def test_help_comes_from_a_light_program() -> None:

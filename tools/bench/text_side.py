@@ -1,0 +1,62 @@
+"""One side of `python -m tools.bench text`: seconds to encode the captions, as JSON on the last line of stdout.
+
+PyTorch's side does not import `pipeline`: its environment is MindSpore's, and would bind PyTorch's oneDNN to AVX2.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+BATCH = 32  # of `transformers`
+
+
+def ours(folder: str, captions: list[str], length: int) -> tuple[dict[str, float], int]:
+    from pipeline.nn.text_encoder import TextEncoder
+
+    encoder = TextEncoder.load(folder, folder, length)
+    encoder.encode_ragged(captions)  # compiles every shape
+    seconds, (_, counts_N) = timed(lambda: encoder.encode_ragged(captions))
+    return {"ours": seconds}, int(counts_N.sum())
+
+
+def theirs(folder: str, captions: list[str], length: int) -> tuple[dict[str, float], int]:
+    import torch
+    from transformers import AutoTokenizer, T5EncoderModel
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model = T5EncoderModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
+
+    def encode(padding: str | bool) -> int:
+        tokens = 0
+        with torch.inference_mode():
+            for start in range(0, len(captions), BATCH):
+                inputs = tokenizer(
+                    captions[start : start + BATCH],
+                    padding=padding,
+                    max_length=length,
+                    truncation=True,
+                    return_tensors="pt",
+                )
+                model(**inputs).last_hidden_state.numpy()
+                tokens += int(inputs["attention_mask"].sum())
+        return tokens
+
+    encode(True)
+    longest, tokens = timed(lambda: encode(True))
+    whole, _ = timed(lambda: encode("max_length"))
+    return {"transformers, to the longest": longest, "transformers, to the length": whole}, tokens
+
+
+def timed(run: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    answer = run()
+    return time.perf_counter() - start, answer
+
+
+if __name__ == "__main__":
+    side, folder, words, length = sys.argv[1:]
+    seconds, tokens = {"ours": ours, "torch": theirs}[side](folder, Path(words).read_text().splitlines(), int(length))
+    print(json.dumps({"seconds": seconds, "tokens": tokens}))
