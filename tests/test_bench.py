@@ -49,3 +49,8 @@ def test_ratios_are_of_medians() -> None:
 def test_without_pytorch_the_extra_is_named() -> None:
     with pytest.raises(UserError, match=r"imagen-cascade\[parity\]"):
         main(["text"])
+
+
+def test_a_report_that_has_no_place_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"absent is no folder; make it or name another file"):
+        main(["text", "--json", str(tmp_path / "absent" / "report.json")])

@@ -1,9 +1,9 @@
 """Captions a second of the T5 encoder, beside `transformers` with PyTorch: the same folder, captions and processor.
 
-Both turn strings into float32 embeddings of up to 128 tokens a caption, the tokenizer included. `transformers` pads in
-both of its ways, to the longest caption of a batch and to the whole length, in the batch that suits it best; its better
-figure counts. PyTorch and MindSpore fight over threads in one process, so each measurement is a process of its own, the
-two in turns, and the median of all rounds is told: a machine that others use changes by half from minute to minute.
+Both turn strings into embeddings of up to 128 tokens a caption, in float32, the tokenizer included. `transformers` pads
+in both of its ways, to the longest caption of a batch of 32 and to the whole length. PyTorch and MindSpore would fight
+over threads in one process, so each measurement is a process of its own, the two in turns, and medians are told beside
+what was lowest and highest: where others use the machine, PyTorch loses more by it.
 
 The encoder is a random T5 v1.1 of about T5-small's size (8 layers of width 512), as speed does not depend on values.
 """
@@ -37,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if arguments.json and not arguments.json.parent.is_dir():  # rather than after minutes
+        raise UserError(f"--json {arguments.json}: {arguments.json.parent} is no folder; make it or name another file")
     if find_spec("torch") is None:
         raise UserError("torch: not installed; the comparison needs the extra: pip install 'imagen-cascade[parity]'")
     report = measure(arguments.captions, arguments.rounds)
