@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import ConfigError, build, dump, read_yaml, to_dict
-from pipeline.errors import UserError
+from pipeline.errors import JobError, UserError
 
 GIB = 2**30
 
@@ -74,7 +74,7 @@ def data(config: Any) -> dict[str, Any]:
 
     try:
         shards = Shards.open(config.data)
-    except UserError as error:
+    except (UserError, JobError) as error:
         return {"error": str(error)}
     return {
         "shards": len(shards.indexes),

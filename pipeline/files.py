@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.errors import UserError
+from pipeline.errors import JobError, UserError
 
 log = logging.getLogger("cascade")
 
@@ -101,15 +101,17 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], facts: Mapping[
 
 
 def write_tensors_atomically(path: Path, tensors: Mapping[str, np.ndarray], facts: Mapping[str, str]) -> None:
-    """As `write_tensors`, but `path` holds the old file or the new one at every moment."""
+    """As `write_tensors`, but `path` holds the old file or the new one at every moment. JobError if that fails."""
     side = path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
     try:
         write_tensors(side, tensors, facts)
         sync(side)
         side.replace(path)
+        sync(path.parent)
+    except OSError as error:
+        raise JobError(f"{path}: cannot be written ({error.strerror or error}); the same command goes on") from None
     finally:
         side.unlink(missing_ok=True)
-    sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -118,10 +120,14 @@ def claim(path: Path) -> Iterator[bool]:
     their file system has locks. A process that dies lets go.
 
     The lock is a hidden file beside `path`, which goes with the claim; so after one is got it has to be looked whether
-    the file is still the one of that name.
+    the file is still the one of that name. UserError if the folder, made if it is missing, cannot be written.
     """
     name = path.with_name(f".{path.name}.lock")
-    descriptor = os.open(name, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(name, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); name another folder, in data.cache") from None
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

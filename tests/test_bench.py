@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.data.shards import DataConfig, Shards
 from pipeline.errors import UserError
-from tools.bench import text
+from tools.bench import data, text, turns
 from tools.bench.__main__ import main
 
 
@@ -32,8 +33,8 @@ def test_our_side_counts_tokens_and_rounds() -> None:
 def test_both_sides_encode_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
     answers = []
-    ask = text.ask
-    monkeypatch.setattr(text, "ask", lambda *arguments: answers.append(ask(*arguments)) or answers[-1])
+    ask = turns.ask
+    monkeypatch.setattr(turns, "ask", lambda *arguments: answers.append(ask(*arguments)) or answers[-1])
     report = text.measure(num=4, rounds=1, width=16)
     assert answers[0]["tokens"] == answers[1]["tokens"]
     assert len(report["captions_per_second"]) == 3
@@ -54,3 +55,22 @@ def test_without_pytorch_the_extra_is_named() -> None:
 def test_a_report_that_has_no_place_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"absent is no folder; make it or name another file"):
         main(["text", "--json", str(tmp_path / "absent" / "report.json")])
+
+
+def test_pictures_of_the_data_benchmark_have_a_photographs_bytes(tmp_path: Path) -> None:
+    assert 100_000 < data.write(tmp_path, 16) < 250_000
+    shards = Shards.open(DataConfig(shards=f"{tmp_path}/*.tar"), progress=False)
+    assert (len(shards), len(shards.indexes)) == (16, data.SHARDS)
+
+
+def test_every_side_of_the_data_benchmark_gives_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "TASKS", {"64 px": (64, 64), "crops": (1024, 256)})
+    report = data.measure(seconds=1, rounds=1, cores=[1, 2], memory=640, samples=128)
+    assert list(report["pictures_per_second"]) == ["64 px, 1 core", "64 px, 2 cores", "crops, 1 core", "crops, 2 cores"]
+    for found in report["pictures_per_second"].values():
+        assert found.keys() == data.SIDES.keys()
+        assert all(speed > 0 for rounds in found.values() for speed in rounds)
+    assert [number for number, _ in report["resident"]] == [128, 256, 384, 512, 640]
+    text = data.table(report)
+    assert "| 64 px, 1 core | pictures/s | lowest to highest | ours is |" in text
+    assert "MiB after 640 samples." in text

@@ -14,7 +14,7 @@ import pytest
 from pictures import html, png_bomb
 from tars import BLOCK, Members, flipped, headers, jpeg, link, sample, tar, with_header
 
-from pipeline.data import index as module
+from pipeline.data import tar as module
 from pipeline.data.index import FILES, Index, beside, build, index_path, read_index, write_index
 from pipeline.data.source import Sources
 from pipeline.errors import UserError

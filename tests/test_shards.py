@@ -225,3 +225,19 @@ def test_shards_are_one_pattern_several_or_sets() -> None:
         ({"a.tar": 2, "b.tar": 0.5}, {("a.tar",): 2.0, ("b.tar",): 0.5}),
     ):
         assert build(DataConfig, {"shards": raw}).sets == sets
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_an_index_on_the_server_is_taken_over_if_it_fits(fits: bool, folder: Path, tmp_path: Path) -> None:
+    """Rather than reading the whole shard; and it is asked once."""
+    local = opened(f"{folder}/a.tar")
+    if not fits:
+        rewrite(folder / "a.tar")
+    whole = f"bytes=0-{(folder / 'a.tar').stat().st_size - 1}"
+    with Server(folder) as server:
+        remote = opened(server.url("a.tar"), cache=str(tmp_path / "cache"))
+        assert (remote.digest == local.digest) == fits
+        assert (whole in [asked for *_, asked in server.requests]) != fits
+        asked = len(server.requests)
+        opened(server.url("a.tar"), cache=str(tmp_path / "cache"))
+        assert len(server.requests) == asked + 1  # its size and date

@@ -1,81 +1,38 @@
 """The index of a shard: what a tar holds and where, so that any sample can be read by itself.
 
-A shard is a plain tar as img2dataset writes it: the files of a sample share their name up to the first dot and differ
-in what follows, `KEY.jpg` (or jpeg, png, webp), `KEY.txt` with a caption and `KEY.json`. Training wants sample number i
-in any order; streaming a tar gives none of that. So each tar is read once, all of it, and what was found is kept in
-`00000.index.safetensors` beside it or in a cache folder: places, sizes and CRC-32 of each sample's files, width and
-height from the picture's header, and the texts themselves, which are small beside the pictures.
-
-What is wrong is found here, and has one outcome each:
-
-    damaged header, garbage         the stretch is a fault with its bytes; samples before and after it are used
-    cut in a file, in a header or   the cut is a fault; samples before it are used
-      between files, no end mark
-    empty file, no tar, compressed  one fault, no samples
-    no picture, or HTML in its      the sample is left out, with the reason
-      place, or one that its header
-      shows to be unusable
-    a file twice, a link, a name    the sample is left out
-      with .. or from the root
-    KEY.json that is no object      the sample is left out
-    no caption, or not UTF-8        indexed; whether a sample needs one is the run's to say
-    files of a sample apart         one sample, as if they were together
-    KEY.a.jpg                       the key ends at the first dot, so `a.jpg` is no picture: left out, and the reason
-                                    says so
-
-`tarfile`, like WebDataset's own readers, takes a damaged header for the end and drops the rest in silence.
+Training wants sample number i in any order; streaming a tar gives none of that. So each tar is read once, all of it,
+and what was found is kept in `00000.index.safetensors` beside it or in a cache folder: places, sizes and CRC-32 of each
+sample's files, width and height from the picture's header, the texts themselves, which are small beside the pictures,
+and all that is wrong.
 """
 
 import hashlib
 import json
-import tarfile
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from pipeline.data.image import BadImage, dimensions
 from pipeline.data.source import Sources, Stat, is_remote
+from pipeline.data.tar import ABSENT, Fault, scan
 from pipeline.errors import UserError
-from pipeline.files import claim, write_tensors_atomically
+from pipeline.files import claim, write_atomically, write_tensors_atomically
 
 FORMAT = "1"
-IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")
 FILES = ("image", "txt", "json")  # the columns of offset, size and crc32
 TEXTS = ("key", "files", "txt", "json")  # the columns of ends
-BLOCK = 512  # bytes; all of a tar is made of blocks
-MAX_IMAGE, MAX_TEXT = 2**28, 2**24  # bytes: larger files are a mistake or an attack
-COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
+THREADS = 8  # that look at shards: they wait for disks and servers
+MANY = 2**28  # bytes from which on shards are indexed by several processes
 SPOT = 8  # samples whose checksums tell whether a shard that was copied or touched is still the same
-
-
-class Fault(NamedTuple):
-    """What is wrong with a sample, or with a stretch of the tar (then `key` is empty)."""
-
-    key: str
-    reason: str
-    size: int = 0  # of a stretch, in bytes
-
-
-class File(NamedTuple):
-    offset: int
-    size: int
-    crc32: int
-    data: bytes  # of texts
-    pixels: tuple[int, int] = (0, 0)
-
-
-ABSENT = File(0, -1, 0, b"")
 
 
 @dataclass(frozen=True)
@@ -88,6 +45,7 @@ class Index:
     num_samples: int
     faults: tuple[Fault, ...]
     digest: str  # SHA-256 of keys and texts
+    content: str  # SHA-256 of all checksums
 
     def column(self, name: str) -> np.ndarray:
         """offset, size (bytes, -1 where there is no such file), crc32: (N, 3) by FILES; pixels: (N, 2), width and
@@ -159,7 +117,7 @@ def read_index(path: Path, location: str) -> Index | None:
         return None
     faults = tuple(Fault(*fault) for fault in json.loads(facts["faults"]))
     stat = Stat(int(facts["size"]), facts["stamp"])
-    return Index(path, location, stat, int(facts["samples"]), faults, facts["digest"])
+    return Index(path, location, stat, int(facts["samples"]), faults, facts["digest"], facts["content"])
 
 
 def build(
@@ -167,14 +125,17 @@ def build(
 ) -> None:
     """Writes the indexes that are missing or damaged and, if `outdated`, those that no longer fit their shards.
 
-    In `workers` processes, and beside other jobs that do the same: none is written twice. UserError where the files
-    cannot be written.
+    In `workers` processes if there is much to read, and beside other jobs that do the same: none is written twice.
+    UserError where the files cannot be written.
     """
     sources = Sources()
-    left = [location for location in locations if unfit(location, sources, cache, outdated)]
+    with ThreadPoolExecutor(THREADS) as threads:
+        needed = threads.map(lambda location: unfit(location, sources, cache, outdated), locations)
+        left = [location for location, need in zip(locations, needed, strict=True) if need]
+        many = sum(stat.size for stat in threads.map(sources.stat, left)) > MANY
     one = partial(build_one, cache=cache, outdated=outdated)
     # New processes rather than forked ones: a caller may have threads (MindSpore's), which do not survive a fork.
-    pool = ProcessPoolExecutor(workers, get_context("spawn")) if min(workers, len(left)) > 1 else None
+    pool = ProcessPoolExecutor(workers, get_context("spawn")) if many and min(workers, len(left)) > 1 else None
     with pool or nullcontext(), tqdm(total=len(left), unit="shard", disable=not (progress and left)) as bar:
         while left:
             others = []
@@ -193,15 +154,26 @@ def unfit(location: str, sources: Sources, cache: Path | None, outdated: bool) -
 
 def build_one(location: str, cache: Path | None, outdated: bool) -> bool:
     """False if another process is at it."""
-    path = index_path(location, cache)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with claim(path) as mine:
-            if mine and unfit(location, sources := Sources(), cache, outdated):
-                write_index(sources, location, path)
-            return mine
-    except (PermissionError, FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); name another folder in data.cache") from None
+    path, sources = index_path(location, cache), Sources()
+    with claim(path) as mine:
+        if mine and unfit(location, sources, cache, outdated) and not adopt(sources, location, path):
+            write_index(sources, location, path)
+        return mine
+
+
+def adopt(sources: Sources, location: str, path: Path) -> bool:
+    """Takes the index that lies beside a shard on its server, if there is one that fits; it is dated anew."""
+    data = sources.fetch(f"{location.removesuffix('.tar')}.index.safetensors") if is_remote(location) else None
+    if data is None:
+        return False
+    write_atomically(path, data)
+    index = read_index(path, location)
+    if index is None or index.fault(sources) is not None:
+        return False
+    with safe_open(path, "numpy") as file:
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
+        write_tensors_atomically(path, arrays, {**file.metadata(), "stamp": sources.stat(location).stamp})
+    return True
 
 
 def write_index(sources: Sources, location: str, path: Path) -> None:
@@ -235,113 +207,6 @@ def write_index(sources: Sources, location: str, path: Path) -> None:
         "samples": str(len(samples)),
         "faults": json.dumps(faults),
         "digest": hashlib.sha256(ends.tobytes() + blob).hexdigest(),
+        "content": hashlib.sha256(arrays["crc32"].tobytes()).hexdigest(),
     }
     write_tensors_atomically(path, arrays, facts)
-
-
-def caption(data: bytes) -> str:
-    """KEY.txt as text; nothing if it is not UTF-8."""
-    try:
-        return data.decode("utf-8-sig").strip()
-    except UnicodeDecodeError:
-        return ""
-
-
-def scan(file: BinaryIO, size: int) -> tuple[dict[str, dict[str, File]], list[Fault]]:
-    """The usable samples of a tar in the order of their first files, each as {"image", "txt", "json", file type: ...},
-    and all that is wrong.
-    """
-    samples: dict[str, dict[str, File]] = {}
-    bad: dict[str, str] = {}
-    faults: list[Fault] = []
-    for member in walk(file, size, faults):
-        folder, slash, name = member.name.rpartition("/")
-        stem, _, kind = name.partition(".")
-        key, kind = folder + slash + stem, kind.lower()
-        if member.isdir() or not (stem and kind):
-            continue  # a hidden file, or one without a type, belongs to no sample
-        files = samples.setdefault(key, {})
-        try:
-            if kind in files:
-                raise ValueError(f"holds {kind} twice")
-            files[kind] = ABSENT
-            if member.name.startswith("/") or ".." in member.name.split("/"):
-                raise ValueError("its name leads out of the archive")
-            if not member.isfile():
-                raise ValueError(f"its {kind} is a link or a device, not a file")
-            if member.offset_data + member.size > size:
-                raise ValueError(f"its {kind} is cut short by the end of the tar")
-            if kind in (*IMAGE_TYPES, "txt", "json"):
-                files[kind] = read(file, member, kind)
-        except ValueError as error:
-            bad.setdefault(key, str(error))
-    for key, files in samples.items():
-        image = next((kind for kind in IMAGE_TYPES if kind in files), None)
-        if image:
-            files["image"] = files[image]
-        elif key not in bad:
-            dotted = "; a key ends at the first dot of the name" if any("." in kind for kind in files) else ""
-            bad[key] = f"no picture ({', '.join(IMAGE_TYPES)}) among its {', '.join(files)}{dotted}"
-    faults += [Fault(key, reason) for key, reason in bad.items()]
-    return {key: files for key, files in samples.items() if key not in bad}, faults
-
-
-def read(file: BinaryIO, member: tarfile.TarInfo, kind: str) -> File:
-    """A file of a sample. ValueError if it cannot be one."""
-    is_image = kind in IMAGE_TYPES
-    if member.size > (limit := MAX_IMAGE if is_image else MAX_TEXT):
-        raise ValueError(f"its {kind} has {member.size:,} bytes; up to {limit:,} are taken")
-    file.seek(member.offset_data)
-    data = file.read(member.size)
-    if is_image:
-        try:
-            pixels = dimensions(data)
-        except BadImage as error:
-            raise ValueError(f"its {kind} {error}") from None
-        return File(member.offset_data, member.size, zlib.crc32(data), b"", pixels)
-    if kind == "json":
-        try:
-            meta = json.loads(data)
-        except ValueError:
-            meta = None
-        if not isinstance(meta, dict):
-            raise ValueError("its json is no JSON object")
-    return File(member.offset_data, member.size, zlib.crc32(data), caption(data).encode() if kind == "txt" else data)
-
-
-def walk(file: BinaryIO, size: int, faults: list[Fault]) -> Iterator[tarfile.TarInfo]:
-    """The members of a tar. Bytes that belong to none and are not zero, and an early end, are added to `faults`."""
-    start = end = 0  # of the part that tarfile is given; of what is accounted for
-    while start < size:
-        file.seek(start)
-        try:
-            # `ignore_zeros` is meant for tars joined by `cat`; with it tarfile looks on after what is no header.
-            with tarfile.open(fileobj=file, mode="r:", ignore_zeros=True) as tar:
-                while (member := tar.next()) is not None:
-                    tar.members = []  # type: ignore[attr-defined]  # it would keep them all
-                    if member.size < 0:
-                        raise tarfile.ReadError(f"{member.size} bytes")
-                    faults += gap(file, end, member.offset)
-                    end = tar.offset
-                    yield member
-            break
-        except (tarfile.TarError, ValueError, OverflowError):  # what a damaged extended header sets off
-            start = max(start + BLOCK, end, file.tell() // BLOCK * BLOCK)
-    if not end:
-        file.seek(0)
-        kind = COMPRESSED.get(file.read(2))
-        reason = f"compressed by {kind}: unpack it, samples are read by their place" if kind else "no tar with files"
-        faults[:] = [Fault("", reason if size else "empty", size)]
-    elif end >= size:
-        faults.append(Fault("", f"cut short at byte {size:,}"))
-    else:
-        faults += gap(file, end, size)
-
-
-def gap(file: BinaryIO, start: int, end: int) -> list[Fault]:
-    """The fault of the bytes between two members, or between the last one and the end, unless all are zero."""
-    file.seek(start)
-    while (position := file.tell()) < end:
-        if any(file.read(min(end - position, 2**20))):
-            return [Fault("", f"damaged from byte {start:,} to {end:,}", end - start)]
-    return []

@@ -22,17 +22,16 @@ import numpy as np
 
 from pipeline.config import ConfigError
 from pipeline.data.captions import captions
-from pipeline.data.index import Fault, Index, build, index_path, read_index
+from pipeline.data.index import THREADS, Index, build, index_path, read_index
 from pipeline.data.order import BLOCK, quotas
 from pipeline.data.select import FilterConfig, select
 from pipeline.data.source import Sources, expand
+from pipeline.data.tar import Fault
 from pipeline.errors import UserError
 
 log = logging.getLogger("cascade")
 OPEN = 64  # tables of shards in memory, each some hundred kilobytes
-THREADS = 8  # that open indexes: they wait for disks and servers
 GIB = 2**30
-MANY = 2**28  # bytes from which on shards are indexed by several processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,8 +153,8 @@ class Shards:
 
     @property
     def digest(self) -> str:
-        """SHA-256, in hexadecimal, of what decides which sample is which: all texts of all shards, and the counts."""
-        facts = [[index.digest for index in self.indexes], self.sizes, self.weights]
+        """SHA-256, in hexadecimal, of what decides which sample is which: texts and checksums of all shards, counts."""
+        facts = [[(index.digest, index.content) for index in self.indexes], self.sizes, self.weights]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def account(self) -> str:
@@ -222,7 +221,6 @@ def indexed(config: DataConfig, outdated: bool = False, progress: bool = True) -
             raise UserError(f"{location}: {reason}; run `python -m tools.index '{location}'`")
         return index
 
-    many = sum(sources.stat(location).size for location in every) > MANY
-    build(every, cache, config.workers if many else 1, outdated, progress)
+    build(every, cache, config.workers, outdated, progress)
     with ThreadPoolExecutor(THREADS) as threads:
         return [list(threads.map(fitting, locations)) for locations in sets]

@@ -145,7 +145,6 @@ class TextStore:
                 others = []
                 for shard, field in todo:
                     path = self.path(shard, field)
-                    path.parent.mkdir(parents=True, exist_ok=True)
                     with claim(path) as mine:
                         if not mine:
                             others.append((shard, field))

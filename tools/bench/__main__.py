@@ -6,13 +6,13 @@ Its docstring is the help. `add_arguments` may import nothing heavy, so that hel
 from collections.abc import Sequence
 
 from launch.terminal import Parser, run
-from tools.bench import text
+from tools.bench import data, text
 
-BENCHES = {"text": text}
+BENCHES = {"data": data, "text": text}
 
 
 def parser() -> Parser:
-    whole = Parser(prog="python -m tools.bench", description="Measure beside PyTorch, on this machine.")
+    whole = Parser(prog="python -m tools.bench", description="Measure beside others, on this machine.")
     names = whole.add_subparsers(required=True, metavar="|".join(BENCHES))
     for name, module in BENCHES.items():
         doc = str(module.__doc__)

@@ -9,25 +9,17 @@ The encoder is a random T5 v1.1 of about T5-small's size (8 layers of width 512)
 """
 
 import argparse
-import json
-import os
-import platform
-import subprocess
-import sys
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from launch.terminal import positive
 from pipeline.errors import UserError
-from pipeline.files import write_atomically
+from tools.bench import turns
 
 LENGTH, WIDTH, LAYERS, VOCAB = 128, 512, 8, 1000
 SHORTEST, LONGEST = 5, 60  # tokens of a caption, spread evenly
-LIMIT = 900  # seconds a process may take
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,19 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if arguments.json and not arguments.json.parent.is_dir():  # rather than after minutes
-        raise UserError(f"--json {arguments.json}: {arguments.json.parent} is no folder; make it or name another file")
+    turns.place(arguments.json)
     if find_spec("torch") is None:
         raise UserError("torch: not installed; the comparison needs the extra: pip install 'imagen-cascade[parity]'")
     report = measure(arguments.captions, arguments.rounds)
     print(table(report))
-    if arguments.json:
-        try:
-            write_atomically(arguments.json, json.dumps(report, indent=2).encode() + b"\n")
-        except OSError as error:
-            raise UserError(
-                f"--json {arguments.json}: cannot be written: {error.strerror}; name another file"
-            ) from None
+    turns.save(report, arguments.json)
 
 
 def measure(num: int, rounds: int, sides: tuple[str, ...] = ("torch", "ours"), width: int = WIDTH) -> dict[str, Any]:
@@ -66,7 +51,7 @@ def measure(num: int, rounds: int, sides: tuple[str, ...] = ("torch", "ours"), w
         for _ in range(rounds):
             for side in sides:
                 bar.set_description(side)
-                answer = ask(side, Path(folder, "t5"), words)
+                answer = turns.ask("tools.bench.text_side", side, Path(folder, "t5"), words, LENGTH)
                 for name, taken in answer["seconds"].items():
                     seconds.setdefault(name, []).append(taken)
                 bar.update()
@@ -74,21 +59,8 @@ def measure(num: int, rounds: int, sides: tuple[str, ...] = ("torch", "ours"), w
         "captions": num,
         "tokens": answer["tokens"] / num,
         "captions_per_second": {name: [num / taken for taken in found] for name, found in seconds.items()},
-        "machine": machine(),
-        "versions": {name: version(name) for name in ("mindspore", "transformers", "torch") if find_spec(name)},
+        **turns.about("mindspore", "transformers", "torch"),
     }
-
-
-def ask(side: str, folder: Path, words: Path) -> dict[str, Any]:
-    """What `tools.bench.text_side` answers, in a process of its own."""
-    argv = [sys.executable, "-m", "tools.bench.text_side", side, str(folder), str(words), str(LENGTH)]
-    try:
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=LIMIT, check=False)
-    except subprocess.TimeoutExpired:
-        raise UserError(f"{side}: no answer in {LIMIT} s; give fewer --captions") from None
-    if done.returncode:
-        raise RuntimeError(f"{side} ended with {done.returncode}: {done.stderr}")
-    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def captions(num: int) -> list[str]:
@@ -102,26 +74,12 @@ def captions(num: int) -> list[str]:
     return [" ".join(rng.choice(words, count)) for count in counts]
 
 
-def machine() -> str:
-    """The processor and how many of them this process may use."""
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    name = names[0].partition(":")[2].strip() if names else platform.machine()
-    return f"{name}, {len(os.sched_getaffinity(0))} threads"
-
-
 def table(report: dict[str, Any]) -> str:
     """The medians as Markdown, and how many times faster ours is."""
-    speeds = {name: median(found) for name, found in report["captions_per_second"].items()}
-    lines = ["| encoder | captions/s | lowest to highest | ours is |", "|---|---|---|---|"]
-    for name, found in report["captions_per_second"].items():
-        ratio = f"{speeds['ours'] / speeds[name]:.2f} x" if name != "ours" else ""
-        lines.append(f"| {name} | {speeds[name]:.1f} | {min(found):.1f} to {max(found):.1f} | {ratio} |")
-    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"Medians of {len(report['captions_per_second']['ours'])} rounds of {report['captions']} captions of "
-            f"{report['tokens']:.1f} tokens on average; {report['machine']}; {versions}.",
-        ]
+    found = report["captions_per_second"]
+    measured = (
+        f"Medians of {len(found['ours'])} rounds of {report['captions']} captions of {report['tokens']:.1f} tokens on "
+        "average"
     )
+    lines = turns.speeds(found, "ours", ("encoder", "captions/s", "lowest to highest", "ours is"))
+    return "\n".join([*lines, "", turns.footer(report, measured)])

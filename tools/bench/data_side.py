@@ -1,0 +1,156 @@
+"""One side of `python -m tools.bench data`: what it did in how many seconds, as JSON on the last line of stdout."""
+
+import itertools
+import json
+import multiprocessing
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+BATCH = 64
+WATCHED = 5  # times that memory is looked at
+
+
+def webdataset(shards: list[str], decoded: int, given: int) -> Iterator[int]:
+    """One for each picture."""
+    import webdataset as wds
+    from PIL import Image
+
+    for (image,) in wds.WebDataset(shards * 1000, shardshuffle=False).decode("pilrgb").to_tuple("jpg"):
+        if decoded != given:
+            left, top = np.random.default_rng().integers(0, min(image.size) - given, 2)
+            square = image.crop((left, top, left + given, top + given))
+        else:
+            square = image.resize((given, given), Image.Resampling.BICUBIC)
+        np.asarray(square)
+        yield 1
+
+
+def decode(shards: list[str], decoded: int, given: int) -> Iterator[int]:
+    import tarfile
+
+    import simplejpeg
+    from PIL import Image
+
+    with tarfile.open(shards[0]) as tar:
+        members = [member for member in tar if member.name.endswith(".jpg")][:BATCH]
+        files = [file.read() for file in map(tar.extractfile, members) if file]
+    for data in itertools.cycle(files):
+        image = simplejpeg.decode_jpeg(data, min_height=decoded, min_width=decoded)
+        if decoded != given:
+            top, left = np.random.default_rng().integers(0, decoded - given, 2)
+            np.ascontiguousarray(image[top : top + given, left : left + given])
+        elif len(image) != given:
+            np.asarray(Image.fromarray(image).resize((given, given), Image.Resampling.HAMMING))
+        yield 1
+
+
+class NoText:
+    """In the place of embeddings, which the others do not read either."""
+
+    threadsafe = True
+
+    def embed(self, numbers: Sequence[int], draws: Sequence[np.random.Generator]) -> tuple[np.ndarray, np.ndarray]:
+        return np.zeros((len(numbers), 1, 1), np.float32), np.ones((len(numbers), 1), bool)
+
+
+def ours(folder: Path, decoded: int, given: int, cores: int) -> Iterator[int]:
+    """The size of each batch."""
+    from pipeline.data.image import window
+    from pipeline.data.loader import Arrays, Loader
+    from pipeline.data.shards import DataConfig, Shards
+
+    def arrange(
+        step: int, positions: Sequence[int], pictures: np.ndarray, text: np.ndarray, mask: np.ndarray
+    ) -> Arrays:
+        if decoded != given:
+            places = np.random.default_rng(step).random((len(positions), 2))
+            pictures = np.stack([window(x, given, u, v) for x, (u, v) in zip(pictures, places, strict=True)])
+        return pictures, text, mask
+
+    config = DataConfig(shards=f"{folder}/*.tar", global_batch=BATCH, window=2, workers=cores)
+    shards = Shards.open(config, progress=False)
+    loader = Loader(shards, NoText(), 0, decoded, arrange, folder / "quarantine.jsonl", range(BATCH))
+    for pictures, *_ in loader.batches(0, 10**9):
+        assert pictures.shape == (BATCH, given, given, 3)
+        yield BATCH
+
+
+def rate(done: Iterator[int], seconds: float) -> tuple[int, float]:
+    """How many came in how many seconds, after the first `seconds` / 4."""
+    end, number = time.perf_counter() + seconds / 4, 0
+    while time.perf_counter() < end:
+        next(done)
+    start = time.perf_counter()
+    while time.perf_counter() < start + seconds:
+        number += next(done)
+    return number, time.perf_counter() - start
+
+
+def together(make: Callable[[int], Iterator[int]], cores: int, seconds: float, processes: bool) -> dict[str, Any]:
+    """The rates of `cores` workers at once, as one."""
+    if processes:
+        with multiprocessing.get_context("fork").Pool(cores) as pool:
+            rates = pool.starmap(_rate, [(make, number, seconds) for number in range(cores)])
+    else:
+        rates = [(0, 1.0)] * cores
+
+        def work(number: int) -> None:
+            rates[number] = rate(make(number), seconds)
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(cores)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    return {"pictures": sum(number / taken for number, taken in rates), "seconds": 1.0}
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def memory(folder: Path, decoded: int, given: int, cores: int, samples: int) -> dict[str, Any]:
+    seen = 0
+    found: list[tuple[int, int]] = []
+    for number in ours(folder, decoded, given, cores):
+        seen += number
+        if seen >= (len(found) + 1) * samples / WATCHED:
+            found.append((seen, resident()))
+        if len(found) == WATCHED:
+            return {"resident": found}
+    raise AssertionError("the loader ends")
+
+
+def main(side: str, folder: Path, decoded: int, given: int, cores: int, amount: int) -> dict[str, Any]:
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+    shards = sorted(map(str, folder.glob("*.tar")))
+    if side == "memory":
+        return memory(folder, decoded, given, cores, amount)
+    if side == "ours":
+        number, taken = rate(ours(folder, decoded, given, cores), amount)
+        return {"pictures": number, "seconds": taken}
+    if side == "decode":
+        return together(lambda number: decode(shards, decoded, given), cores, amount, processes=False)
+    return together(partial(_webdataset, shards, decoded, given, cores), cores, amount, processes=True)
+
+
+def _webdataset(shards: list[str], decoded: int, given: int, cores: int, number: int) -> Iterator[int]:
+    return webdataset(shards[number::cores], decoded, given)
+
+
+def _rate(make: Callable[[int], Iterator[int]], number: int, seconds: float) -> tuple[int, float]:
+    return rate(make(number), seconds)
+
+
+if __name__ == "__main__":
+    side, folder, *numbers = sys.argv[1:]
+    print(json.dumps(main(side, Path(folder), *map(int, numbers))))
