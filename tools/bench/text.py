@@ -1,7 +1,7 @@
 """Captions a second of the T5 encoder, beside `transformers` with PyTorch: the same folder, captions and processor.
 
 Both turn strings into embeddings of up to 128 tokens a caption, in float32, the tokenizer included. `transformers` pads
-in both of its ways, to the longest caption of a batch of 32 and to the whole length. PyTorch and MindSpore would fight
+in both of its ways, to the longest caption of a batch of 8 and to the whole length. PyTorch and MindSpore would fight
 over threads in one process, so each measurement is a process of its own, the two in turns, and medians are told beside
 what was lowest and highest: where others use the machine, PyTorch loses more by it.
 
@@ -23,8 +23,8 @@ SHORTEST, LONGEST = 5, 60  # tokens of a caption, spread evenly
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--captions", type=positive, default=256, metavar="N", help="to encode (%(default)s)")
-    parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="of both sides (%(default)s)")
+    parser.add_argument("--captions", type=positive, default=512, metavar="N", help="to encode (%(default)s)")
+    parser.add_argument("--rounds", type=positive, default=3, metavar="N", help="of both sides (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")
 
 
