@@ -75,6 +75,11 @@ class Stage:
 
     # Training.
 
+    @property
+    def window(self) -> int | None:
+        """Side of the window of each picture that training sees, in pixels; None: all of it."""
+        return None
+
     def batch(
         self, step: int, positions: Sequence[int], pictures: np.ndarray, text_BLD: np.ndarray, mask_BL: np.ndarray
     ) -> Arrays:

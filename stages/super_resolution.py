@@ -14,7 +14,7 @@ import numpy as np
 from mindspore import Tensor, ops
 
 from pipeline.config import ConfigError
-from pipeline.data.image import downsample, to_float, to_uint8, upsample, window
+from pipeline.data.image import downsample, to_float, to_uint8, upsample
 from pipeline.data.loader import Arrays
 from pipeline.diffusion.process import add_noise
 from pipeline.diffusion.schedule import SCHEDULES
@@ -70,6 +70,10 @@ class SuperResolution(Stage):
     num_levels = 2
 
     @property
+    def window(self) -> int | None:
+        return self.config.low_res.window
+
+    @property
     def scale(self) -> int:
         return self.config.size // self.config.low_res.size
 
@@ -77,10 +81,6 @@ class SuperResolution(Stage):
         self, step: int, positions: Sequence[int], pictures: np.ndarray, text_BLD: np.ndarray, mask_BL: np.ndarray
     ) -> Arrays:
         """Adds the enlarged low resolution, its noise and its level."""
-        side = self.config.low_res.window
-        if side is not None:
-            places = [stream.random(2) for stream in self.streams("window", step, positions)]
-            pictures = np.stack([window(p, side, u, v) for p, (u, v) in zip(pictures, places, strict=True)])
         x, *rest = super().batch(step, positions, pictures, text_BLD, mask_BL)
         low = upsample(downsample(x, x.shape[-1] // self.scale), x.shape[-1])
         streams = self.streams("augment", step, positions)
@@ -107,12 +107,11 @@ class SuperResolution(Stage):
         return (3, side, side), (upsample(to_float(low), side), noise, self.augment_logsnr(level))
 
     def picture(self, pictures: np.ndarray, text_BLD: np.ndarray, mask_BL: np.ndarray) -> np.ndarray:
-        """True low resolution, enlarged | sample | truth; the centre window of each where training has windows."""
-        side = self.config.low_res.window or self.config.size
-        truth = np.stack([window(picture, side, 0.5, 0.5) for picture in pictures])
-        low = downsample(to_float(truth), side // self.scale)
-        made = self.sample(self.config.sample, text_BLD, mask_BL, self.config.seed, range(len(truth)), to_uint8(low))
-        return sheet(to_uint8(upsample(low, side)), made, truth)
+        """True low resolution, enlarged | sample | truth."""
+        side = pictures.shape[1]
+        low = downsample(to_float(pictures), side // self.scale)
+        made = self.sample(self.config.sample, text_BLD, mask_BL, self.config.seed, range(len(low)), to_uint8(low))
+        return sheet(to_uint8(upsample(low, side)), made, pictures)
 
     def facts(self) -> dict[str, Any]:
         return {"size_in": self.config.low_res.size, "augment": [0.0, self.config.low_res.max_augment]}

@@ -237,7 +237,7 @@ def test_places() -> None:
     assert one.parent == other.parent == Path("cache/shards")
     assert one != other
     assert one.name.endswith("-0.index.safetensors")
-    with pytest.raises(UserError, match=r"http://h/0\.tar: .*; set data\.cache"):
+    with pytest.raises(UserError, match=r"http://h/0\.tar: .*; name one in data\.cache"):
         beside("http://h/0.tar", "index", None)
 
 

@@ -31,7 +31,9 @@ class Numbers:
         self.threadsafe = threadsafe
         self.askers: set[str] = set()
 
-    def embed(self, numbers: Sequence[int], draws: Sequence[np.random.Generator]) -> tuple[np.ndarray, np.ndarray]:
+    def embed(
+        self, numbers: Sequence[int], seed: int, step: int, positions: Sequence[int]
+    ) -> tuple[np.ndarray, np.ndarray]:
         self.askers.add(threading.current_thread().name)
         return np.array(numbers, np.float32).reshape(-1, 1, 1), np.ones((len(numbers), 1), bool)
 
@@ -58,7 +60,9 @@ def crawl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def make(shards: Path, run: Path, share: range = range(BATCH), arrange: Any = arrange, **options: Any) -> Loader:
+def make(
+    shards: Path, run: Path, share: range = range(BATCH), arrange: Any = arrange, cut: int | None = None, **options: Any
+) -> Loader:
     raw = {"shards": f"{shards}/*.tar", "global_batch": BATCH, "window": 2, "crop": "random", "max_damage": 1.0}
     text = Numbers(options.pop("threadsafe", True))
     config = build(DataConfig, raw | options)
@@ -68,6 +72,7 @@ def make(shards: Path, run: Path, share: range = range(BATCH), arrange: Any = ar
         text,
         seed=3,
         size=SIZE,
+        window=cut,
         arrange=arrange,
         quarantine=run / "quarantine.jsonl",
         share=share,
@@ -195,6 +200,22 @@ def test_the_crop_is_drawn_for_the_place(crawl: Path, tmp_path: Path) -> None:
     assert all(loader.picture(0, 1, 2).tobytes() in cuts for _ in range(2))
     centered = make(crawl, tmp_path, crop="center")
     assert len({centered.picture(0, step, 0).tobytes() for step in range(8)}) == 1
+
+
+def test_windows_are_drawn_for_the_place(shards_folder: Path, tmp_path: Path) -> None:
+    """From all over the picture; in the middle where they are looked at."""
+    loader, whole = (make(shards_folder, tmp_path, cut=cut, crop="center") for cut in (3, None))
+    square = whole.picture(0, 0, 0)
+    windows = np.lib.stride_tricks.sliding_window_view(square, (3, 3), axis=(0, 1)).transpose(0, 1, 3, 4, 2)
+    seen = set()
+    for step in range(60):
+        found = (windows == loader.picture(0, step, 5)).all(axis=(2, 3, 4))
+        assert found.any()
+        seen.add(tuple(np.argwhere(found)[0]))
+    assert len(seen) > 8
+    middle = windows[(SIZE - 3 + 1) // 2, (SIZE - 3 + 1) // 2]
+    assert (loader.first(1)[0][0] == middle).all()
+    assert next(loader.batches(0, 1))[2].shape == (BATCH, 3, 3, 3)
 
 
 def test_first_starts_again_from_the_first(crawl: Path, tmp_path: Path) -> None:

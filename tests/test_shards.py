@@ -195,7 +195,7 @@ def test_shards_on_a_server(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_server_without_a_cache_folder(folder: Path) -> None:
-    with Server(folder) as server, pytest.raises(UserError, match=r"set data\.cache"):
+    with Server(folder) as server, pytest.raises(UserError, match=r"name one in data\.cache"):
         opened(server.url("a.tar"))
 
 

@@ -102,7 +102,7 @@ def beside(location: str, what: str, cache: Path | None) -> Path:
     if local and (cache is None or local.exists()):
         return local
     if cache is None:
-        raise UserError(f"{location}: what is known of a remote shard needs a folder; set data.cache")
+        raise UserError(f"{location}: what is known of remote shards is kept in a folder: name one in data.cache")
     return cache / "shards" / f"{hashlib.sha256(location.encode()).hexdigest()[:12]}-{name}"
 
 
@@ -110,14 +110,14 @@ def read_index(path: Path, location: str) -> Index | None:
     """The index in `path`, or None if it is not there or not whole."""
     try:
         with safe_open(path, "numpy") as file:
-            facts = file.metadata() or {}
-    except (SafetensorError, OSError):
+            facts = file.metadata()
+        if facts["format"] != FORMAT:
+            return None
+        faults = tuple(Fault(*fault) for fault in json.loads(facts["faults"]))
+        stat = Stat(int(facts["size"]), facts["stamp"])
+        return Index(path, location, stat, int(facts["samples"]), faults, facts["digest"], facts["content"])
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError):
         return None
-    if facts.get("format") != FORMAT:
-        return None
-    faults = tuple(Fault(*fault) for fault in json.loads(facts["faults"]))
-    stat = Stat(int(facts["size"]), facts["stamp"])
-    return Index(path, location, stat, int(facts["samples"]), faults, facts["digest"], facts["content"])
 
 
 def build(

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.data import image
 from pipeline.data.image import BadImage, crop_resize, decode
 from pipeline.data.order import Order
 from pipeline.data.quarantine import Quarantine
@@ -40,9 +41,10 @@ class Loader:
     Args:
         shards, text: the samples and their embeddings.
         seed: of the run.
-        size: side of the pictures that `arrange` wants, in pixels.
-        arrange: (step, positions in the global batch, uint8 (B, size, size, 3), text (B, L, D), mask (B, L)) -> the
-            arrays of one training step, whose rows must not depend on one another.
+        size: side to which pictures are brought, in pixels.
+        window: side S of the window of them that is wanted, drawn for each place; None: all, S is `size`.
+        arrange: (step, positions in the global batch, uint8 (B, S, S, 3), text (B, L, D), mask (B, L)) -> the arrays
+            of one training step, whose rows must not depend on one another.
         quarantine: the file for what cannot be used.
         share: which slice of the global batch this process makes.
     """
@@ -53,25 +55,32 @@ class Loader:
         text: Text,
         seed: int,
         size: int,
+        window: int | None,
         arrange: Arrange,
         quarantine: Path,
         share: range,
     ) -> None:
         self.config, self.seed, self.shards, self.text = shards.config, seed, shards, text
-        self.size, self.arrange, self.share = size, arrange, share
+        self.size, self.window, self.arrange, self.share = size, window or size, arrange, share
         self.order = Order(seed, shards.sizes, shards.weights, self.config.window)
         self.quarantine = Quarantine(quarantine, len(shards), self.config.max_damage)
         for shard, fault in shards.faults:
             self.quarantine.write(shard, fault.key, fault.reason)
 
-    def picture(self, number: int, step: int, position: int) -> np.ndarray:
-        """Sample `number` as uint8 (size, size, 3), cut as `position` of `step` has it. Raises BadImage or Damaged."""
-        u = v = 0.5
-        if self.config.crop == "random":
-            u, v = generator(self.seed, "crop", step, position).random(2)
-        return crop_resize(decode(self.shards.image(number), self.size), self.size, u, v)
+    def picture(self, number: int, step: int | None, position: int) -> np.ndarray:
+        """Sample `number` as uint8 (S, S, 3), cut as `position` of `step` has it (None: in the middle).
 
-    def usable(self, number: int, step: int, position: int) -> tuple[int, np.ndarray]:
+        Raises BadImage or Damaged.
+        """
+        u = v = x = y = 0.5
+        if step is not None and self.config.crop == "random":
+            u, v = generator(self.seed, "crop", step, position).random(2)
+        if step is not None and self.window < self.size:
+            x, y = generator(self.seed, "window", step, position).random(2)
+        square = crop_resize(decode(self.shards.image(number), self.size), self.size, u, v)
+        return image.window(square, self.window, x, y).copy()  # no view: it would keep the whole picture's memory
+
+    def usable(self, number: int, step: int | None, position: int) -> tuple[int, np.ndarray]:
         """Sample `number`, or the first stand-in that can be used, and its picture."""
         first = number
         for attempt in range(ATTEMPTS):
@@ -79,7 +88,7 @@ class Loader:
                 return number, self.picture(number, step, position)
             except (BadImage, Damaged) as error:
                 self.quarantine.add(*self.shards.name(number), str(error))
-                number = self.order.replacement(step, position, attempt)
+                number = self.order.replacement(step or 0, position, attempt)
         raise UserError(
             f"data.shards: {':'.join(self.shards.name(first))} and {ATTEMPTS} stand-ins cannot be used; the reasons "
             f"are in {self.quarantine.path}; repair or remove those shards"
@@ -95,22 +104,21 @@ class Loader:
         size = min(PIECE, math.ceil(len(places) / self.config.workers))
         return [places[start : start + size] for start in range(0, len(places), size)]
 
-    def pictures(self, step: int, piece: Sequence[tuple[int, int]]) -> tuple[list[int], list[int], np.ndarray]:
-        """The samples that were used, their positions, and their pictures uint8 (B, size, size, 3)."""
+    def pictures(self, step: int | None, piece: Sequence[tuple[int, int]]) -> tuple[list[int], list[int], np.ndarray]:
+        """The samples that were used, their positions, and their pictures uint8 (B, S, S, 3)."""
         self.quarantine.look(len(piece))
         numbers, pictures = zip(*(self.usable(number, step, position) for number, position in piece), strict=True)
         return list(numbers), [position for _, position in piece], np.stack(pictures)
 
     def rows(self, step: int, numbers: list[int], positions: list[int], pictures: np.ndarray) -> Piece:
         """These positions of the batch."""
-        draws = [generator(self.seed, "caption", step, position) for position in positions]
-        text, mask = self.text.embed(numbers, draws)
+        text, mask = self.text.embed(numbers, self.seed, step, positions)
         return positions, self.arrange(step, positions, pictures, text, mask)
 
     def first(self, num: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Pictures, text and mask of samples 0 to `num` - 1 (again from 0 if there are fewer), to be looked at."""
-        numbers, positions, pictures = self.pictures(0, [(i % len(self.shards), i) for i in range(num)])
-        return pictures, *self.text.embed(numbers, [generator(self.seed, "caption", 0, i) for i in positions])
+        numbers, positions, pictures = self.pictures(None, [(i % len(self.shards), i) for i in range(num)])
+        return pictures, *self.text.embed(numbers, self.seed, 0, positions)
 
     def batches(self, start: int, stop: int) -> Iterator[Arrays]:
         """The batches of steps `start` to `stop` - 1, prepared ahead in threads."""

@@ -9,6 +9,7 @@ import numpy as np
 from pipeline.data.shards import Shards
 from pipeline.data.text_store import Recipe, TextStore
 from pipeline.errors import UserError
+from pipeline.rng import generator
 
 if TYPE_CHECKING:
     from pipeline.nn.text_encoder import TextConfig, TextEncoder
@@ -22,23 +23,28 @@ class Text(Protocol):
 
     threadsafe: bool  # whether any thread may ask
 
-    def embed(self, numbers: Sequence[int], draws: Sequence[np.random.Generator]) -> tuple[np.ndarray, np.ndarray]:
-        """text (B, L, D) float32, zero beyond a caption's tokens, and mask (B, L) bool of these samples."""
+    def embed(
+        self, numbers: Sequence[int], seed: int, step: int, positions: Sequence[int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """text (B, L, D) float32, zero beyond a caption's tokens, and mask (B, L) bool.
+
+        Of each sample in `numbers` that caption which is drawn for its place, one of `positions` in `step`.
+        """
 
 
-def choose(shards: Shards, number: int, draw: np.random.Generator) -> tuple[int, int, str, int]:
+def choose(shards: Shards, number: int, seed: int, step: int, position: int) -> tuple[int, int, str, int]:
     """(shard, row of its index, caption field, number of the caption in the field) for sample `number`.
 
     The field is drawn by the weights of those that the sample has, and one of the field's captions evenly.
     """
     shard, row = shards.location(number)
     weights = shards.config.captions
-    found = {name: [""] for name in weights}
-    if list(weights) != ["txt"]:
-        (found,) = ({**texts} for texts in shards.captions(shard, np.array([row])))
+    if list(weights) == ["txt"]:
+        return shard, row, "txt", 0
+    (found,) = shards.captions(shard, np.array([row]))
     names = [name for name in weights if found[name]]
     shares = np.cumsum([weights[name] for name in names])
-    u, v = draw.random(2)
+    u, v = generator(seed, "caption", step, position).random(2)
     name = names[min(int(np.searchsorted(shares, u * shares[-1], side="right")), len(names) - 1)]
     return shard, row, name, int(v * len(found[name]))
 
@@ -51,12 +57,14 @@ class StoredText:
     def __init__(self, store: TextStore) -> None:
         self.store, self.recipe = store, store.recipe
 
-    def embed(self, numbers: Sequence[int], draws: Sequence[np.random.Generator]) -> tuple[np.ndarray, np.ndarray]:
+    def embed(
+        self, numbers: Sequence[int], seed: int, step: int, positions: Sequence[int]
+    ) -> tuple[np.ndarray, np.ndarray]:
         recipe = self.recipe
         text = np.zeros((len(numbers), recipe.length, recipe.width), np.float32)
         mask = np.zeros((len(numbers), recipe.length), bool)
-        for place, (number, draw) in enumerate(zip(numbers, draws, strict=True)):
-            rows = self.store.read(*choose(self.store.shards, number, draw))
+        for place, (number, position) in enumerate(zip(numbers, positions, strict=True)):
+            rows = self.store.read(*choose(self.store.shards, number, seed, step, position))
             text[place, : len(rows)], mask[place, : len(rows)] = rows, True
         return text, mask
 
@@ -69,10 +77,12 @@ class LiveText:
     def __init__(self, shards: Shards, recipe: Recipe, encoder: "TextEncoder") -> None:
         self.shards, self.recipe, self.encoder = shards, recipe, encoder
 
-    def embed(self, numbers: Sequence[int], draws: Sequence[np.random.Generator]) -> tuple[np.ndarray, np.ndarray]:
+    def embed(
+        self, numbers: Sequence[int], seed: int, step: int, positions: Sequence[int]
+    ) -> tuple[np.ndarray, np.ndarray]:
         words = []
-        for number, draw in zip(numbers, draws, strict=True):
-            shard, row, name, caption = choose(self.shards, number, draw)
+        for number, position in zip(numbers, positions, strict=True):
+            shard, row, name, caption = choose(self.shards, number, seed, step, position)
             (found,) = self.shards.captions(shard, np.array([row]))
             words.append(self.recipe.text(found[name][caption]))
         return self.encoder.encode(words)

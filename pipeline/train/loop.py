@@ -82,6 +82,8 @@ class Trainee(Protocol):
 
     @property
     def config(self) -> Config: ...
+    @property
+    def window(self) -> int | None: ...
     def batch(
         self, step: int, positions: Sequence[int], pictures: np.ndarray, text_BLD: np.ndarray, mask_BL: np.ndarray
     ) -> Arrays: ...
@@ -104,7 +106,8 @@ def train(stage: Trainee, stop: Callable[[], bool] = bool) -> bool:
     text = open_text(config.text, shards)
     with lock(run):  # only now: a mistake in the data leaves no run folder behind
         newest = settle(run, config)
-        loader = Loader(shards, text, config.seed, config.size, stage.batch, run / "quarantine.jsonl", places)
+        quarantine = run / "quarantine.jsonl"
+        loader = Loader(shards, text, config.seed, config.size, stage.window, stage.batch, quarantine, places)
         initialize(stage.network, config.seed)
         trainer = TrainStep(
             stage.network,

@@ -57,27 +57,23 @@ class NoText:
 
     threadsafe = True
 
-    def embed(self, numbers: Sequence[int], draws: Sequence[np.random.Generator]) -> tuple[np.ndarray, np.ndarray]:
+    def embed(
+        self, numbers: Sequence[int], seed: int, step: int, positions: Sequence[int]
+    ) -> tuple[np.ndarray, np.ndarray]:
         return np.zeros((len(numbers), 1, 1), np.float32), np.ones((len(numbers), 1), bool)
 
 
 def ours(folder: Path, decoded: int, given: int, cores: int) -> Iterator[int]:
     """The size of each batch."""
-    from pipeline.data.image import window
     from pipeline.data.loader import Arrays, Loader
     from pipeline.data.shards import DataConfig, Shards
 
-    def arrange(
-        step: int, positions: Sequence[int], pictures: np.ndarray, text: np.ndarray, mask: np.ndarray
-    ) -> Arrays:
-        if decoded != given:
-            places = np.random.default_rng(step).random((len(positions), 2))
-            pictures = np.stack([window(x, given, u, v) for x, (u, v) in zip(pictures, places, strict=True)])
-        return pictures, text, mask
+    def arrange(step: int, positions: Sequence[int], *arrays: np.ndarray) -> Arrays:
+        return arrays
 
     config = DataConfig(shards=f"{folder}/*.tar", global_batch=BATCH, window=2, workers=cores)
     shards = Shards.open(config, progress=False)
-    loader = Loader(shards, NoText(), 0, decoded, arrange, folder / "quarantine.jsonl", range(BATCH))
+    loader = Loader(shards, NoText(), 0, decoded, given, arrange, folder / "quarantine.jsonl", range(BATCH))
     for pictures, *_ in loader.batches(0, 10**9):
         assert pictures.shape == (BATCH, given, given, 3)
         yield BATCH
