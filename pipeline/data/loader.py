@@ -78,7 +78,7 @@ class Loader:
         if step is not None and self.window < self.size:
             x, y = generator(self.seed, "window", step, position).random(2)
         square = crop_resize(decode(self.shards.image(number), self.size), self.size, u, v)
-        return image.window(square, self.window, x, y).copy()  # no view: it would keep the whole picture's memory
+        return image.window(square, self.window, x, y)
 
     def usable(self, number: int, step: int | None, position: int) -> tuple[int, np.ndarray]:
         """Sample `number`, or the first stand-in that can be used, and its picture."""
@@ -107,8 +107,11 @@ class Loader:
     def pictures(self, step: int | None, piece: Sequence[tuple[int, int]]) -> tuple[list[int], list[int], np.ndarray]:
         """The samples that were used, their positions, and their pictures uint8 (B, S, S, 3)."""
         self.quarantine.look(len(piece))
-        numbers, pictures = zip(*(self.usable(number, step, position) for number, position in piece), strict=True)
-        return list(numbers), [position for _, position in piece], np.stack(pictures)
+        numbers, pictures = [], np.empty((len(piece), self.window, self.window, 3), np.uint8)
+        for place, (number, position) in enumerate(piece):  # copied at once: a window keeps its whole picture's memory
+            number, pictures[place] = self.usable(number, step, position)
+            numbers.append(number)
+        return numbers, [position for _, position in piece], pictures
 
     def rows(self, step: int, numbers: list[int], positions: list[int], pictures: np.ndarray) -> Piece:
         """These positions of the batch."""
