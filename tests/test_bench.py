@@ -58,9 +58,15 @@ def test_a_report_that_has_no_place_is_refused_at_once(tmp_path: Path) -> None:
 
 
 def test_pictures_of_the_data_benchmark_have_a_photographs_bytes(tmp_path: Path) -> None:
-    assert 100_000 < data.write(tmp_path, 16) < 250_000
+    data.write(tmp_path, 16)
     shards = Shards.open(DataConfig(shards=f"{tmp_path}/*.tar"), progress=False)
     assert (len(shards), len(shards.indexes)) == (16, data.SHARDS)
+    assert all(100_000 < len(shards.image(number)) < 250_000 for number in range(16))
+
+
+def test_a_folder_without_tars_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--shards .*: no \*\.tar there"):
+        main(["data", "--shards", str(tmp_path)])
 
 
 def test_every_side_of_the_data_benchmark_gives_pictures(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,8 @@ alone has the files in memory and does `simplejpeg`'s scaled decode and Pillow's
 loader: index, order, checksums, decoding, cropping, batches of 64. Each measurement is a process of its own that keeps
 to so many processors; the sides take turns, and medians are told.
 
-The pictures are made here: noise of all scales in strong colours, at a quality that gives a photograph's bytes.
+The pictures are made here, noise of all scales at a quality that gives a photograph's bytes, unless --shards names a
+folder of tars whose pictures have at least 1024 px.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from launch.terminal import positive
+from pipeline.errors import UserError
 from tools.bench import turns
 
 SIDE, QUALITY = 1024, 87  # 4:2:0, about 180 kB a picture
@@ -26,6 +28,7 @@ SIDES = {"webdataset": "webdataset, pilrgb and Pillow", "decode": "simplejpeg an
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shards", type=Path, metavar="DIR", help="tars to read instead of those made here")
     parser.add_argument("--seconds", type=positive, default=8, metavar="S", help="of each measurement (%(default)s)")
     parser.add_argument("--rounds", type=positive, default=3, metavar="N", help="of all sides (%(default)s)")
     parser.add_argument("--cores", type=positive, nargs="+", default=[1, 2], metavar="N", help="processors (1 2)")
@@ -37,18 +40,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     turns.place(arguments.json)
-    report = measure(arguments.seconds, arguments.rounds, arguments.cores, arguments.memory)
+    if arguments.shards and not list(arguments.shards.glob("*.tar")):
+        raise UserError(f"--shards {arguments.shards}: no *.tar there; `python -m tools.shapes` makes some")
+    report = measure(arguments.seconds, arguments.rounds, arguments.cores, arguments.memory, shards=arguments.shards)
     print(table(report))
     turns.save(report, arguments.json)
 
 
-def measure(seconds: int, rounds: int, cores: list[int], memory: int, samples: int = 1024) -> dict[str, Any]:
+def measure(
+    seconds: int, rounds: int, cores: list[int], memory: int, samples: int = 1024, shards: Path | None = None
+) -> dict[str, Any]:
     """Pictures a second by task, cores, side and round; resident memory over `memory` samples."""
     from tqdm import tqdm
 
+    from pipeline.data.shards import DataConfig, Shards
+
     speeds: dict[str, dict[str, list[float]]] = {}
-    with TemporaryDirectory() as folder:
-        size = write(Path(folder), samples)
+    with TemporaryDirectory() as made:
+        folder = shards or Path(made)
+        if not shards:
+            write(folder, samples)
         plan = [(task, num, side) for task in TASKS for num in cores for side in SIDES] * rounds
         for task, num, side in (bar := tqdm(plan, unit="process")):
             bar.set_description(f"{task}, {num} cores, {side}")
@@ -56,6 +67,8 @@ def measure(seconds: int, rounds: int, cores: list[int], memory: int, samples: i
             found = speeds.setdefault(f"{task}, {num} core{'s' if num > 1 else ''}", {})
             found.setdefault(side, []).append(answer["pictures"] / answer["seconds"])
         resident = turns.ask("tools.bench.data_side", "memory", folder, *TASKS["64 px"], max(cores), memory)["resident"]
+        indexes = Shards.open(DataConfig(shards=f"{folder}/*.tar"), progress=False).indexes
+        size = float(np.mean(np.concatenate([index.column("size")[:, 0] for index in indexes])))
     return {
         "pictures_per_second": speeds,
         "resident": resident,
@@ -79,8 +92,8 @@ def picture(number: int) -> np.ndarray:
     return np.clip(128 + 55 * x, 0, 255).astype(np.uint8).transpose(1, 2, 0)
 
 
-def write(folder: Path, samples: int) -> float:
-    """The tars 0.tar, 1.tar, ... ; mean bytes a picture."""
+def write(folder: Path, samples: int) -> None:
+    """The tars 0.tar, 1.tar, ..."""
     import simplejpeg
     from webdataset import TarWriter
 
@@ -91,7 +104,6 @@ def write(folder: Path, samples: int) -> float:
             for number in range(shard, samples, SHARDS):
                 sample = {"__key__": f"{number:08d}", "jpg": files[number % DISTINCT], "txt": b"a picture"}
                 tar.write({**sample, "json": b'{"width": 1024, "height": 1024}'})
-    return float(np.mean([len(file) for file in files]))
 
 
 def table(report: dict[str, Any]) -> str:
