@@ -2,7 +2,8 @@
 
 import io
 import tarfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image
@@ -60,3 +61,11 @@ def with_header(data: bytes, place: int, field: slice, value: bytes) -> bytes:
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
     return data[:place] + bytes(header) + data[place + BLOCK :]
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+    """Returns when it holds; fails when it does not in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

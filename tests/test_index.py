@@ -5,14 +5,13 @@ import os
 import subprocess
 import sys
 import tarfile
-import threading
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from pictures import html, png_bomb
-from tars import BLOCK, Members, flipped, headers, jpeg, link, sample, tar, with_header
+from tars import BLOCK, Members, flipped, headers, jpeg, link, sample, tar, wait_for, with_header
 
 from pipeline.data import tar as module
 from pipeline.data.index import FILES, Index, beside, build, index_path, read_index, write_index
@@ -237,7 +236,7 @@ def test_places() -> None:
     assert one.parent == other.parent == Path("cache/shards")
     assert one != other
     assert one.name.endswith("-0.index.safetensors")
-    with pytest.raises(UserError, match=r"http://h/0\.tar: .*; name one in data\.cache"):
+    with pytest.raises(UserError, match=r"http://h/0\.tar: .*: name one in data\.cache"):
         beside("http://h/0.tar", "index", None)
 
 
@@ -348,19 +347,21 @@ def test_processes_share_the_work_and_take_over_from_the_dead(tmp_path: Path) ->
     paths = [str(tmp_path / f"{number}.tar") for number in range(3)]
     for path in paths:
         Path(path).write_bytes(THREE)
-    first, second = (
-        subprocess.Popen([sys.executable, "-W", "error", "-c", SLOW, seconds, *paths], cwd=Path(__file__).parent.parent)
-        for seconds in ("600", "0.2")
-    )
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def start(seconds: str) -> None:
+        command = [sys.executable, "-W", "error", "-c", SLOW, seconds, *paths]
+        processes.append(subprocess.Popen(command, cwd=Path(__file__).parent.parent))
+
     try:
-        for _ in range(300):
-            if list(tmp_path.glob(".0.*.lock")) and (tmp_path / "2.index.safetensors").exists():
-                break
-            threading.Event().wait(0.1)
-        first.kill()
-        assert second.wait(timeout=60) == 0
+        start("600")
+        wait_for(lambda: list(tmp_path.glob(".0.*.lock")))
+        start("0")
+        wait_for(lambda: (tmp_path / "2.index.safetensors").exists())
+        processes[0].kill()
+        assert processes[1].wait(timeout=60) == 0
     finally:
-        for process in (first, second):
+        for process in processes:
             process.kill()
             process.wait(timeout=60)
     assert all(read_index(index_path(path, None), path) for path in paths)
