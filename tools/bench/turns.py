@@ -6,8 +6,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
-from importlib.util import find_spec
+from importlib.metadata import distributions, version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -34,9 +33,10 @@ def about(*packages: str) -> dict[str, Any]:
     """The machine, and the versions of those packages that are installed."""
     names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     name = names[0].partition(":")[2].strip() if names else platform.machine()
+    installed = {distribution.name.lower() for distribution in distributions()}
     return {
         "machine": f"{name}, {len(os.sched_getaffinity(0))} threads",
-        "versions": {name: version(name) for name in packages if find_spec(name)},
+        "versions": {name: version(name) for name in packages if name.lower() in installed},
     }
 
 
