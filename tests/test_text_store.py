@@ -224,7 +224,7 @@ def test_processes_share_the_work_and_take_over_from_the_dead(folder: Path) -> N
     try:
         wait_for(lambda: list(folder.glob(".0.*.lock")))
         workers += [start(folder, 0.2), start(folder, 0.2)]
-        wait_for(lambda: len(list(folder.glob("*.text-*"))) == 2)
+        wait_for(lambda: len(list(folder.glob("[12].text-*"))) == 2)
         workers[0].kill()
         written = [int(worker.communicate(timeout=60)[0]) for worker in workers[1:]]
     finally:
