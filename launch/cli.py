@@ -1,4 +1,4 @@
-"""The `cascade` command: check, train, sample.
+"""The `cascade` command: check, train, train-all, status, sample.
 
 Exit codes: 0 done; 1 the job failed; 2 the user's input, in one line on stderr; 75 stopped by a signal after saving,
 the same command goes on. MindSpore is imported only once the command line is known to be in order.
@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
-from launch.terminal import Parser, run
+from launch.terminal import Parser, positive, run
 from pipeline.errors import UserError
 
 T = TypeVar("T")
@@ -22,7 +22,7 @@ STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
 def parser() -> Parser:
     """All that can be said on the command line."""
     top = Parser(prog="cascade", description="Train the stages of an Imagen-style cascade and sample from them.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="check|train|sample")
+    commands = top.add_subparsers(dest="command", required=True, metavar="check|train|train-all|status|sample")
 
     check = commands.add_parser("check", help="what a configuration or a cascade amounts to, before anything runs")
     check.add_argument("path", metavar="CONFIG|CASCADE", help="a YAML file of configs/, or a cascade folder")
@@ -36,6 +36,15 @@ def parser() -> Parser:
     train.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="instead of the file's, as train.steps=1000"
     )
+
+    every = commands.add_parser("train-all", help="train all stages of a cascade, each as a job of its own")
+    every.add_argument("path", metavar="CASCADE", help="a cascade's YAML file, as configs/cascade.yaml")
+    every.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="for every stage's file")
+    every.add_argument("--at-once", metavar="N", type=positive, default=1, help="jobs at a time (default 1: in turn)")
+
+    status = commands.add_parser("status", help="where runs are: step, loss, speed, time left, checkpoint, restarts")
+    status.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="a run folder")
+    status.add_argument("--json", action="store_true", help="one JSON object a line instead of text")
 
     sample = commands.add_parser("sample", help="text to pictures; the same command again makes what is missing")
     sample.add_argument("path", metavar="CASCADE", help="a cascade folder")
@@ -64,7 +73,14 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 def answer(argv: Sequence[str]) -> int:
     """Does what `argv` says; the exit code."""
     arguments = parser().parse_args(argv)
-    return {"check": run_check, "train": run_train, "sample": run_sample}[arguments.command](arguments)
+    commands = {
+        "check": run_check,
+        "train": run_train,
+        "train-all": run_train_all,
+        "status": run_status,
+        "sample": run_sample,
+    }
+    return commands[arguments.command](arguments)
 
 
 def run_check(arguments: argparse.Namespace) -> int:
@@ -97,6 +113,20 @@ def run_train(arguments: argparse.Namespace) -> int:
         signal.signal(number, stop)
     stage = stage_class(config.kind)(config)
     return 0 if train(stage, lambda: bool(stopped)) else STOPPED
+
+
+def run_train_all(arguments: argparse.Namespace) -> int:
+    from launch.staged import plan, train_all
+
+    return train_all(plan(arguments.path, arguments.overrides), arguments.at_once)
+
+
+def run_status(arguments: argparse.Namespace) -> int:
+    from launch.status import as_text, status
+
+    found = [status(run) for run in arguments.runs]
+    print("\n".join(json.dumps(each) for each in found) if arguments.json else "\n\n".join(map(as_text, found)))
+    return 0
 
 
 def run_sample(arguments: argparse.Namespace) -> int:

@@ -22,6 +22,8 @@ BASE = "configs/tiny/base64.yaml"
 COMMANDS = {
     "check": ["CONFIG|CASCADE", "key=value *", "--json"],
     "train": ["CONFIG", "key=value *"],
+    "train-all": ["CASCADE", "key=value *", "--at-once N"],
+    "status": ["RUN +", "--json"],
     "sample": [
         *("CASCADE", "--prompt TEXT +", "--prompts FILE", "--out DIR !", "--seed N", "--steps S +"),
         *("--guidance G +", "--augment A +", "--from STAGE", "--to STAGE"),
@@ -108,7 +110,7 @@ def test_help_comes_from_a_light_program() -> None:
         [sys.executable, "-X", "importtime", "-m", "launch", "--help"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0
-    assert done.stdout.startswith("usage: cascade [-h] check|train|sample ...")
+    assert done.stdout.startswith("usage: cascade [-h] check|train|train-all|status|sample ...")
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
     assert {"launch", "pipeline", "argparse"} <= imported
     assert not imported & {"mindspore", "mindformers", "transformers", "numpy", "yaml", "PIL", "torch"}
@@ -119,10 +121,11 @@ SAMPLE_HELP = "; see cascade sample --help"
 SAMPLE = ("sample", "nowhere", "--out", "{tmp}/out")
 
 MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
-    "nothing": ((), f"the following arguments are required: check|train|sample{HELP}"),
+    "nothing": ((), f"the following arguments are required: check|train|train-all|status|sample{HELP}"),
     "command": (
         ("trian",),
-        f"argument check|train|sample: invalid choice: 'trian' (choose from 'check', 'train', 'sample'){HELP}",
+        "argument check|train|train-all|status|sample: invalid choice: 'trian' (choose from 'check', 'train', "
+        f"'train-all', 'status', 'sample'){HELP}",
     ),
     "option": (("check", BASE, "--jsn"), f"unrecognized arguments: --jsn{HELP}"),
     "no file named": (("train",), "the following arguments are required: CONFIG; see cascade train --help"),

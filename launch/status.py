@@ -1,0 +1,140 @@
+"""What `cascade status` says of a run: everything that its folder tells, without MindSpore and while it runs.
+
+The lock tells whether the run is alive, metrics.jsonl how far and how fast it is, the checkpoints from where it would
+go on, the log folders how often it was started, and its heartbeats what each rank does.
+"""
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from pipeline import checkpoint
+from pipeline.config import read_yaml
+from pipeline.errors import UserError
+
+RECENT = 20  # reports of which the speed is the median
+TAIL = 2**16  # bytes of metrics.jsonl that hold them
+
+
+def status(run: Path) -> dict[str, Any]:
+    """UserError if `run` is no run folder."""
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run}: no config.yaml; give a run folder, the `run` of a stage's configuration")
+    config = read_yaml(run / "config.yaml")
+    reports = tail(run / "metrics.jsonl")
+    last = reports[-1] if reports else {}
+    steps, total = last.get("step", 0), config["train"]["steps"]
+    seconds = median(report["seconds"] for report in reports[-RECENT:]) if reports else None
+    saved = checkpoint.steps(run / "checkpoints")
+    attempts = sorted((run / "logs").glob("attempt-*"), key=lambda path: int(path.name.removeprefix("attempt-")))
+    pid = alive(run)
+    finished = (run / "stage" / "stage.json").exists() and steps >= total
+    return {
+        "run": str(run),
+        "state": "running" if pid else "finished" if finished else "stopped" if saved or reports else "not begun",
+        "pid": pid,
+        "step": steps,
+        "steps": total,
+        "loss": last.get("loss"),
+        "images_per_second": config["data"]["global_batch"] / seconds if seconds else None,
+        "seconds_left": (total - steps) * seconds if seconds else None,
+        "reported": age(run / "metrics.jsonl"),
+        "checkpoint": saved[-1] if saved else None,
+        "saved": age(run / "checkpoints" / f"step_{saved[-1]:07d}") if saved else None,
+        "restarts": max(0, len(attempts) - 1),
+        "quarantined": sum(1 for _ in lines(run / "quarantine.jsonl")),
+        "ranks": ranks(attempts[-1]) if attempts else [],
+    }
+
+
+def alive(run: Path) -> str | None:
+    """The process that has the run's lock, if there is one."""
+    try:
+        descriptor = os.open(run / ".lock", os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
+    except OSError:  # a file system without locks
+        return None
+    finally:
+        os.close(descriptor)
+    return None
+
+
+def tail(path: Path) -> list[dict[str, Any]]:
+    """The last whole reports."""
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL))
+        found = []
+        for line in file.read().split(b"\n")[:-1]:
+            try:
+                found.append(json.loads(line))
+            except ValueError:  # the first may have lost its beginning
+                continue
+    return found
+
+
+def lines(path: Path) -> Iterator[str]:
+    if path.exists():
+        with path.open() as file:
+            yield from file
+
+
+def ranks(attempt: Path) -> list[dict[str, Any]]:
+    """The last heartbeat of each rank, with its age in seconds."""
+    found = []
+    for path in sorted(attempt.glob("rank_*.json"), key=lambda path: int(path.stem.removeprefix("rank_"))):
+        try:
+            beat = json.loads(path.read_text())
+        except (OSError, ValueError):  # it is being replaced
+            continue
+        found.append({name: beat.get(name) for name in ("rank", "host", "phase", "step")} | {"age": age(path)})
+    return found
+
+
+def age(path: Path) -> float | None:
+    """Seconds since `path` was written."""
+    return max(0.0, time.time() - path.stat().st_mtime) if path.exists() else None
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """A status for reading."""
+    state = f"{found['state']} (pid {found['pid']})" if found["pid"] else found["state"]
+    parts = [("run", found["run"]), ("state", state), ("step", f"{found['step']:,} of {found['steps']:,}")]
+    if found["loss"] is not None:
+        parts.append(("loss", f"{found['loss']:.4g}, reported {ago(found['reported'])}"))
+    if found["images_per_second"]:
+        parts.append(("speed", f"{found['images_per_second']:.1f} images/s, {duration(found['seconds_left'])} left"))
+    if found["checkpoint"] is not None:
+        parts.append(("checkpoint", f"step {found['checkpoint']:,}, written {ago(found['saved'])}"))
+    parts += [("restarts", found["restarts"]), ("quarantined", f"{found['quarantined']:,}")]
+    for beat in found["ranks"]:
+        parts.append(
+            (f"rank {beat['rank']}", f"{beat['phase']}, step {beat['step']}, {beat['host']}, {ago(beat['age'])}")
+        )
+    return "\n".join(f"{name:<12}{value}" for name, value in parts)
+
+
+def duration(seconds: float) -> str:
+    """The two largest units: 3 d 4 h, 12 min 5 s, 8 s."""
+    left = round(seconds)
+    words: list[str] = []
+    for name, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        number, left = divmod(left, size)
+        if number or (name == "s" and not words):
+            words.append(f"{number} {name}")
+    return " ".join(words[:2])
+
+
+def ago(seconds: float) -> str:
+    return f"{duration(seconds)} ago"
