@@ -5,10 +5,13 @@ environment only once. It sets defaults; what the user has set stands.
 """
 
 import os
+import shutil
 import sys
 import tempfile
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 
 def prepare_environment() -> None:
@@ -50,3 +53,94 @@ def compile(function):  # type: ignore[no-untyped-def]
     import mindspore as ms
 
     return ms.jit(function)
+
+
+# A job of several processes. What `launch.command` says to the ranks by environment, they read here.
+
+FOREIGN = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "SLURM_")  # of what may have started us: mpirun would take itself for it
+STALE = ("MS_ROLE", "MS_NODE_ID", "MS_SCHED_HOST", "MS_SCHED_PORT", "MS_WORKER_NUM", "RANK_ID", "RANK_SIZE")
+
+
+def child_environment(more: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment for one that is to be a rank or to start ranks, with `more`.
+
+    Without what other launchers have left there, and with this Python's programs first on the path.
+    """
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN) and name not in STALE}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{kept.get('PATH', os.defpath)}"
+    return kept | {"PATH": path, "PYTHONUNBUFFERED": "1"} | dict(more)
+
+
+def environment_of(pid: int) -> list[str]:
+    """What process `pid` was started with, as NAME=value; nothing if it is gone or another user's."""
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return []
+
+
+def find_program(name: str) -> str | None:
+    """Where the PATH has `name`."""
+    return shutil.which(name)
+
+
+def cluster() -> dict[str, Any]:
+    """What a cluster's scheduler says of this node, as fields of `LaunchConfig`: nothing if there is none.
+
+    Slurm under `srun --ntasks-per-node=1`, Volcano's job with tasks named `worker`, Open MPI's `mpirun -npernode 1`
+    (which does not say where node 0 is).
+    """
+    got = os.environ
+    try:
+        if {"SLURM_NODEID", "SLURM_JOB_NUM_NODES", "SLURM_LAUNCH_NODE_IPADDR"} <= got.keys():
+            nodes, rank, master = got["SLURM_JOB_NUM_NODES"], got["SLURM_NODEID"], got["SLURM_LAUNCH_NODE_IPADDR"]
+        elif {"VC_TASK_INDEX", "VC_WORKER_HOSTS"} <= got.keys():
+            hosts = got["VC_WORKER_HOSTS"].split(",")
+            nodes, rank, master = str(len(hosts)), got["VC_TASK_INDEX"], hosts[0]
+        elif {"OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"} <= got.keys():
+            nodes, rank, master = got["OMPI_COMM_WORLD_SIZE"], got["OMPI_COMM_WORLD_RANK"], ""
+        else:
+            return {}
+        found: dict[str, Any] = {"nodes": int(nodes), "node_rank": int(rank)}
+    except ValueError:  # no numbers, so not what it looks like
+        return {}
+    return found | ({"master": master} if master and int(nodes) > 1 else {})
+
+
+def attempt() -> Path | None:
+    """The folder of logs and heartbeats of the attempt that this process is a rank of, if it is one."""
+    return Path(os.environ["CASCADE_ATTEMPT"]) if "CASCADE_ATTEMPT" in os.environ else None
+
+
+def is_scheduler() -> bool:
+    """Whether msrun started this process to be MindSpore's scheduler rather than a rank."""
+    return os.environ.get("MS_ROLE") == "MS_SCHED"
+
+
+def take_place() -> int:
+    """Makes this process the rank that its launcher meant it to be, before MindSpore is imported; the rank.
+
+    msrun sets MindSpore's variables; from mpirun's they are made here, and mpirun's taken out, as MindSpore would take
+    the rank on this node for the rank. Ranks that share a CPU get cores of their own and as many threads.
+    """
+    first, workers = int(os.environ.get("CASCADE_FIRST_RANK", 0)), int(os.environ.get("CASCADE_LOCAL_WORKERS", 1))
+    if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:
+        local = int(os.environ["OMPI_COMM_WORLD_LOCAL_RANK"])
+        made = {"MS_ROLE": "MS_WORKER", "MS_NODE_ID": first + local, "RANK_ID": first + local, "DEVICE_ID": local,
+                "RANK_SIZE": os.environ.get("MS_WORKER_NUM", workers)}  # fmt: skip
+        for name in [name for name in os.environ if name.startswith(FOREIGN)]:
+            del os.environ[name]
+        os.environ.update({name: str(value) for name, value in made.items()})
+    rank = int(os.environ.get("RANK_ID", first))
+    if workers > 1 and not on_ascend():
+        cores = cores_of(rank - first, workers, sorted(os.sched_getaffinity(0)))
+        os.sched_setaffinity(0, cores)
+        os.environ.setdefault("OMP_NUM_THREADS", str(len(cores)))
+    return rank
+
+
+def cores_of(local_rank: int, workers: int, cores: Sequence[int]) -> Sequence[int]:
+    """The share of `cores` of one of `workers` processes: disjoint ones, or one that it has to share."""
+    if len(cores) < workers:
+        return [cores[local_rank % len(cores)]]
+    return cores[local_rank * len(cores) // workers : (local_rank + 1) * len(cores) // workers]
