@@ -139,7 +139,7 @@ def processes(config: LaunchConfig, program: Sequence[str], attempt: Path, port:
             f"--cluster_time_out={MEETING}",
             *("python", *program),  # msrun takes no other word; the environment's PATH makes it this Python
         ]
-        return [Process(name="msrun", argv=argv, environment=environment)]
+        return [Process(name=f"msrun_{config.node_rank}", argv=argv, environment=environment)]
     mpirun = [
         "mpirun",
         *(("--allow-run-as-root",) if os.geteuid() == 0 else ()),
@@ -148,10 +148,14 @@ def processes(config: LaunchConfig, program: Sequence[str], attempt: Path, port:
         *("-np", str(config.workers)),
         *(sys.executable, *program),
     ]
-    ranks = Process(name="mpirun", argv=mpirun, environment=environment | network | {"MS_TOPO_TIMEOUT": str(MEETING)})
+    ranks = Process(
+        name=f"mpirun_{config.node_rank}",
+        argv=mpirun,
+        environment=environment | network | {"MS_TOPO_TIMEOUT": str(MEETING)},
+    )
     scheduler = [sys.executable, "-m", "launch.scheduler"]
     role = {"MS_ROLE": "MS_SCHED", "MS_TOPO_TIMEOUT": str(MEETING), "MS_NODE_TIMEOUT": "3600"}
-    first = [Process(name="scheduler", argv=scheduler, environment=network | role)] if config.node_rank == 0 else []
+    first = [Process(name="scheduler_0", argv=scheduler, environment=network | role)] if config.node_rank == 0 else []
     return [*first, ranks]
 
 

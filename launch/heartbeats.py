@@ -4,8 +4,8 @@ An attempt's folder has, of each rank R on whatever node,
 
     rank_R.json      its heartbeat, replaced at every change of phase and at most once a second: {"rank", "pid", "host",
                      "phase", "step", "time": Unix seconds, "error": its last traceback or null}
-    rank_R.end.json  {"code", "error", "time"}: its last word, written by `launch.worker` before it exits. msrun and
-                     mpirun do not pass exit codes on, and kill all other ranks as soon as one is not 0.
+    rank_R.end.json  {"code", "error": one line and then the traceback, or null, "time"}: its last word, written by
+                     `launch.worker` before it exits, as msrun and mpirun do not pass exit codes on.
     rank_R.log       what it printed
 
 A rank that was killed leaves no word: it is known by its process. One that hangs, by a heartbeat that says the same for

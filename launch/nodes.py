@@ -1,6 +1,7 @@
 """What the supervisors of a job's nodes tell one another, through the run folder that they share.
 
-    logs/attempt-K/node_N.json   {"beat": counts while node N lives, "outcome": null or {"code", "what"}, "over"}
+    logs/attempt-K/node_N.json   {"beat": counts while node N lives, "done": its ranks are, "outcome": null or {"code",
+                                 "what"}, "over"}
 
 Node 0 opens an attempt and the others join it: they wait for a beat that changes under their eyes, as a folder left by
 a killed job has one that stands still, and clocks differ. The first node that fails says so here and the others end
@@ -72,13 +73,14 @@ class Peers:
         self.others = [node for node in range(config.nodes) if node != config.node_rank]
         self.notes: dict[int, dict[str, Any]] = {}
         self.changed: dict[int, float] = {}  # when a node's beat last did, by our clock
-        self.count, self.told = 0, 0.0
+        self.count, self.told, self.done = 0, 0.0, False
 
     def tell(self, outcome: Outcome | None = None, over: bool = False) -> None:
         """This node's note: once a second while there is no outcome."""
         if self.others and (outcome or time.monotonic() - self.told >= 1):
             self.count, self.told = self.count + 1, time.monotonic()
-            note = {"beat": self.count, "outcome": vars(outcome) if outcome else None, "over": over}
+            note = {"beat": self.count, "done": self.done, "outcome": vars(outcome) if outcome else None,
+                    "over": over}  # fmt: skip
             write_atomically(self.folder / f"node_{self.config.node_rank}.json", json.dumps(note).encode())
 
     def look(self) -> None:
@@ -92,8 +94,8 @@ class Peers:
         return [node for node in self.others if node not in self.notes]
 
     def busy(self) -> bool:
-        """Whether one of them is still at work."""
-        return any(not self.notes.get(node, {}).get("outcome") for node in self.others)
+        """Whether the ranks of one of them are still at work."""
+        return any(not (note["done"] or note["outcome"]) for note in self.notes.values())
 
     def stopped(self) -> bool:
         """Whether one of them has been stopped by a signal: then all are."""

@@ -225,6 +225,7 @@ class Attempt:
         self.pulses = {rank: Pulse(since=time.monotonic()) for rank in config.ranks}
         self.tails = {rank: Tail(folder / f"rank_{rank}.log", rank) for rank in config.ranks}
         self.ends: dict[int, End] = {}
+        self.left: dict[int, float] = {}  # when that was read, by this process's clock
         self.exits: dict[int, float] = {}  # when a rank's process ended, Unix seconds
         self.statuses: dict[int, int] = {}  # and its wait status, where that could be seen
         self.poll, self.watched = select.poll(), dict[int, int]()  # descriptor of a rank's process -> the rank
@@ -315,7 +316,7 @@ class Attempt:
                     self.watched[descriptor] = rank
                     self.poll.register(descriptor, select.POLLIN)
             if rank not in self.ends and (end := read_end(self.folder, rank)):
-                self.ends[rank] = end
+                self.ends[rank], self.left[rank] = end, now
             self.tails[rank].show()
         self.peers.tell()
         self.peers.look()
@@ -352,12 +353,11 @@ class Attempt:
         return rank in self.exits and beat is not None and beat.phase == "finished"
 
     def leave(self, now: float) -> Outcome | None:
-        """All ranks here are done: waits for those who started them, and on node 0, whose scheduler serves them, for
-        the other nodes."""
+        """All ranks here are done: waits for those of the other nodes, and for those who started them."""
         self.done = self.done or now
-        outcome = Outcome(code=max((end.code for end in self.ends.values()), default=0))
-        if self.config.node_rank == 0 and self.peers.busy() and now - self.done < PATIENCE["finished"]:
-            return self.peers.verdict()
+        outcome, self.peers.done = Outcome(code=max((end.code for end in self.ends.values()), default=0)), True
+        if (verdict := self.peers.verdict()) or (self.peers.busy() and now - self.done < PATIENCE["finished"]):
+            return verdict
         gone = len(self.exits) == len(self.pulses) and all(p.poll() is not None for p in self.started.values())
         return outcome if gone or now - self.done > self.limits.leave else None
 
@@ -370,9 +370,10 @@ class Attempt:
             processes.send(alive, signal.SIGTERM)
         if not any(pulse.trained for pulse in pulses):  # compilers do not listen, and there is nothing to lose
             return Outcome(code=STOPPED, what="stopped before the first step; the same command goes on")
-        saving = any(pulse.beat and pulse.beat.phase == "checkpoint" for pulse in pulses)
-        limit = PATIENCE["checkpoint"] if saving else max(self.limits.stop, *(2 * pulse.pace for pulse in pulses))
-        if now - max(self.stopped, *(pulse.since for pulse in pulses)) <= limit:
+        busy = [pulse for rank, pulse in self.pulses.items() if rank not in self.ends and rank not in self.exits]
+        saving = [pulse.since for pulse in busy if pulse.beat and pulse.beat.phase in ("checkpoint", "sampling")]
+        limit = PATIENCE["checkpoint"] if saving else max(self.limits.stop, *(4 * pulse.pace for pulse in pulses))
+        if now - max([self.stopped, *saving, *self.left.values()]) <= limit:
             return None
         slow = ", ".join(str(rank) for rank in self.pulses if not self.finished(rank))
         return Outcome(
@@ -387,10 +388,13 @@ class Attempt:
             beat, end = pulse.beat, self.ends.get(rank)
             if rank in self.failures or self.finished(rank):
                 continue
-            if end or (beat and beat.phase == "failed"):
-                error = (end and end.error) or (beat and beat.error) or "it does not say why"
-                when = end.time if end else beat.time if beat else time.time()
-                self.failures[rank] = Failure(rank=rank, time=when, what=last_line(error), detail=error)
+            if end:
+                what, _, detail = (end.error or f"exit code {end.code}").partition("\n")
+                self.failures[rank] = Failure(rank=rank, time=end.time, what=what, detail=detail)
+            elif beat and beat.phase == "failed":
+                if rank in self.exits or now - pulse.since > self.limits.settle:  # its last word may be on its way
+                    what, _, detail = (beat.error or "does not say why it failed").partition("\n")
+                    self.failures[rank] = Failure(rank=rank, time=beat.time, what=what, detail=detail)
             elif rank in self.exits:
                 log = self.tails[rank].last()
                 self.failures[rank] = Failure(
@@ -434,7 +438,7 @@ class Attempt:
 
     def log(self, name: str) -> str:
         with contextlib.suppress(OSError):
-            return (self.folder / f"{name}.log").read_text(errors="replace")
+            return (self.folder / f"{name}_{self.config.node_rank}.log").read_text(errors="replace")
         return ""
 
     def death(self, rank: int) -> str:
@@ -458,16 +462,12 @@ class Attempt:
             head = f"rank {failure.rank}{where}: {failure.what}"
         lines = [head]
         if failure.rank != 0:  # what rank 0 printed has been shown
-            lines += [f"  {line}" for line in failure.detail.splitlines()[-20:] if failure.detail != failure.what]
+            lines += [f"  {line}" for line in failure.detail.splitlines()[-20:]]
         for rank, pulse in self.pulses.items():
             if rank != failure.rank and rank not in self.exits and pulse.beat and now - pulse.since > QUIET:
                 what = f"{pulse.beat.phase}, step {pulse.beat.step}, nothing new for {now - pulse.since:.0f} s"
                 lines.append(f"meanwhile rank {rank}: {what}")
         return "\n".join([*lines, f"logs: {self.folder}"])
-
-
-def last_line(text: str) -> str:
-    return (text.strip().splitlines() or [""])[-1]
 
 
 def status(code: int) -> str:

@@ -1,4 +1,4 @@
-"""`python -m tests.supervised RUN OPTIONS FAULT...`: a supervisor over `tests.ranks`, in a process of its own.
+"""`python -m tests.supervised RUN OPTIONS FAULT...`: a supervisor over `tests.fake_ranks`, in a process of its own.
 
 OPTIONS is JSON: fields of LaunchConfig and of Limits.
 """
@@ -22,8 +22,8 @@ def main(argv: Sequence[str]) -> int:
     def plan(attempt: Path, port: int) -> list[Process]:
         number = int(attempt.name.removeprefix("attempt-"))
         now = [fault.partition("@")[0] for fault in faults if fault.partition("@")[2] in ("", str(number))]
-        start = [sys.executable, "-m", "tests.ranks", str(config.workers), str(config.ranks[0]), *now]
-        return [Process(name="msrun", argv=start, environment={"CASCADE_ATTEMPT": str(attempt)})]
+        start = [sys.executable, "-m", "tests.fake_ranks", str(config.workers), str(config.ranks[0]), *now]
+        return [Process(name=f"msrun_{config.node_rank}", argv=start, environment={"CASCADE_ATTEMPT": str(attempt)})]
 
     return supervise(config, Path(folder), plan, limits=Limits(**limits))
 

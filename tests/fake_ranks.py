@@ -1,6 +1,6 @@
 """What a supervisor starts in tests, without MindSpore: a launcher and its ranks, which misbehave on command.
 
-    python -m tests.ranks WORKERS FIRST FAULT...     a launcher as msrun and mpirun are: kills all ranks if one fails
+    python -m tests.fake_ranks WORKERS FIRST FAULT...     a launcher as msrun and mpirun are: kills all ranks if one fails
 
 FAULT is `RANK:WHAT` or `RANK:WHAT:STEP`; see `misbehave`. A rank makes 20 steps of 0.1 s unless it is told otherwise.
 """
@@ -36,9 +36,8 @@ def misbehave(rank: int, what: str, step: int) -> None:
     if what == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif what == "raise":
-        error = "Traceback (most recent call last):\n  in the middle of it\nValueError: too hot"
+        error = "ValueError: too hot\nTraceback (most recent call last):\n  in the middle of it\nValueError: too hot"
         beat(rank, "failed", step, error)
-        print(error, flush=True)
         time.sleep(0.3)  # MindSpore takes its time to leave
         end(rank, 1, error)
     elif what == "late":  # its neighbour is gone, which it finds out a little later
@@ -97,7 +96,7 @@ def launcher(workers: int, first: int, faults: list[str]) -> None:
     """Like msrun: sessions of their own, a log each, and no thought for signals."""
     ranks = []
     for rank in range(first, first + workers):
-        argv = [sys.executable, "-m", "tests.ranks", "rank", str(rank), *faults]
+        argv = [sys.executable, "-m", "tests.fake_ranks", "rank", str(rank), *faults]
         with (FOLDER / f"rank_{rank}.log").open("wb") as log:
             ranks.append(subprocess.Popen(argv, stdout=log, stderr=log, start_new_session=True))
     while any(rank.poll() is None for rank in ranks):
