@@ -25,10 +25,10 @@ from typing import Any, Literal
 
 from pipeline.config import ConfigError, build
 from pipeline.errors import UserError
-from pipeline.runtime import cluster
+from pipeline.runtime import GATHERING, cluster
 
 PORT = 8118  # msrun's own default: what nodes that cannot ask one another agree on
-MEETING = 300  # seconds within which all nodes, and then all ranks, have to be there
+MEETING = 300  # seconds within which all nodes have to be there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +121,6 @@ def processes(config: LaunchConfig, program: Sequence[str], attempt: Path, port:
     }
     if config.launcher == "none":
         return [Process(name="rank_0", argv=[sys.executable, *program], environment=environment)]
-    # Else a rank that comes 30 s late to a collective ends the job; who is late, the supervisor knows better.
-    environment |= {"MS_NODE_TIMEOUT": "3600"}
     network = {"MS_SCHED_HOST": config.master, "MS_SCHED_PORT": str(port), "MS_WORKER_NUM": str(config.size)}
     if config.launcher == "msrun":
         argv = [
@@ -136,7 +134,7 @@ def processes(config: LaunchConfig, program: Sequence[str], attempt: Path, port:
             "--worker_log_name=rank",  # rank_R.log, where ours are
             "--tail_worker_log=99999",  # none: the supervisor shows what is to be seen
             "--join=True",
-            f"--cluster_time_out={MEETING}",
+            f"--cluster_time_out={GATHERING}",
             *("python", *program),  # msrun takes no other word; the environment's PATH makes it this Python
         ]
         return [Process(name=f"msrun_{config.node_rank}", argv=argv, environment=environment)]
@@ -151,11 +149,14 @@ def processes(config: LaunchConfig, program: Sequence[str], attempt: Path, port:
     ranks = Process(
         name=f"mpirun_{config.node_rank}",
         argv=mpirun,
-        environment=environment | network | {"MS_TOPO_TIMEOUT": str(MEETING)},
+        environment=environment | network,
     )
     scheduler = [sys.executable, "-m", "launch.scheduler"]
-    role = {"MS_ROLE": "MS_SCHED", "MS_TOPO_TIMEOUT": str(MEETING), "MS_NODE_TIMEOUT": "3600"}
-    first = [Process(name="scheduler_0", argv=scheduler, environment=network | role)] if config.node_rank == 0 else []
+    first = (
+        [Process(name="scheduler_0", argv=scheduler, environment=network | {"MS_ROLE": "MS_SCHED"})]
+        if config.node_rank == 0
+        else []
+    )
     return [*first, ranks]
 
 

@@ -1,17 +1,9 @@
 """MindSpore's scheduler, through which the ranks of a job find one another; under mpirun it has to be started apart.
 
-It is a process of MindSpore's own with MS_ROLE=MS_SCHED, that serves while `init` lasts and ends after the last rank.
+By environment it is MS_ROLE=MS_SCHED; then meeting the others lasts until the last of them has left.
 """
 
-
-def serve() -> None:
-    import pipeline  # noqa: F401  (first: it prepares the environment for MindSpore)
-
-    # isort: split
-    from mindspore.communication import init
-
-    init()
-
+from pipeline.runtime import start_communication
 
 if __name__ == "__main__":
-    serve()
+    start_communication()

@@ -359,7 +359,8 @@ class Attempt:
         if (verdict := self.peers.verdict()) or (self.peers.busy() and now - self.done < PATIENCE["finished"]):
             return verdict
         gone = len(self.exits) == len(self.pulses) and all(p.poll() is not None for p in self.started.values())
-        return outcome if gone or now - self.done > self.limits.leave else None
+        alone = self.config.size == 1  # nobody to meet, and so the scheduler waits for nothing
+        return outcome if gone or alone or now - self.done > self.limits.leave else None
 
     def stop(self, now: float) -> Outcome | None:
         """After a signal the ranks save the same step and end. An outcome if they do not, or have nothing to save."""

@@ -6,10 +6,8 @@ so that a rank that stopped after saving, 75, exits with 0: the others may be sa
 """
 
 import json
-import logging
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -19,11 +17,11 @@ from types import FrameType
 from typing import NoReturn
 
 from launch.nodes import STOPPED
+from launch.terminal import run
 from pipeline.errors import JobError, UserError
 from pipeline.files import write_atomically
-from pipeline.runtime import attempt, is_scheduler, take_place
-
-log = logging.getLogger("cascade")
+from pipeline.heartbeat import Heartbeat, describe
+from pipeline.runtime import attempt, is_scheduler, job, start_communication
 
 
 def train(path: str, overrides: Sequence[str]) -> int:
@@ -50,20 +48,20 @@ def train(path: str, overrides: Sequence[str]) -> int:
 
 def rank(folder: Path, argv: Sequence[str]) -> NoReturn:
     """A rank of the attempt in `folder`."""
-    number = take_place()
+    number = job().rank
     output = os.open(folder / f"rank_{number}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     for descriptor in (1, 2):  # MindSpore's C++ writes there too
         os.dup2(output, descriptor)
-    beat = {"rank": number, "pid": os.getpid(), "host": socket.gethostname(), "phase": "starting", "step": 0,
-            "time": time.time(), "error": None}  # fmt: skip
-    write_atomically(folder / f"rank_{number}.json", json.dumps(beat).encode())
-    error = None
+    Heartbeat(folder, number).beat("starting")  # before what takes long: from now on its process is known
+    code, error = 1, None
     try:
         code = train(argv[0], argv[1:])
-    except (UserError, JobError) as mistake:
-        code, error = 2 if isinstance(mistake, UserError) else 1, str(mistake)
-    except BaseException:
-        code, error = 1, traceback.format_exc()
+    except UserError as mistake:
+        code, error = 2, str(mistake)
+    except JobError as problem:
+        error = str(problem)
+    except BaseException as fault:
+        error = f"{describe(fault)}\n{traceback.format_exc()}"
         print(error, file=sys.stderr, flush=True)
     word = {"code": code, "error": error, "time": time.time()}
     write_atomically(folder / f"rank_{number}.end.json", json.dumps(word).encode())
@@ -71,13 +69,9 @@ def rank(folder: Path, argv: Sequence[str]) -> NoReturn:
 
 
 if __name__ == "__main__":
-    if is_scheduler():
-        from launch.scheduler import serve
-
-        serve()
+    if is_scheduler():  # msrun starts that by the same command
+        start_communication()
     elif (place := attempt()) is not None:
         rank(place, sys.argv[1:])
     else:
-        from launch.terminal import run
-
         run(lambda argv: train(argv[0], argv[1:]))

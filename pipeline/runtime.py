@@ -8,7 +8,6 @@ MS_WORKER_NUM and DEVICE_ID, `mpirun` by OMPI_COMM_WORLD_*, from which MindSpore
 """
 
 import os
-import shutil
 import sys
 import tempfile
 import warnings
@@ -24,6 +23,10 @@ from pipeline.errors import JobError
 # is what rank 0 may take for samples or a slow disk. A rank that died is found by the launcher, long before.
 PATIENCE = 1800
 GATHERING = 600  # seconds for all ranks to have started
+
+# Of what may have started us: mpirun would take itself for a part of it, and ranks would take its numbers for theirs.
+FOREIGN = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "SLURM_")
+STALE = ("MS_ROLE", "MS_NODE_ID", "MS_SCHED_HOST", "MS_SCHED_PORT", "MS_WORKER_NUM", "RANK_ID", "RANK_SIZE")
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,13 @@ def prepare_environment() -> None:
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",  # transformers announces that PyTorch is missing; we do not use it
     }
-    if os.environ.get("OMPI_COMM_WORLD_SIZE", "1") != "1":
+    if {"OMPI_COMM_WORLD_RANK", "CASCADE_FIRST_RANK"} <= os.environ.keys():  # one mpirun on each node, see launch
+        local = os.environ["OMPI_COMM_WORLD_RANK"]
+        rank = str(int(os.environ["CASCADE_FIRST_RANK"]) + int(local))
+        for name in [name for name in os.environ if name.startswith(FOREIGN)]:
+            del os.environ[name]  # MindSpore would take the rank on this node for the rank
+        os.environ.update({"MS_ROLE": "MS_WORKER", "MS_NODE_ID": rank, "RANK_ID": rank, "DEVICE_ID": local})
+    elif os.environ.get("OMPI_COMM_WORLD_SIZE", "1") != "1":
         rank, size, local = (os.environ[f"OMPI_COMM_WORLD_{name}"] for name in ("RANK", "SIZE", "LOCAL_RANK"))
         mine = {"MS_ROLE": "MS_WORKER", "MS_WORKER_NUM": size, "MS_NODE_ID": rank, "RANK_ID": rank, "DEVICE_ID": local}
         defaults |= mine
@@ -151,12 +160,6 @@ def compile(function):  # type: ignore[no-untyped-def]
     return ms.jit(function)
 
 
-# A job of several processes. What `launch.command` says to the ranks by environment, they read here.
-
-FOREIGN = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "SLURM_")  # of what may have started us: mpirun would take itself for it
-STALE = ("MS_ROLE", "MS_NODE_ID", "MS_SCHED_HOST", "MS_SCHED_PORT", "MS_WORKER_NUM", "RANK_ID", "RANK_SIZE")
-
-
 def child_environment(more: Mapping[str, str]) -> dict[str, str]:
     """This process's environment for one that is to be a rank or to start ranks, with `more`.
 
@@ -173,11 +176,6 @@ def environment_of(pid: int) -> list[str]:
         return Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
     except OSError:
         return []
-
-
-def find_program(name: str) -> str | None:
-    """Where the PATH has `name`."""
-    return shutil.which(name)
 
 
 def cluster() -> dict[str, Any]:
@@ -201,42 +199,3 @@ def cluster() -> dict[str, Any]:
     except ValueError:  # no numbers, so not what it looks like
         return {}
     return found | ({"master": master} if master and int(nodes) > 1 else {})
-
-
-def attempt() -> Path | None:
-    """The folder of logs and heartbeats of the attempt that this process is a rank of, if it is one."""
-    return Path(os.environ["CASCADE_ATTEMPT"]) if "CASCADE_ATTEMPT" in os.environ else None
-
-
-def is_scheduler() -> bool:
-    """Whether msrun started this process to be MindSpore's scheduler rather than a rank."""
-    return os.environ.get("MS_ROLE") == "MS_SCHED"
-
-
-def take_place() -> int:
-    """Makes this process the rank that its launcher meant it to be, before MindSpore is imported; the rank.
-
-    msrun sets MindSpore's variables; from mpirun's they are made here, and mpirun's taken out, as MindSpore would take
-    the rank on this node for the rank. Ranks that share a CPU get cores of their own and as many threads.
-    """
-    first, workers = int(os.environ.get("CASCADE_FIRST_RANK", 0)), int(os.environ.get("CASCADE_LOCAL_WORKERS", 1))
-    if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:
-        local = int(os.environ["OMPI_COMM_WORLD_LOCAL_RANK"])
-        made = {"MS_ROLE": "MS_WORKER", "MS_NODE_ID": first + local, "RANK_ID": first + local, "DEVICE_ID": local,
-                "RANK_SIZE": os.environ.get("MS_WORKER_NUM", workers)}  # fmt: skip
-        for name in [name for name in os.environ if name.startswith(FOREIGN)]:
-            del os.environ[name]
-        os.environ.update({name: str(value) for name, value in made.items()})
-    rank = int(os.environ.get("RANK_ID", first))
-    if workers > 1 and not on_ascend():
-        cores = cores_of(rank - first, workers, sorted(os.sched_getaffinity(0)))
-        os.sched_setaffinity(0, cores)
-        os.environ.setdefault("OMP_NUM_THREADS", str(len(cores)))
-    return rank
-
-
-def cores_of(local_rank: int, workers: int, cores: Sequence[int]) -> Sequence[int]:
-    """The share of `cores` of one of `workers` processes: disjoint ones, or one that it has to share."""
-    if len(cores) < workers:
-        return [cores[local_rank % len(cores)]]
-    return cores[local_rank * len(cores) // workers : (local_rank + 1) * len(cores) // workers]

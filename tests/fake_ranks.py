@@ -1,6 +1,6 @@
 """What a supervisor starts in tests, without MindSpore: a launcher and its ranks, which misbehave on command.
 
-    python -m tests.fake_ranks WORKERS FIRST FAULT...     a launcher as msrun and mpirun are: kills all ranks if one fails
+    python -m tests.fake_ranks WORKERS FIRST FAULT...   a launcher as msrun and mpirun are: kills all if one fails
 
 FAULT is `RANK:WHAT` or `RANK:WHAT:STEP`; see `misbehave`. A rank makes 20 steps of 0.1 s unless it is told otherwise.
 """
