@@ -1,7 +1,7 @@
 """What the supervisors of a job's nodes tell one another, through the run folder that they share.
 
-    logs/attempt-K/node_N.json   {"beat": counts while node N lives, "done": its ranks are, "outcome": null or {"code",
-                                 "what"}, "over"}
+    logs/attempt-K/node_N.json   {"beat": counts while node N lives, "done": the exit code once its ranks are, else
+                                 null, "outcome": null or {"code", "what"}, "over"}
 
 Node 0 opens an attempt and the others join it: they wait for a beat that changes under their eyes, as a folder left by
 a killed job has one that stands still, and clocks differ. The first node that fails says so here and the others end
@@ -73,7 +73,8 @@ class Peers:
         self.others = [node for node in range(config.nodes) if node != config.node_rank]
         self.notes: dict[int, dict[str, Any]] = {}
         self.changed: dict[int, float] = {}  # when a node's beat last did, by our clock
-        self.count, self.told, self.done = 0, 0.0, False
+        self.count, self.told = 0, 0.0
+        self.done: int | None = None  # what the exit code will be, now that all ranks here are done
 
     def tell(self, outcome: Outcome | None = None, over: bool = False) -> None:
         """This node's note: once a second while there is no outcome."""
@@ -95,11 +96,11 @@ class Peers:
 
     def busy(self) -> bool:
         """Whether the ranks of one of them are still at work."""
-        return any(not (note["done"] or note["outcome"]) for note in self.notes.values())
+        return any(note["done"] is None and not note["outcome"] for note in self.notes.values())
 
     def stopped(self) -> bool:
         """Whether one of them has been stopped by a signal: then all are."""
-        return any((self.notes[node]["outcome"] or {}).get("code") == STOPPED for node in self.notes)
+        return any(STOPPED in (note["done"], (note["outcome"] or {}).get("code")) for note in self.notes.values())
 
     def verdict(self) -> Outcome | None:
         """What ends this node's ranks too: another node has failed, or says nothing any more."""

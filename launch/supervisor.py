@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
@@ -38,6 +38,7 @@ from pipeline.runtime import child_environment
 BACKOFF = 60.0  # seconds between two attempts, at most
 QUIET = 10.0  # seconds of silence that are worth a word, when another rank has failed
 DONE = (0, STOPPED)
+NOISE = b"[INFO] DISTRIBUTED("  # MindSpore says these whatever GLOG_v is
 
 Plan = Callable[[Path, int], list[Process]]  # the attempt's folder and port -> what to start
 
@@ -183,22 +184,21 @@ def guarded(mark: str) -> Iterator[int]:
 
 
 class Tail:
-    """Shows what is added to a rank's log: rank 0's as it is, of the others' the warnings, with their rank."""
+    """Shows the lines that are added to a rank's log: rank 0's as they are, of the others' the warnings."""
 
     def __init__(self, path: Path, rank: int) -> None:
         self.path, self.rank, self.place, self.rest = path, rank, 0, b""
 
-    def show(self) -> None:
+    def show(self, final: bool = False) -> None:
         with contextlib.suppress(OSError), self.path.open("rb") as file:
             file.seek(self.place)
-            while data := file.read(2**20):
+            while data := file.read(2**20) or (b"\n" if final and self.rest else b""):
                 self.place += len(data)
-                if self.rank == 0:
-                    sys.stderr.buffer.write(data)
-                    continue
                 *lines, self.rest = (self.rest + data).split(b"\n")
                 for line in lines:
-                    if line.startswith((b"warning:", b"error:")):
+                    if self.rank == 0 and not line.startswith(NOISE):
+                        sys.stderr.buffer.write(line + b"\n")
+                    elif self.rank and line.startswith((b"warning:", b"error:")):
                         sys.stderr.buffer.write(b"[rank %d] %s\n" % (self.rank, line))
             sys.stderr.flush()
 
@@ -258,7 +258,7 @@ class Attempt:
         for descriptor in self.watched:
             os.close(descriptor)
         for tail in self.tails.values():
-            tail.show()
+            tail.show(final=True)
         with contextlib.suppress(OSError):  # a full disk: the other nodes will miss the beats
             self.peers.tell(outcome, over)
 
@@ -343,7 +343,13 @@ class Attempt:
         if now - self.failed < self.limits.settle:
             return None
         self.find_stopped()
-        return Outcome(code=1, what=self.story(first(self.failures.values(), self.exits), now))
+        failure = first(self.failures.values(), self.exits)
+        if failure.silent and failure.rank is not None:  # by now its launcher may have said how it ended
+            how = self.death(failure.rank)
+            if how is None and now - self.failed < 3 * self.limits.settle:
+                return None
+            failure = replace(failure, what=how or failure.what)
+        return Outcome(code=1, what=self.story(failure, now))
 
     def finished(self, rank: int) -> bool:
         """Whether it has done its part, to the end or to the step where all were stopped."""
@@ -355,7 +361,8 @@ class Attempt:
     def leave(self, now: float) -> Outcome | None:
         """All ranks here are done: waits for those of the other nodes, and for those who started them."""
         self.done = self.done or now
-        outcome, self.peers.done = Outcome(code=max((end.code for end in self.ends.values()), default=0)), True
+        outcome = Outcome(code=max((end.code for end in self.ends.values()), default=0))
+        self.peers.done = outcome.code
         if (verdict := self.peers.verdict()) or (self.peers.busy() and now - self.done < PATIENCE["finished"]):
             return verdict
         gone = len(self.exits) == len(self.pulses) and all(p.poll() is not None for p in self.started.values())
@@ -399,7 +406,7 @@ class Attempt:
             elif rank in self.exits:
                 log = self.tails[rank].last()
                 self.failures[rank] = Failure(
-                    rank=rank, time=self.exits[rank], what=self.death(rank), detail=log, silent=True
+                    rank=rank, time=self.exits[rank], what="ended without a word", detail=log, silent=True
                 )
             elif now - pulse.since > pulse.limit(hang=self.limits.hang):
                 phase = beat.phase if beat else "starting"
@@ -442,8 +449,8 @@ class Attempt:
             return (self.folder / f"{name}_{self.config.node_rank}.log").read_text(errors="replace")
         return ""
 
-    def death(self, rank: int) -> str:
-        """How a rank's process ended that left no word."""
+    def death(self, rank: int) -> str | None:
+        """How a rank's process ended that left no word, if that is known."""
         if rank in self.statuses:
             return status(os.waitstatus_to_exitcode(self.statuses[rank]))
         if "rank_0" in self.started and (code := self.started["rank_0"].poll()) is not None:
@@ -451,7 +458,7 @@ class Attempt:
         beat = self.pulses[rank].beat
         codes = [code for pid, code in self.mourned() if beat and pid == beat.pid]
         codes += [-int(number) for number in re.findall(r"exited on signal (\d+)", self.log("mpirun"))]
-        return status(codes[0]) if codes else "ended without a word"
+        return status(codes[0]) if codes else None
 
     def story(self, failure: Failure, now: float) -> str:
         """A failure for people: who, where, how; what is known of it; what the others did meanwhile."""

@@ -42,6 +42,17 @@ def test_mpirun_says_it_in_its_own_words() -> None:
     assert os.environ["MS_NODE_ID"] == "3"
 
 
+def test_a_nodes_mpirun_numbers_its_own_ranks_only() -> None:
+    """The supervisor says which rank is the first, and how many there are on all nodes."""
+    mine = {"RANK": "1", "LOCAL_RANK": "1", "SIZE": "2", "LOCAL_SIZE": "2"}
+    os.environ |= {f"OMPI_COMM_WORLD_{name}": value for name, value in mine.items()}
+    os.environ |= {"CASCADE_FIRST_RANK": "2", "CASCADE_LOCAL_WORKERS": "2", "MS_WORKER_NUM": "4", "DEVICE_ID": "7"}
+    prepare_environment()
+    assert job() == Job(rank=3, world=4, local_rank=1, local_world=2)
+    assert os.environ["MS_NODE_ID"] == "3"
+    assert not [name for name in os.environ if name.startswith("OMPI_")]  # else MindSpore would believe them
+
+
 def test_mpirun_of_one_is_no_job_of_many() -> None:
     os.environ |= {f"OMPI_COMM_WORLD_{name}": value for name, value in {**MPIRUN, "SIZE": "1", "RANK": "0"}.items()}
     prepare_environment()
