@@ -87,6 +87,7 @@ def supervise(
                 used = 0 if progress(run) > saved else used
                 may = used < config.restarts if config.node_rank == 0 else config.restarts > 0  # node 0 decides for all
                 over = outcome.code != 1 or bool(signals) or not may
+                attempt.peers.tell(outcome)  # the others need not wait for the end of what runs here
             except UserError as error:
                 outcome = Outcome(code=2, what=str(error))
             except KeyboardInterrupt:
@@ -349,7 +350,12 @@ class Attempt:
             if how is None and now - self.failed < 3 * self.limits.settle:
                 return None
             failure = replace(failure, what=how or failure.what)
-        return Outcome(code=1, what=self.story(failure, now))
+        verdict = self.peers.verdict()
+        if failure.silent or not self.peers.others:
+            return Outcome(code=1, what=self.story(failure, now))
+        if verdict is None and now - self.failed < 2 * self.limits.settle:  # it may be another node's that was first
+            return None
+        return Outcome(code=1, what="\n".join([*([verdict.what] if verdict else []), self.story(failure, now)]))
 
     def finished(self, rank: int) -> bool:
         """Whether it has done its part, to the end or to the step where all were stopped."""

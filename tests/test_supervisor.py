@@ -250,6 +250,15 @@ def test_a_failure_on_one_node_ends_the_other(supervise, fault):
     assert said == (f"node 1: {other_said}" if code == 1 else other_said)
 
 
+def test_the_node_that_failed_first_is_named_on_both(supervise):
+    """Rank 0 raises because rank 3 is gone, and its supervisor learns why."""
+    faults = ("0:raise:6", "1:steps:400", "3:kill:5")
+    first, other = (supervise(*faults, **TWO, node_rank=rank) for rank in (0, 1))
+    (_, said), (_, other_said) = first.end(), other.end()
+    assert "killed by SIGKILL" in other_said
+    assert said.startswith(f"node 1: {other_said}rank 0 (pid ")
+
+
 def test_nodes_start_again_together(supervise):
     first, other = (supervise("3:kill@0", **TWO, node_rank=rank, restarts=1) for rank in (0, 1))
     assert [first.end()[0], other.end()[0]] == [0, 0]
