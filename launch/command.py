@@ -27,7 +27,6 @@ from pipeline.config import ConfigError, build
 from pipeline.errors import UserError
 from pipeline.runtime import GATHERING, cluster
 
-PORT = 8118  # msrun's own default: what nodes that cannot ask one another agree on
 MEETING = 300  # seconds within which all nodes have to be there
 
 
@@ -41,7 +40,7 @@ class LaunchConfig:
     node_rank: int = 0  # this node; Slurm's, Volcano's and Open MPI's own numbers are taken if none is given
     restarts: int = 0  # in a row without a new checkpoint between them
     master: str = "127.0.0.1"  # node 0, as the others reach it
-    port: int | None = None  # of node 0; none: a free one, or 8118 if there are several nodes
+    port: int | None = None  # of node 0; none: a free one, which it tells the others
     hosts: tuple[str, ...] = ()  # node 0 starts the same command on these, the other nodes, by ssh
 
     def __post_init__(self) -> None:
@@ -175,18 +174,12 @@ def remotes(config: LaunchConfig, path: str, overrides: Sequence[str]) -> list[P
 
 
 def find_port(config: LaunchConfig) -> int:
-    """The port on which the ranks meet, looked for on node 0. UserError if the one that was given is in use."""
-    if config.port is None and config.nodes == 1:
-        with socket.socket() as any_free:
-            any_free.bind(("127.0.0.1", 0))
-            return int(any_free.getsockname()[1])
-    port = config.port or PORT
-    if config.node_rank == 0 and config.launcher != "none":
-        with socket.socket() as mine:
-            mine.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the last attempt's may still be closing
-            try:
-                mine.bind(("", port))
-            except OSError as error:
-                fix = "give another" + ("" if config.nodes > 1 else ", or leave it out for a free one")
-                raise UserError(f"launch.port: {port} cannot be had here ({error.strerror}); {fix}") from None
-    return port
+    """The port on which the ranks meet, on node 0: free at this moment. UserError if the one given is not."""
+    with socket.socket() as mine:
+        mine.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the last attempt's may still be closing
+        try:
+            mine.bind(("", config.port or 0))
+        except OSError as error:
+            fix = "give another, or leave it out for a free one"
+            raise UserError(f"launch.port: {config.port} cannot be had here ({error.strerror}); {fix}") from None
+        return int(mine.getsockname()[1])

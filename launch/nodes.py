@@ -1,7 +1,8 @@
 """What the supervisors of a job's nodes tell one another, through the run folder that they share.
 
     logs/attempt-K/node_N.json   {"beat": counts while node N lives, "done": the exit code once its ranks are, else
-                                 null, "outcome": null or {"code", "what"}, "over"}
+                                 null, "outcome": null or {"code", "what"}, "over",
+                                 "port": of node 0, where all ranks meet}
 
 Node 0 opens an attempt and the others join it: they wait for a beat that changes under their eyes, as a folder left by
 a killed job has one that stands still, and clocks differ. The first node that fails says so here and the others end
@@ -74,6 +75,7 @@ class Peers:
         self.notes: dict[int, dict[str, Any]] = {}
         self.changed: dict[int, float] = {}  # when a node's beat last did, by our clock
         self.count, self.told = 0, 0.0
+        self.port = 0
         self.done: int | None = None  # what the exit code will be, now that all ranks here are done
 
     def tell(self, outcome: Outcome | None = None, over: bool = False) -> None:
@@ -81,7 +83,7 @@ class Peers:
         if self.others and (outcome or time.monotonic() - self.told >= 1):
             self.count, self.told = self.count + 1, time.monotonic()
             note = {"beat": self.count, "done": self.done, "outcome": vars(outcome) if outcome else None,
-                    "over": over}  # fmt: skip
+                    "over": over, "port": self.port}  # fmt: skip
             write_atomically(self.folder / f"node_{self.config.node_rank}.json", json.dumps(note).encode())
 
     def look(self) -> None:

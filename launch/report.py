@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from launch.command import PORT, LaunchConfig, command, processes, rank_program, read_launch
+from launch.command import LaunchConfig, command, processes, rank_program, read_launch
 from pipeline.config import ConfigError, build, dump, read_yaml, to_dict
 from pipeline.errors import JobError, UserError
 
@@ -52,7 +52,7 @@ def check_stage(path: str, overrides: Sequence[str]) -> dict[str, Any]:
 
 def nodes(launch: LaunchConfig, run: str, path: str, overrides: Sequence[str]) -> list[list[dict[str, Any]]]:
     """What each node starts in a job's first attempt; a port of 0 is a free one, found then."""
-    attempt, port = Path(run) / "logs" / "attempt-0", launch.port or (PORT if launch.nodes > 1 else 0)
+    attempt, port = Path(run) / "logs" / "attempt-0", launch.port or 0
     every = (replace(launch, node_rank=number) for number in range(launch.nodes))
     program = rank_program(path, overrides)
     return [[vars(process) for process in processes(node, program, attempt, port)] for node in every]

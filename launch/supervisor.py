@@ -239,9 +239,12 @@ class Attempt:
 
     def run(self, plan: Plan, mark: str) -> Outcome:
         """Starts what `plan` says once all nodes are there, and returns when it is over or has to be."""
+        if self.config.node_rank == 0 and self.config.launcher != "none":
+            self.peers.port = find_port(self.config)
         if (outcome := self.gather()) is not None:
             return outcome
-        for process in plan(self.folder, find_port(self.config)):
+        port = self.peers.port if self.config.node_rank == 0 else self.peers.notes[0]["port"]
+        for process in plan(self.folder, port):
             self.started[process.name] = start(process, self.folder, mark)
         while True:
             self.look()
