@@ -9,6 +9,7 @@ a killed job has one that stands still, and clocks differ. The first node that f
 their ranks. `over` says that no attempt follows; the decision is node 0's.
 """
 
+import contextlib
 import json
 import re
 import time
@@ -84,7 +85,8 @@ class Peers:
             self.count, self.told = self.count + 1, time.monotonic()
             note = {"beat": self.count, "done": self.done, "outcome": vars(outcome) if outcome else None,
                     "over": over, "port": self.port}  # fmt: skip
-            write_atomically(self.folder / f"node_{self.config.node_rank}.json", json.dumps(note).encode())
+            with contextlib.suppress(OSError):  # a full disk: the others will miss the beats
+                write_atomically(self.folder / f"node_{self.config.node_rank}.json", json.dumps(note).encode())
 
     def look(self) -> None:
         for node in self.others:

@@ -38,6 +38,7 @@ from pipeline.runtime import child_environment
 BACKOFF = 60.0  # seconds between two attempts, at most
 QUIET = 10.0  # seconds of silence that are worth a word, when another rank has failed
 DONE = (0, STOPPED)
+PAUSES = ("checkpoint", "sampling")
 NOISE = b"[INFO] DISTRIBUTED("  # MindSpore says these whatever GLOG_v is
 
 Plan = Callable[[Path, int], list[Process]]  # the attempt's folder and port -> what to start
@@ -111,7 +112,10 @@ def supervise(
             while time.monotonic() < until and not signals:
                 time.sleep(POLL)
             if signals:
-                return tell(Outcome(code=STOPPED, what=f"{run}: stopped between attempts; the same command goes on"))
+                outcome = Outcome(code=STOPPED, what=f"{run}: stopped between attempts; the same command goes on")
+                attempt.peers.tell(outcome, over=True)
+                dismiss(helpers, limits.leave)
+                return tell(outcome)
 
 
 def tell(outcome: Outcome) -> int:
@@ -224,6 +228,7 @@ class Attempt:
         self.config, self.folder, self.limits, self.signals, self.helpers = config, folder, limits, signals, helpers
         self.started: dict[str, subprocess.Popen[bytes]] = {}
         self.pulses = {rank: Pulse(since=time.monotonic()) for rank in config.ranks}
+        self.zero = Pulse(since=time.monotonic())  # of rank 0, on whatever node: it saves and samples for all
         self.tails = {rank: Tail(folder / f"rank_{rank}.log", rank) for rank in config.ranks}
         self.ends: dict[int, End] = {}
         self.left: dict[int, float] = {}  # when that was read, by this process's clock
@@ -263,8 +268,7 @@ class Attempt:
             os.close(descriptor)
         for tail in self.tails.values():
             tail.show(final=True)
-        with contextlib.suppress(OSError):  # a full disk: the other nodes will miss the beats
-            self.peers.tell(outcome, over)
+        self.peers.tell(outcome, over)
 
     # Looking.
 
@@ -322,6 +326,7 @@ class Attempt:
             if rank not in self.ends and (end := read_end(self.folder, rank)):
                 self.ends[rank], self.left[rank] = end, now
             self.tails[rank].show()
+        self.zero.feel(read_beat(self.folder, 0), now)
         self.peers.tell()
         self.peers.look()
         processes.reap([*self.children(), *(helper.pid for helper in self.helpers.values())])
@@ -375,6 +380,8 @@ class Attempt:
         if (verdict := self.peers.verdict()) or (self.peers.busy() and now - self.done < PATIENCE["finished"]):
             return verdict
         gone = len(self.exits) == len(self.pulses) and all(p.poll() is not None for p in self.started.values())
+        if len(self.exits) == len(self.pulses) and time.time() - max(self.exits.values()) > self.limits.end:
+            gone = True  # the scheduler may wait for a rank that had no time to say goodbye
         alone = self.config.size == 1  # nobody to meet, and so the scheduler waits for nothing
         return outcome if gone or alone or now - self.done > self.limits.leave else None
 
@@ -388,7 +395,7 @@ class Attempt:
         if not any(pulse.trained for pulse in pulses):  # compilers do not listen, and there is nothing to lose
             return Outcome(code=STOPPED, what="stopped before the first step; the same command goes on")
         busy = [pulse for rank, pulse in self.pulses.items() if rank not in self.ends and rank not in self.exits]
-        saving = [pulse.since for pulse in busy if pulse.beat and pulse.beat.phase in ("checkpoint", "sampling")]
+        saving = [pulse.since for pulse in busy if pulse.beat and pulse.beat.phase in PAUSES]
         limit = PATIENCE["checkpoint"] if saving else max(self.limits.stop, *(4 * pulse.pace for pulse in pulses))
         if now - max([self.stopped, *saving, *self.left.values()]) <= limit:
             return None
@@ -401,6 +408,9 @@ class Attempt:
 
     def find_failures(self, now: float) -> None:
         """Notes what is wrong with ranks and with those who started them, each once."""
+        # While one saves or samples, the others wait for it in their next step.
+        all_known = (*self.pulses.values(), self.zero)
+        waits = any(p.beat and p.beat.phase in PAUSES and now - p.since < p.limit() for p in all_known)
         for rank, pulse in self.pulses.items():
             beat, end = pulse.beat, self.ends.get(rank)
             if rank in self.failures or self.finished(rank):
@@ -417,7 +427,9 @@ class Attempt:
                 self.failures[rank] = Failure(
                     rank=rank, time=self.exits[rank], what="ended without a word", detail=log, silent=True
                 )
-            elif now - pulse.since > pulse.limit(hang=self.limits.hang):
+            elif not (waits and beat and beat.phase == "training") and now - pulse.since > pulse.limit(
+                hang=self.limits.hang
+            ):
                 phase = beat.phase if beat else "starting"
                 what = f"hangs: {phase}, nothing new for {now - pulse.since:.0f} s"
                 when = time.time() - (now - pulse.since)

@@ -60,6 +60,11 @@ def misbehave(rank: int, what: str, step: int) -> None:
         print(("y" * 99 + "\n") * 100_000, end="", flush=True)
     elif what == "silent":  # before its first beat
         os._exit(9)
+    elif what == "sample":  # as rank 0 does, and the others wait for it
+        beat(rank, "sampling", step)
+        time.sleep(8)
+    elif what == "wait":
+        time.sleep(8)
     elif what == "save":
         folder = FOLDER.parent.parent / "checkpoints" / f"step_{int(time.time() * 1000):013d}"
         folder.mkdir(parents=True)

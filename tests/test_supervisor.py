@@ -137,6 +137,10 @@ def test_the_first_rank_to_fail_is_named(supervise, name):
     assert err.endswith(f"logs: {running.attempt}\n")
 
 
+def test_a_rank_that_waits_for_another_does_not_hang(supervise):
+    assert supervise("0:sample", "1:wait").end() == (0, "")
+
+
 def test_a_launcher_that_is_killed_is_named(supervise):
     running = supervise("0:steps:400", "1:steps:400")
     running.steps(3)
