@@ -1,4 +1,4 @@
-# install, demo, test, test-parity, lint: each builds .venv if it is missing.
+# install, demo, test, test-launchers, test-parity, lint: each builds .venv if it is missing.
 PYTHON ?= python3.11
 BIN := .venv/bin
 DEMO := runs/demo
@@ -34,6 +34,10 @@ demo: .venv/installed
 .PHONY: test
 test: .venv/installed
 	$(BIN)/pytest
+
+.PHONY: test-launchers
+test-launchers: .venv/installed
+	$(BIN)/pytest -m launchers
 
 .PHONY: test-parity
 test-parity: .venv/parity

@@ -6,17 +6,14 @@ the same command goes on. MindSpore is imported only once the command line is kn
 
 import argparse
 import json
-import signal
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 from launch.terminal import Parser, positive, run
 from pipeline.errors import UserError
 
 T = TypeVar("T")
-STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
 def parser() -> Parser:
@@ -92,27 +89,24 @@ def run_check(arguments: argparse.Namespace) -> int:
 
 
 def run_train(arguments: argparse.Namespace) -> int:
-    from launch.command import LaunchConfig
-    from pipeline.config import build
-    from pipeline.kinds import read_stage_config, stage_class
-    from pipeline.log import setup_logging
+    from launch.command import processes, rank_program, read_launch, remotes
+    from pipeline.kinds import read_stage_config
 
-    setup_logging()
-    config, launch = read_stage_config(arguments.path, arguments.overrides)
-    build(LaunchConfig, launch, "launch")
-    from pipeline.train.loop import train
+    config, raw = read_stage_config(arguments.path, arguments.overrides)
+    launch = read_launch(raw)
+    if launch.launcher == "none" and not launch.restarts:  # in this process: what is simple stays easy to debug
+        from launch.worker import train
 
-    stopped: list[int] = []
+        return train(arguments.path, arguments.overrides)
+    from launch.supervisor import supervise
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        if stopped and number == signal.SIGINT:  # a second Ctrl-C does not wait for the step
-            raise KeyboardInterrupt
-        stopped.append(number)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
-    stage = stage_class(config.kind)(config)
-    return 0 if train(stage, lambda: bool(stopped)) else STOPPED
+    program = rank_program(arguments.path, arguments.overrides)
+    return supervise(
+        launch,
+        Path(config.run),
+        lambda attempt, port: processes(launch, program, attempt, port),
+        remotes(launch, arguments.path, arguments.overrides),
+    )
 
 
 def run_train_all(arguments: argparse.Namespace) -> int:

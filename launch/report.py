@@ -1,10 +1,13 @@
 """What `cascade check` says: everything that can be known of a run, or of a cascade, before it costs anything."""
 
 import math
+import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from launch.command import LaunchConfig, command, processes, rank_program, read_launch
 from pipeline.config import ConfigError, build, dump, read_yaml, to_dict
 from pipeline.errors import JobError, UserError
 
@@ -28,13 +31,12 @@ def check_stage(path: str, overrides: Sequence[str]) -> dict[str, Any]:
     """The resolved configuration, parameters, memory, data and argv of a stage's run."""
     from mindspore.nn.utils import no_init_parameters
 
-    from launch.command import LaunchConfig, command
     from pipeline.kinds import read_stage_config, stage_class
     from pipeline.nn.parameters import num_parameters
     from pipeline.train.loop import share
 
     config, raw_launch = read_stage_config(path, overrides)
-    launch = build(LaunchConfig, raw_launch, "launch")
+    launch = read_launch(raw_launch)
     share(config)  # the global batch can be divided
     with no_init_parameters():  # shapes without memory: the 2B base is counted on a laptop
         network = stage_class(config.kind)(config).network
@@ -44,7 +46,16 @@ def check_stage(path: str, overrides: Sequence[str]) -> dict[str, Any]:
         "memory": memory(network, config),
         "data": data(config),
         "argv": command(launch, path, overrides),
+        **({"nodes": nodes(launch, config.run, path, overrides)} if launch.launcher != "none" else {}),
     }
+
+
+def nodes(launch: LaunchConfig, run: str, path: str, overrides: Sequence[str]) -> list[list[dict[str, Any]]]:
+    """What each node starts in a job's first attempt; a port of 0 is a free one, found then."""
+    attempt, port = Path(run) / "logs" / "attempt-0", launch.port or 0
+    every = (replace(launch, node_rank=number) for number in range(launch.nodes))
+    program = rank_program(path, overrides)
+    return [[vars(process) for process in processes(node, program, attempt, port)] for node in every]
 
 
 def memory(network: Any, config: Any) -> dict[str, int]:
@@ -121,12 +132,18 @@ def as_text(report: dict[str, Any]) -> str:
         return "\n".join(parts)
     held = ", ".join(f"{name} {size / GIB:.2f}" for name, size in report["memory"].items())
     found = ", ".join(f"{name} {value or 'none'}" for name, value in report["data"].items())
+    started = "".join(
+        f"\nnode {number:<6} {' '.join(f'{name}={value}' for name, value in process['environment'].items())} "
+        f"{shlex.join(process['argv'])}"
+        for number, node in enumerate(report.get("nodes", ()))
+        for process in node
+    )
     return (
         f"{_yaml(report['config'])}\n"
         f"parameters  {report['parameters']:,}\n"
         f"memory      GiB a process, without activations: {held}\n"
         f"data        {found}\n"
-        f"runs        {' '.join(report['argv'])}"
+        f"runs        {' '.join(report['argv'])}{started}"
     )
 
 

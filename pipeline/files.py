@@ -151,14 +151,16 @@ def claim(path: Path) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
+def lock(folder: Path, name: str = ".lock") -> Iterator[None]:
     """Keeps `folder`, made if it is missing, to this process. However the process ends, the kernel then lets go.
+
+    Each `name` is a lock of its own, for those who share the folder and each take a part of the work.
 
     UserError if another process has it, or if it cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror}; choose another folder") from None
     try:

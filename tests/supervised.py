@@ -1,0 +1,36 @@
+"""`python -m tests.supervised RUN OPTIONS WORD...`: a supervisor in a process of its own, as `cascade train` has it.
+
+OPTIONS is JSON, fields of LaunchConfig and of Limits. With launcher none, the words are faults for `tests.fake_ranks`,
+`FAULT@K` in attempt K only; else the arguments of `tests.sum_ranks`, under that launcher.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.command import LaunchConfig, Process, processes
+from launch.supervisor import Limits, supervise
+from launch.terminal import run
+
+
+def main(argv: Sequence[str]) -> int:
+    folder, options, *words = argv
+    given = json.loads(options)
+    limits = {name: given.pop(name) for name in list(given) if name in Limits.__dataclass_fields__}
+    real = given.get("launcher", "none") != "none"
+    config = LaunchConfig(**{"workers": 2, **given, "launcher": given["launcher"] if real else "msrun"})
+
+    def plan(attempt: Path, port: int) -> list[Process]:
+        if real:
+            return processes(config, ["-m", "tests.sum_ranks", *words], attempt, port)
+        number = int(attempt.name.removeprefix("attempt-"))
+        now = [word.partition("@")[0] for word in words if word.partition("@")[2] in ("", str(number))]
+        start = [sys.executable, "-m", "tests.fake_ranks", str(config.workers), str(config.ranks[0]), *now]
+        return [Process(name=f"msrun_{config.node_rank}", argv=start, environment={"CASCADE_ATTEMPT": str(attempt)})]
+
+    return supervise(config, Path(folder), plan, limits=Limits(**limits))
+
+
+if __name__ == "__main__":
+    run(main, sys.argv[1:])
