@@ -2,13 +2,35 @@
 
 `prepare_environment` runs when `pipeline` is imported, before MindSpore can be: some of its libraries read their
 environment only once. It sets defaults; what the user has set stands.
+
+A job is one process or several, its ranks, which their launcher tells their numbers by environment: `msrun` by RANK_ID,
+MS_WORKER_NUM and DEVICE_ID, `mpirun` by OMPI_COMM_WORLD_*, from which MindSpore's own names are made here.
 """
 
 import os
 import sys
 import tempfile
 import warnings
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+
+from pipeline.errors import JobError
+
+# Seconds that a rank waits for the others. MindSpore on CPU gives up after 30; HCCL on Ascend after half an hour, which
+# is what rank 0 may take for samples or a slow disk. A rank that died is found by the launcher, long before.
+PATIENCE = 1800
+GATHERING = 600  # seconds for all ranks to have started
+
+
+@dataclass(frozen=True)
+class Job:
+    """This process among those of its job. `local_rank`, `local_world`: among those on this machine."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
 
 
 def prepare_environment() -> None:
@@ -19,7 +41,12 @@ def prepare_environment() -> None:
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",  # transformers announces that PyTorch is missing; we do not use it
     }
+    if os.environ.get("OMPI_COMM_WORLD_SIZE", "1") != "1":
+        rank, size, local = (os.environ[f"OMPI_COMM_WORLD_{name}"] for name in ("RANK", "SIZE", "LOCAL_RANK"))
+        mine = {"MS_ROLE": "MS_WORKER", "MS_WORKER_NUM": size, "MS_NODE_ID": rank, "RANK_ID": rank, "DEVICE_ID": local}
+        defaults |= mine
     if not on_ascend():
+        defaults |= {"MS_NODE_TIMEOUT": str(PATIENCE), "MS_TOPO_TIMEOUT": str(GATHERING)}
         # oneDNN 3.10 runs 3x3 convolutions in its reference code on machines with AVX-512: 70 times slower.
         defaults["ONEDNN_MAX_CPU_ISA"] = "AVX2"
         if "mindspore" in sys.modules and "ONEDNN_MAX_CPU_ISA" not in os.environ:
@@ -30,6 +57,75 @@ def prepare_environment() -> None:
             )
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    if not on_ascend():
+        with suppress(JobError):  # `start_communication` says it, where an error can be shown
+            take_cores(job())
+
+
+def is_scheduler() -> bool:
+    """Whether this process only brings the ranks together: it ends within `start_communication`."""
+    return os.environ.get("MS_ROLE") == "MS_SCHED"
+
+
+def job() -> Job:
+    """Who this process is; a job of its own where nothing says otherwise. JobError if that makes no sense."""
+
+    def number(name: str, otherwise: int) -> int:
+        text = os.environ.get(name, str(otherwise))
+        if not text.isdigit():
+            raise JobError(f"{name}={text} in the environment is not a whole number; unset it or start by a launcher")
+        return int(text)
+
+    # A single process may inherit RANK_ID from a cluster's machinery: without MS_ROLE there is nobody to meet.
+    world = number("MS_WORKER_NUM", 1) if os.environ.get("MS_ROLE") == "MS_WORKER" else 1
+    if world == 1:
+        return Job()
+    rank = number("RANK_ID", world)
+    if rank >= world:
+        raise JobError(
+            f"RANK_ID={os.environ.get('RANK_ID', '')} in the environment of a job of {world} ranks; give each one of 0 "
+            f"to {world - 1} (msrun: --node_rank)"
+        )
+    local = number("OMPI_COMM_WORLD_LOCAL_SIZE", number("CASCADE_LOCAL_WORKERS", world))
+    return Job(rank, world, number("DEVICE_ID", rank), local)
+
+
+def attempt() -> Path | None:
+    """The folder of this attempt's logs, if the launcher named one."""
+    folder = os.environ.get("CASCADE_ATTEMPT")
+    return Path(folder) if folder else None
+
+
+def take_cores(mine: Job) -> None:
+    """Ranks that share a machine get cores of their own, as each would else start a thread for every core.
+
+    Done before MindSpore is imported, which sizes its pools by what it may use. The bits of a sum depend on the number
+    of threads, so that a run repeats its bits only with as many cores a rank.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    each = len(cores) // mine.local_world
+    if mine.local_world > 1 and each:
+        first = mine.local_rank % mine.local_world * each
+        os.sched_setaffinity(0, cores[first : first + each])
+        os.environ.setdefault("OMP_NUM_THREADS", str(each))
+
+
+def start_communication() -> Job:
+    """Meets the other ranks, if there are any; may be called again. JobError if they do not come."""
+    mine = job()
+    if mine.world > 1 or is_scheduler():
+        from mindspore import communication
+
+        if not communication.GlobalComm.INITED:
+            try:
+                communication.init("hccl" if on_ascend() else "mccl")
+            except RuntimeError as error:
+                reason = next((line.strip() for line in str(error).splitlines() if line.strip("- ")), "no reason given")
+                raise JobError(
+                    f"rank {mine.rank} of {mine.world} could not meet the others at {os.environ.get('MS_SCHED_HOST')}:"
+                    f"{os.environ.get('MS_SCHED_PORT')} ({reason}); look at their logs"
+                ) from None
+    return mine
 
 
 def on_ascend() -> bool:
