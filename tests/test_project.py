@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     ("pipeline.errors",),
     ("pipeline.config", "pipeline.files", "pipeline.rng", "pipeline.runtime"),
-    ("pipeline.log", "pipeline.checkpoint"),
+    ("pipeline.log", "pipeline.checkpoint", "pipeline.heartbeat"),
     ("pipeline.diffusion", "pipeline.nn"),
     ("pipeline.data",),
     ("pipeline.manifest", "pipeline.kinds"),
