@@ -1,13 +1,13 @@
 """One training step: gradients, their sum over parts and ranks, and from it the clip, the optimizer and the EMA.
 
-    part (compiled)      loss and gradient of a part of this rank's batch, added up in a buffer for each parameter
-    sum (collectives)    over the ranks, in one call
-    measure (compiled)   the norm of the mean gradient
-    finish (compiled)    clip, optimizer, EMA
+    part     compiled: loss and gradient of a part of this rank's batch, added up in a buffer for each parameter
+    sum      over the ranks, in one call of `collectives`
+    norm     of the mean gradient
+    finish   compiled: clip, optimizer, EMA
 
-The batch of a rank is cut into `accumulate` equal parts, so that memory holds the activations of one part only. Between
-`measure` and `finish` stands the decision that a step whose loss or gradient is not finite is not taken: parameters,
-optimizer and EMA stay as they are, on all ranks, as all of them see the same sum.
+The batch of a rank is cut into `accumulate` equal parts, so that memory holds the activations of one part only. Before
+`finish` stands the decision that a step whose loss or gradient is not finite is not taken: parameters, optimizer and
+EMA stay as they are, on all ranks, as all of them see the same sum.
 """
 
 import math
@@ -89,16 +89,10 @@ class TrainStep:
                     ops.assign_add(total, new)
             return value
 
-        def measure() -> Tensor:
-            square = ops.zeros((), mstype.float32)
-            for total in buffers:
-                square = square + ops.square(total / num_parts).sum()
-            return ops.sqrt(square)
-
         def finish() -> Tensor:
             gradients: tuple[Tensor, ...] = ()
             for total in buffers:
-                gradients = (*gradients, total / num_parts)
+                gradients = (*gradients, total if num_parts == 1 else total / num_parts)
             clipped, norm = limit(gradients)
             norm = ops.depend(norm, update_weights(clipped))
             decay = ops.minimum((1.0 + ema_step) / (10.0 + ema_step), ema_decay)
@@ -110,7 +104,7 @@ class TrainStep:
                     ops.assign(total, ops.depend(ops.zeros_like(total), norm))
             return norm
 
-        self._part, self._measure, self._finish = map(runtime.compile, (part, measure, finish))
+        self._part, self._finish = map(runtime.compile, (part, finish))
 
     def parts(self, batch: tuple[np.ndarray, ...]) -> list[tuple[Tensor, ...]]:
         """What a step takes: `batch` on the device, in as many parts as are accumulated."""
@@ -132,7 +126,8 @@ class TrainStep:
         """Trains on what `parts` gave, together with the other ranks; `stop` says whether this one is to end."""
         losses = [float(self._part(*part).asnumpy()) for part in parts]
         loss, stops = self.ranks.sum(self.buffers, (sum(losses) / self.accumulate, stop()))
-        outcome = Outcome(loss / self.ranks.world, float(self._measure().asnumpy()), int(stops))
+        norm = math.sqrt(runtime.sum_of_squares(self.buffers)) / self.accumulate / self.ranks.world
+        outcome = Outcome(loss / self.ranks.world, norm, int(stops))
         if outcome.taken:
             self._finish().asnumpy()  # waits: whoever reads the parameters next shall not see half a step
         else:
