@@ -8,6 +8,7 @@ import pytest
 from mindspore import Parameter, Tensor
 from mindspore import dtype as mstype
 
+from pipeline.errors import JobError
 from pipeline.train import collectives
 from pipeline.train.collectives import Ranks, as_bytes, as_numbers, buckets
 
@@ -110,6 +111,19 @@ def test_ranks_that_differ_are_named(digests: str, odd: list[int]) -> None:
     for rank, mine in enumerate(every):
         others = [as_numbers(digest).asnumpy() for digest in every[:rank] + every[rank + 1 :]]
         assert Wired(rank, others).differing(mine) == odd
+
+
+def test_a_rank_that_is_gone_is_said_in_one_line() -> None:
+    class Alone(Ranks):
+        def all_reduce(self, flat: Tensor) -> Tensor:
+            raise RuntimeError("Connection reset\n\n----- and a page of it")
+
+    with pytest.raises(JobError) as error:
+        Alone(2, 4).sum(gradients(0), ())
+    assert str(error.value) == (
+        "rank 2 of 4 has lost the others (Connection reset): look in their logs for the one that ended first; the same "
+        "command goes on from the last checkpoint"
+    )
 
 
 def silent(ranks: Ranks) -> list[Callable[[], object]]:

@@ -15,16 +15,37 @@ float32 and float16; Broadcast and AllGather move bytes.
 """
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 from mindspore import Parameter, Tensor, ops
 from mindspore.communication import GlobalComm
 
 from pipeline import runtime
+from pipeline.errors import JobError
 from pipeline.nn.parameters import put
 
+P = ParamSpec("P")
+T = TypeVar("T")
 BUCKET = 2**26  # numbers in a bucket, at most: 256 MiB of float32
+
+
+def together(method: Callable[P, T]) -> Callable[P, T]:
+    """A method of `Ranks` that needs all of them: when one has gone, JobError rather than what the network says."""
+
+    @wraps(method)
+    def asked(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return method(*args, **kwargs)
+        except RuntimeError as error:
+            raise JobError(
+                f"{args[0]} has lost the others ({str(error).strip().splitlines()[0]}): look in their logs for the one "
+                "that ended first; the same command goes on from the last checkpoint"
+            ) from error
+
+    return asked
 
 
 class Ranks:
@@ -32,6 +53,9 @@ class Ranks:
 
     def __init__(self, rank: int = 0, world: int = 1) -> None:
         self.rank, self.world = rank, world
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} of {self.world}"
 
     # The three things that a network does. GlobalComm is asked late: before `init` it names the wrong group.
 
@@ -46,6 +70,7 @@ class Ranks:
 
     # What is made of them.
 
+    @together
     def sum(self, tensors: Sequence[Parameter], numbers: Sequence[float]) -> list[float]:
         """Puts into each of `tensors`, float32, its sum over the ranks, and answers the sums of `numbers`."""
         if self.world == 1:
@@ -84,6 +109,7 @@ class Ranks:
                     put(parameter, np.frombuffer(data, array.dtype, array.size, start).reshape(array.shape))
                 start += array.nbytes
 
+    @together
     def tell(self, data: bytes) -> bytes:
         """What rank 0 has for `data`, which must be equally long on all ranks."""
         return data if self.world == 1 else as_bytes(self.from_first(as_numbers(data)), len(data))
@@ -93,6 +119,7 @@ class Ranks:
         form = f"<{len(numbers)}q"
         return struct.unpack(form, self.tell(struct.pack(form, *numbers)))
 
+    @together
     def differing(self, digest: bytes) -> list[int]:
         """The ranks whose `digest` is not the most common one (of two: rank 1's, as nobody can tell which is right)."""
         if self.world == 1:
