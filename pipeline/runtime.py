@@ -142,8 +142,8 @@ def to_device(array):  # type: ignore[no-untyped-def]
 
 
 def sum_of_squares(tensors):  # type: ignore[no-untyped-def]
-    """Of all numbers of float32 `tensors`, as a float. A CPU's tensors are its memory, over which NumPy goes in a tenth
-    of the time that a kernel for each takes; an Ascend's stay where they are (never run there).
+    """Of all numbers of float32 `tensors`, as a float. A CPU's tensors are its memory, over which NumPy goes without the
+    hundreds of small kernels that an Ascend runs where its tensors are (never run there).
     """
     import mindspore as ms
     import numpy as np
