@@ -7,7 +7,8 @@
 
 A step is written beside its place, fsynced, and renamed; only then are older steps removed. So a kill, a full disk or a
 power cut leaves the steps before it as they were. Damage that comes later (a disk, a copy cut short) is found by
-`newest`, which hashes what it returns and falls back to the step before. One process writes: see `files.lock`.
+`newest`, which hashes what it returns and falls back to the step before. One process writes: see `files.lock`. It may
+do so behind a run's back: training stops only while `Writer` copies the arrays.
 """
 
 import hashlib
@@ -16,12 +17,13 @@ import logging
 import re
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
-from pipeline.errors import UserError
+from pipeline.errors import JobError, UserError
 from pipeline.files import remove_folder, replace_folder, sha256_file, write_tensors
 
 log = logging.getLogger("cascade")
@@ -29,7 +31,7 @@ log = logging.getLogger("cascade")
 Tensors = dict[str, dict[str, np.ndarray]]  # file -> parameter -> array
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(JobError):
     """A checkpoint that could not be written, or is not what was written."""
 
 
@@ -69,6 +71,43 @@ def save(
     for old in [number for number in steps(folder) if number <= step][:-keep]:  # later ones are damaged, or else we had
         remove_folder(folder / f"step_{old:07d}")  # resumed from them; they are replaced when the run gets there
     return target
+
+
+class Writer:
+    """`save` in a thread of its own, one step at a time: while one is written, a second waits for it.
+
+    It holds a copy of the arrays, as the next training step changes them in place. Leave its `with` and all is written;
+    what went wrong in the thread is raised by the next call of any method, or there.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+        self.thread = ThreadPoolExecutor(1, "checkpoint")
+        self.writing: Future[Path] | None = None
+
+    def save(self, step: int, tensors: Mapping[str, Mapping[str, np.ndarray]], state: dict[str, Any]) -> None:
+        self.join()
+        copied = {file: {name: array.copy() for name, array in arrays.items()} for file, arrays in tensors.items()}
+        self.writing = self.thread.submit(save, self.folder, step, copied, state, self.keep)
+
+    def check(self) -> None:
+        """Raises what the thread ended with, if it has and that was an error."""
+        if self.writing is not None and self.writing.done():
+            self.join()
+
+    def join(self) -> None:
+        """Waits until what was begun is on the disk."""
+        writing, self.writing = self.writing, None
+        if writing is not None:
+            writing.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self.thread.shutdown()
+        if kind is None:  # else the error that ends the run is the one to tell
+            self.join()
 
 
 def steps(folder: Path) -> list[int]:

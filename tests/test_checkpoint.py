@@ -6,7 +6,9 @@ import os
 import resource
 import shutil
 import signal
+import threading
 from collections.abc import Callable
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ import numpy as np
 import pytest
 from test_files import FINISHED, failed_at_each_call, in_child, killed_at_each_call
 
-from pipeline.checkpoint import CheckpointError, Tensors, load, newest, save, steps, verify
+from pipeline.checkpoint import CheckpointError, Tensors, Writer, load, newest, save, steps, verify
 from pipeline.errors import UserError
+
+PATIENCE = 60  # seconds for what takes none
 
 
 def content(step: int) -> tuple[Tensors, dict[str, Any]]:
@@ -276,3 +280,61 @@ def test_all_is_on_the_disk_before_it_has_its_name_and_before_older_ones_go(
         "sync .",
         "rename step_0000010 .old-step_0000010",
     ]
+
+
+# Behind the back of a run.
+
+
+class Slow:
+    """`save`, once it is let."""
+
+    def __init__(self) -> None:
+        self.may, self.calls = threading.Event(), list[int]()
+
+    def __call__(self, folder: Path, step: int, tensors: Tensors, state: dict[str, Any], keep: int) -> Path:
+        self.calls.append(step)
+        assert self.may.wait(PATIENCE)
+        return save(folder, step, tensors, state, keep)
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> Slow:
+    slow = Slow()
+    monkeypatch.setattr("pipeline.checkpoint.save", slow)
+    return slow
+
+
+def test_training_goes_on_while_it_is_written(tmp_path: Path, slow: Slow) -> None:
+    with Writer(tmp_path, keep=2) as writer:
+        tensors, state = content(10)
+        writer.save(10, tensors, state)
+        writer.check()  # not done, and nothing wrong
+        assert newest(tmp_path) is None
+        for arrays in tensors.values():
+            for array in arrays.values():
+                array[...] = 0  # the next training step
+        slow.may.set()
+    assert_holds(newest(tmp_path), 10)
+
+
+def test_a_second_one_waits_for_the_first(tmp_path: Path, slow: Slow) -> None:
+    with Writer(tmp_path, keep=2) as writer:
+        writer.save(10, *content(10))
+        threading.Timer(0.2, slow.may.set).start()
+        writer.save(20, *content(20))
+        assert_holds(tmp_path / "step_0000010", 10)
+    assert steps(tmp_path) == slow.calls == [10, 20]
+
+
+def test_a_failure_ends_the_run_at_its_next_step(tmp_path: Path, slow: Slow) -> None:
+    (tmp_path / "checkpoints").write_text("no folder")
+    for last in (Writer.check, Writer.join, lambda writer: writer.save(20, *content(20)), lambda writer: None):
+        slow.may.set()
+        with pytest.raises(CheckpointError, match="step_0000010: could not be saved"):  # noqa: PT012, SIM117
+            with Writer(tmp_path / "checkpoints", keep=2) as writer:
+                writer.save(10, *content(10))
+                wait([writer.writing], PATIENCE)
+                last(writer)
+    with pytest.raises(ZeroDivisionError), Writer(tmp_path / "checkpoints", keep=2) as writer:  # noqa: PT012
+        writer.save(10, *content(10))
+        raise ZeroDivisionError  # what ends the run is what is told

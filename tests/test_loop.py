@@ -1,5 +1,6 @@
 """A run from its first step to its stage folder: what it leaves, what it refuses, and that resuming changes nothing."""
 
+import errno
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from PIL import Image
@@ -17,12 +19,15 @@ from safetensors.numpy import load_file
 from tars import jpeg, sample, tar
 
 from pipeline import checkpoint
+from pipeline.checkpoint import CheckpointError
 from pipeline.config import build
 from pipeline.data.shards import DataConfig, Shards
-from pipeline.errors import UserError
+from pipeline.errors import JobError, UserError
 from pipeline.files import lock
+from pipeline.heartbeat import Heartbeat
 from pipeline.kinds import stage_class
-from pipeline.train.loop import resume, settle, train
+from pipeline.train.collectives import Ranks
+from pipeline.train.loop import meet, resume, settle, share, train
 from tests.conftest import stage_yaml
 
 PATIENCE = 240  # seconds for what takes a few: the machine may be busy
@@ -56,7 +61,7 @@ def test_a_run_leaves_what_the_design_lists(trained):
 def test_each_step_is_reported_once(trained):
     reports = metrics(trained / "base")
     assert [report["step"] for report in reports] == [1, 2, 3, 4]
-    keys = {"step", "loss", "lr", "grad_norm", "images_per_second", "seconds", "quarantined"}
+    keys = {"step", "loss", "lr", "grad_norm", "images_per_second", "seconds", "quarantined", "skipped"}
     assert all(report.keys() == keys for report in reports)
     assert [report["lr"] for report in reports] == pytest.approx([0.0, 5e-4, 1e-3, 5e-4])
 
@@ -227,12 +232,110 @@ def test_a_text_width_that_is_not_the_encoders_is_refused(shards_folder, t5_fold
 
 def test_a_batch_that_cannot_be_cut_is_refused(shards_folder, t5_folder, tmp_path):
     cls, config = config_of(tmp_path / "run", shards_folder, t5_folder, accumulate=3)
-    with pytest.raises(UserError, match=r"data.global_batch: 4 is not a multiple of 3, the parts"):
+    with pytest.raises(UserError) as error:
+        train(cls(config))
+    assert str(error.value) == (
+        "data.global_batch: 4 is not a multiple of 3, the parts that 1 ranks and train.accumulate=3 cut it into; give 6"
+    )
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_the_ranks_share_the_batch(world, shards_folder, t5_folder, tmp_path):
+    _, config = config_of(tmp_path / "run", shards_folder, t5_folder)
+    shares = [share(config, rank, world) for rank in range(world)]
+    assert [place for places in shares for place in places] == [0, 1, 2, 3]
+    assert len({len(places) for places in shares}) == 1
+
+
+def test_more_ranks_than_places_are_refused(shards_folder, t5_folder, tmp_path):
+    _, config = config_of(tmp_path / "run", shards_folder, t5_folder, accumulate=2)
+    with pytest.raises(UserError, match=r"4 is not a multiple of 8, .* 4 ranks and train.accumulate=2 .*; give 8$"):
+        share(config, 0, 4)
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, cls: Any, bad: range) -> None:
+    """The batches of steps `bad`, from 0, have a picture that is not a number."""
+    batch = cls.batch
+
+    def spoiled(self: Any, step: int, *rest: Any) -> Any:
+        arrays = batch(self, step, *rest)
+        arrays[0][0] = np.nan if step in bad else arrays[0][0]
+        return arrays
+
+    monkeypatch.setattr(cls, "batch", spoiled)
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(shards_folder, t5_folder, tmp_path, monkeypatch, caplog):
+    run = tmp_path / "run"
+    cls, config = config_of(run, shards_folder, t5_folder, steps=5, max_skipped=2)
+    spoil(monkeypatch, cls, range(1, 2))
+    assert train(cls(config))
+    reports = metrics(run)
+    assert [report["skipped"] for report in reports] == [0, 1, 1, 1, 1]
+    assert [report["step"] for report in reports if report["loss"] is None] == [2]
+    assert f"{run}: step 2: loss nan, gradient norm nan: the step is not taken" in caplog.messages
+    rates = [report["lr"] for report in reports]
+    assert rates[2] > rates[0] == 0.0  # the schedule goes on from the last step taken: as it does in the optimizer
+    _, state = checkpoint.load(run / "checkpoints" / "step_0000004")
+    assert state["skipped"] == 1
+
+
+def test_too_many_in_a_row_end_the_job(shards_folder, t5_folder, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    cls, config = config_of(run, shards_folder, t5_folder, steps=9, max_skipped=3)
+    spoil(monkeypatch, cls, range(3, 9))
+    with pytest.raises(JobError) as error:
+        train(cls(config))
+    assert str(error.value) == (
+        f"{run}: step 6: loss nan, gradient norm nan, and so for 3 steps in a row (train.max_skipped), none of which "
+        "was taken; lower optimizer.lr or look at the data; the last checkpoint is good"
+    )
+    assert checkpoint.newest(run / "checkpoints").name == "step_0000004"
+
+
+# Several ranks, as far as one process can have them; test_ranks.py has real ones.
+
+
+def test_ranks_that_are_not_about_to_do_the_same_are_named(trained, shards_folder, t5_folder, tmp_path, monkeypatch):
+    _, config = config_of(tmp_path / "run", shards_folder, t5_folder)
+    shards = Shards.open(config.data, progress=False)
+    meet(Ranks(), config, shards)
+    monkeypatch.setattr(Ranks, "differing", lambda self, digest: [1, 3])
+    with pytest.raises(UserError) as error:
+        meet(Ranks(0, 8), config, shards)
+    assert str(error.value) == (
+        "rank 1, 3 has another configuration or other samples than the other ranks: give all 8 the same command, and "
+        "the same shards in data.shards"
+    )
+
+
+def test_weights_that_drift_apart_end_the_job(shards_folder, t5_folder, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    cls, config = config_of(run, shards_folder, t5_folder, steps=9, check_every=3, checkpoint_every=2)
+    monkeypatch.setattr("pipeline.train.step.TrainStep.differing", lambda self: [2])
+    with pytest.raises(JobError) as error:
+        train(cls(config))
+    assert str(error.value).startswith("step 3: the weights of rank 2 are no longer those of the other ranks: ")
+    assert checkpoint.newest(run / "checkpoints").name == "step_0000002"
+
+
+def test_a_disk_that_fills_up_ends_the_job(shards_folder, t5_folder, tmp_path, monkeypatch):
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    cls, config = config_of(tmp_path / "run", shards_folder, t5_folder, steps=9, checkpoint_every=2)
+    monkeypatch.setattr("pipeline.checkpoint.write_tensors", full)
+    with pytest.raises(CheckpointError, match=r"step_0000002: could not be saved: .*No space left on device"):
         train(cls(config))
 
 
-def test_a_loss_that_is_not_finite_ends_the_job(trained, shards_folder, t5_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.train.step.TrainStep.__call__", lambda *_: (float("nan"), 1.0))
-    cls, config = config_of(tmp_path / "run", shards_folder, t5_folder)
-    with pytest.raises(ArithmeticError, match="step 1: loss nan"):
+def test_a_rank_tells_its_launcher_what_it_does(shards_folder, t5_folder, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(Heartbeat, "beat", lambda self, phase, *_, **error: said.append((phase, *error.values())))
+    cls, config = config_of(tmp_path / "run", shards_folder, t5_folder, steps=2)
+    assert train(cls(config))
+    each = ["training", "training", "checkpoint"]
+    assert [phase for phase, *_ in said] == ["starting", "compiling", *each, "finished"]
+    with lock(tmp_path / "run"), pytest.raises(UserError) as error:
         train(cls(config))
+    assert said[-2:] == [("starting",), ("failed", error.value)]

@@ -14,8 +14,9 @@ from pipeline import runtime
 from pipeline.config import ConfigError
 from pipeline.errors import UserError
 from pipeline.nn.parameters import assign
+from pipeline.train.collectives import Ranks
 from pipeline.train.optimizer import OptimizerConfig
-from pipeline.train.step import TrainStep
+from pipeline.train.step import Outcome, TrainStep
 
 STEPS, HALF, BATCH, DECAY = 12, 6, 4, 0.45
 SHAPES = {"matrix": (4, 3), "vector": (5,), "kernel": (2, 3, 3, 2)}
@@ -59,9 +60,9 @@ def losses(weights: Weights, targets: Iterable[np.ndarray]) -> np.ndarray:
     return np.concatenate(parts, 1).sum(1) / 2
 
 
-def make(kind: str, accumulate: int = 1) -> tuple[Quadratic, TrainStep]:
+def make(kind: str, accumulate: int = 1, ranks: Ranks | None = None) -> tuple[Quadratic, TrainStep]:
     network = Quadratic()
-    return network, TrainStep(network, network, CONFIGS[kind], STEPS, DECAY, accumulate)
+    return network, TrainStep(network, network, CONFIGS[kind], STEPS, DECAY, accumulate, ranks)
 
 
 def snapshot(step: TrainStep) -> dict[str, Weights]:
@@ -80,7 +81,7 @@ class History:
 def train(step: TrainStep, first: int = 0) -> History:
     seen = History()
     for number in range(first, STEPS):
-        loss, norm = step(step.parts(batch(number)))
+        loss, norm, _ = step(step.parts(batch(number)))
         seen.losses.append(loss)
         seen.norms.append(norm)
         seen.states.append(snapshot(step))
@@ -242,6 +243,52 @@ def test_accumulated_gradients_are_the_batchs() -> None:
             np.testing.assert_allclose(a.states[-1][file][name], b.states[-1][file][name], rtol=0, atol=1e-6)
 
 
+class Echo(Ranks):
+    """One of `world` ranks that all have the same to say."""
+
+    def all_reduce(self, flat: Tensor) -> Tensor:
+        return Tensor(flat.asnumpy() * self.world)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_ranks_take_the_step_of_their_mean(accumulate: int, kind: str, seen: History) -> None:
+    _, step = make(kind, accumulate, Echo(1, 4))
+    again = train(step)
+    np.testing.assert_allclose(again.losses, seen.losses, rtol=1e-6)
+    np.testing.assert_allclose(again.norms, seen.norms, rtol=1e-6)
+    for file in ("model", "ema"):
+        for name in SHAPES:
+            np.testing.assert_allclose(
+                again.states[-1][file][name],
+                seen.states[-1][file][name],
+                rtol=0,
+                atol=1e-5 if kind == "adamw" else 5e-6,
+            )
+
+
+def test_one_that_asks_to_stop_is_heard() -> None:
+    _, step = make("adamw", 1, Echo(1, 4))
+    assert step(step.parts(batch(0)), lambda: True).stops == 4
+    assert step(step.parts(batch(1))).stops == 0
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
+def test_a_step_that_is_not_finite_is_not_taken(accumulate: int, bad: float) -> None:
+    """Nothing tells later that it was there; 1e30 is a number whose square, the loss, is none."""
+    _, step = make("adamw", accumulate)
+    expected = train(make("adamw", accumulate)[1])
+    for number in range(STEPS):
+        before, spoiled = snapshot(step), batch(number)
+        spoiled[1][0, 2] = bad
+        outcome = step(step.parts(spoiled))
+        assert not outcome.taken
+        assert not np.isfinite(outcome.loss)
+        assert_same_bits(snapshot(step), before)
+        assert step(step.parts(batch(number))) == Outcome(expected.losses[number], expected.norms[number])
+        assert_same_bits(snapshot(step), expected.states[number])
+
+
 def test_resumed_is_uninterrupted(seen: History, resumed: tuple[Quadratic, TrainStep, History]) -> None:
     _, _, again = resumed
     assert again.losses == seen.losses[HALF:]
@@ -263,7 +310,7 @@ def test_averaged_is_a_visit(seen: History, resumed: tuple[Quadratic, TrainStep,
             np.testing.assert_allclose(look(*map(Tensor, targets)).asnumpy(), losses(before["ema"], targets), rtol=1e-5)
         assert_same_bits(snapshot(step), before)
         np.testing.assert_allclose(look(*map(Tensor, targets)).asnumpy(), losses(before["model"], targets), rtol=1e-5)
-        assert step(step.parts(batch(number))) == (seen.losses[number], seen.norms[number])
+        assert step(step.parts(batch(number)))[:2] == (seen.losses[number], seen.norms[number])
         assert_same_bits(snapshot(step), seen.states[number])
     with pytest.raises(KeyError, match="picture"), step.averaged():
         raise KeyError("picture")

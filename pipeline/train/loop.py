@@ -1,32 +1,39 @@
 """A run of one stage, from the first step or from where it was.
 
 To resume, run the same command again: the newest good checkpoint holds parameters, optimizer, EMA and step; the order
-of the data and every random draw follow from the seed and the step. On one machine with the same number of threads the
-continued run gives the losses and weights of an uninterrupted one, bit for bit.
+of the data and every random draw follow from the seed and the step. On one machine with the same number of threads and
+ranks the continued run gives the losses and weights of an uninterrupted one, bit for bit; with another number of ranks
+the same samples and, but for rounding, the same losses.
+
+All ranks go through the same lines. What only rank 0 does, which is to read and write the run folder, to report and to
+sample, the others learn of, or wait for, in their next collective.
 """
 
 import logging
-import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from mindspore import Tensor, nn
 
-from pipeline import checkpoint
+from pipeline import checkpoint, runtime
 from pipeline.config import ConfigError, differences, dump, read_yaml, to_dict
 from pipeline.data.loader import Arrays, Loader
 from pipeline.data.shards import DataConfig, Shards
 from pipeline.data.text import open_text
-from pipeline.errors import UserError
+from pipeline.errors import JobError, UserError
 from pipeline.files import lock, write_atomically
+from pipeline.heartbeat import Heartbeat
 from pipeline.log import RunLog
 from pipeline.manifest import write_stage
 from pipeline.nn.parameters import assign, initialize, num_parameters
 from pipeline.nn.text_encoder import TextConfig
+from pipeline.train.collectives import Ranks
 from pipeline.train.optimizer import OptimizerConfig
 from pipeline.train.step import TrainStep
 
@@ -45,13 +52,17 @@ class TrainConfig:
     report_every: int = 10
     sample_every: int = 5_000
     num_samples: int = 8  # pictures in samples/step_*.png
+    max_skipped: int = 10  # steps in a row whose loss or gradient is not finite, at which the job ends
+    check_every: int = 1_000  # whether all ranks still have the same weights; the last step always is
 
     def __post_init__(self) -> None:
-        for name in ("steps", "accumulate", "checkpoint_every", "keep_checkpoints", "report_every", "num_samples"):
+        positive = ("steps", "accumulate", "checkpoint_every", "keep_checkpoints", "report_every", "num_samples")
+        for name in (*positive, "max_skipped"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: {getattr(self, name)} is not positive; give 1 or more")
-        if self.sample_every < 0:
-            raise ConfigError(f"sample_every: {self.sample_every} is negative; give a number of steps, or 0 for never")
+        for name in ("sample_every", "check_every"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}: {getattr(self, name)} is negative; give a number of steps, or 0 for never")
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay: {self.ema_decay} is not in [0, 1); 0.9999 is usual")
 
@@ -94,19 +105,39 @@ class Trainee(Protocol):
 
 # What may change between two attempts of one run, because the steps done so far would have been the same.
 FREE = ("run", "train.steps", "train.checkpoint_every", "train.keep_checkpoints", "train.report_every",
-        "train.sample_every", "train.num_samples", "data.workers", "data.max_damage", "data.cache",
-        "sample.")  # fmt: skip
+        "train.sample_every", "train.num_samples", "train.max_skipped", "train.check_every", "data.workers",
+        "data.max_damage", "data.cache", "sample.")  # fmt: skip
 
 
 def train(stage: Trainee, stop: Callable[[], bool] = bool) -> bool:
-    """Trains `stage` to its last step and writes its stage folder; False if `stop()` ended it early, after saving."""
-    config = stage.config
-    run, places = Path(config.run), share(config)
-    shards = Shards.open(config.data)
+    """Trains `stage` to its last step and writes its stage folder, as one of the job's ranks.
+
+    False if `stop()`, on any rank, ended it early, after saving. JobError if the ranks do not stay together.
+    """
+    job = runtime.start_communication()
+    if job.rank:
+        log.setLevel(logging.WARNING)  # rank 0 speaks for all
+    heart = Heartbeat(runtime.attempt(), job.rank)
+    heart.beat("starting")
+    try:
+        finished = run(stage, Ranks(job.rank, job.world), heart, stop)
+    except BaseException as error:
+        heart.beat("failed", error=error)
+        raise
+    heart.beat("finished")
+    return finished
+
+
+def run(stage: Trainee, ranks: Ranks, heart: Heartbeat, stop: Callable[[], bool]) -> bool:
+    """`train`, among `ranks`."""
+    config, first = stage.config, ranks.rank == 0
+    folder, places = Path(config.run), share(config, ranks.rank, ranks.world)
+    shards = Shards.open(config.data, progress=first)
     text = open_text(config.text, shards)
-    with lock(run):  # only now: a mistake in the data leaves no run folder behind
-        newest = settle(run, config)
-        quarantine = run / "quarantine.jsonl"
+    with lock(folder) if first else nullcontext():  # only now: a mistake in the data leaves no run folder behind
+        newest = settle(folder, config) if first else None
+        meet(ranks, config, shards)  # and so, when the others go on, the run folder is there
+        quarantine = folder / "quarantine.jsonl"
         loader = Loader(shards, text, config.seed, config.size, stage.window, stage.batch, quarantine, places)
         initialize(stage.network, config.seed)
         trainer = TrainStep(
@@ -116,61 +147,105 @@ def train(stage: Trainee, stop: Callable[[], bool] = bool) -> bool:
             config.train.steps,
             config.train.ema_decay,
             config.train.accumulate,
+            ranks,
         )
-        done = resume(newest, trainer, stage.network, shards) if newest else 0
+        done, skipped = ranks.tell_numbers(*(resume(newest, trainer, stage.network, shards) if newest else (0, 0)))
+        trainer.begin()
         log.info(
-            "%s: %.2fM parameters, %d samples in %d shards, %s, step %d of %d",
-            *(run, num_parameters(stage.network) / 1e6, len(shards), len(shards.indexes), shards.account(), done),
-            config.train.steps,
+            "%s: %.2fM parameters, %d samples in %d shards, %s, %d ranks, step %d of %d",
+            *(folder, num_parameters(stage.network) / 1e6, len(shards), len(shards.indexes), shards.account()),
+            *(ranks.world, done, config.train.steps),
         )
-        finished = done >= config.train.steps or steps(stage, loader, trainer, done, stop)
-        if finished:
-            write_stage(
-                run / "stage", manifest(stage, text.recipe.encoder, max(done, config.train.steps)), trainer.average()
-            )
-            log.info("%s: done, the stage is in %s", run, run / "stage")
+        finished = done >= config.train.steps or steps(stage, loader, trainer, heart, done, skipped, stop)
+        if finished and first:
+            facts = manifest(stage, text.recipe.encoder, max(done, config.train.steps))
+            write_stage(folder / "stage", facts, trainer.average())
+            log.info("%s: done, the stage is in %s", folder, folder / "stage")
         return finished
 
 
-def steps(stage: Trainee, loader: Loader, trainer: TrainStep, done: int, stop: Callable[[], bool]) -> bool:
-    """From step `done` to the last; False if stopped before."""
-    config, run = stage.config.train, Path(stage.config.run)
+def steps(
+    stage: Trainee,
+    loader: Loader,
+    trainer: TrainStep,
+    heart: Heartbeat,
+    done: int,
+    skipped: int,
+    stop: Callable[[], bool],
+) -> bool:
+    """From step `done`, of which `skipped` were not taken, to the last; False if stopped before."""
+    config, folder, first = stage.config.train, Path(stage.config.run), trainer.ranks.rank == 0
     log.info("compiling the training step, once a run")
-    with RunLog(run, done, config.steps) as report:
-        since, last = time.perf_counter(), done
+    heart.beat("compiling", done)
+    with (
+        RunLog(folder, done, config.steps, enabled=first) as report,
+        checkpoint.Writer(folder / "checkpoints", config.keep_checkpoints) as writer,
+    ):
+        since, last, in_a_row = time.perf_counter(), done, 0
         for step, parts in enumerate(trainer.ahead(loader.batches(done, config.steps)), done + 1):
-            loss, norm = trainer(parts)
-            if not math.isfinite(loss) or not math.isfinite(norm):
-                raise ArithmeticError(
-                    f"{run}: step {step}: loss {loss}, gradient norm {norm}; the checkpoint before is intact: lower "
-                    "optimizer.lr or look at the data"
-                )
+            outcome = trainer(parts, stop)
+            heart.beat("training", step)
+            writer.check()
+            skipped, in_a_row = (skipped, 0) if outcome.taken else (skipped + 1, in_a_row + 1)
+            if not outcome.taken:
+                said = f"{folder}: step {step}: loss {outcome.loss}, gradient norm {outcome.norm}"
+                if in_a_row == config.max_skipped:
+                    raise JobError(
+                        f"{said}, and so for {in_a_row} steps in a row (train.max_skipped), none of which was taken; "
+                        "lower optimizer.lr or look at the data; the last checkpoint is good"
+                    )
+                log.warning("%s: the step is not taken", said)
+            stopping, ending = outcome.stops > 0, step == config.steps
             report.advance(step)
-            if step % config.report_every == 0 or step == config.steps:
+            if first and (step % config.report_every == 0 or ending):
                 seconds = (time.perf_counter() - since) / (step - last)
                 report.report(
                     step,
                     {
-                        "loss": loss,
-                        "lr": trainer.lr(step - 1),
-                        "grad_norm": norm,
+                        "loss": outcome.loss,
+                        "lr": trainer.lr(step - 1 - skipped),
+                        "grad_norm": outcome.norm,
                         "images_per_second": stage.config.data.global_batch / seconds,
                         "seconds": seconds,
                         "quarantined": len(loader.quarantine.known),
+                        "skipped": skipped,
                     },
                 )
                 since, last = time.perf_counter(), step
-            if config.sample_every and step % config.sample_every == 0:
+            if ending or (config.check_every and step % config.check_every == 0):
+                stay_alike(trainer, step)
+            if first and config.sample_every and step % config.sample_every == 0:
+                heart.beat("sampling")
                 with trainer.averaged():
                     report.picture(step, stage.picture(*loader.first(config.num_samples)))
-            stopping = stop()
-            if step % config.checkpoint_every == 0 or step == config.steps or stopping:
-                state = {"step": step, "data": loader.shards.digest}
-                checkpoint.save(run / "checkpoints", step, trainer.state(), state, keep=config.keep_checkpoints)
-            if stopping and step < config.steps:
-                log.info("%s: stopped after step %d, saved; the same command goes on from there", run, step)
+            if first and (step % config.checkpoint_every == 0 or ending or stopping):
+                heart.beat("checkpoint")
+                writer.save(step, trainer.state(), {"step": step, "skipped": skipped, "data": loader.shards.digest})
+            if stopping and not ending:
+                writer.join()
+                log.info("%s: stopped after step %d, saved; the same command goes on from there", folder, step)
                 return False
     return True
+
+
+def meet(ranks: Ranks, config: Config, shards: Shards) -> None:
+    """Returns when all ranks are here. UserError if they are not about to train the same on the same samples."""
+    others = ranks.differing(blake2b(f"{shards.digest} {dump(config)}".encode(), digest_size=8).digest())
+    if others:
+        raise UserError(
+            f"rank {', '.join(map(str, others))} has another configuration or other samples than the other ranks: give "
+            f"all {ranks.world} the same command, and the same shards in data.shards"
+        )
+
+
+def stay_alike(trainer: TrainStep, step: int) -> None:
+    """JobError unless all ranks have the same weights, bit for bit."""
+    others = trainer.differing()
+    if others:
+        raise JobError(
+            f"step {step}: the weights of rank {', '.join(map(str, others))} are no longer those of the other ranks: "
+            "suspect its memory or device; the same command goes on from the last checkpoint"
+        )
 
 
 def settle(run: Path, config: Config) -> Path | None:
@@ -188,8 +263,10 @@ def settle(run: Path, config: Config) -> Path | None:
     return newest
 
 
-def resume(path: Path, trainer: TrainStep, network: nn.Cell, shards: Shards) -> int:
-    """Loads the checkpoint and answers its step. UserError if the data are no longer those that led to it."""
+def resume(path: Path, trainer: TrainStep, network: nn.Cell, shards: Shards) -> tuple[int, int]:
+    """Loads the checkpoint; its step, and how many of its steps were skipped. UserError if the data are no longer those
+    that led to it.
+    """
     tensors, state = checkpoint.load(path)
     if state.get("data", shards.digest) != shards.digest:
         raise UserError(
@@ -199,17 +276,18 @@ def resume(path: Path, trainer: TrainStep, network: nn.Cell, shards: Shards) -> 
     assign(network, tensors["model"], str(path / "model.safetensors"))
     trainer.load(tensors, str(path))
     log.info("resuming from %s", path)
-    return int(state["step"])
+    return int(state["step"]), int(state.get("skipped", 0))
 
 
-def share(config: Config) -> range:
-    """This process's places in the global batch: all of them, as a job is one process."""
-    if config.data.global_batch % config.train.accumulate:
+def share(config: Config, rank: int = 0, world: int = 1) -> range:
+    """The places of `rank` in the global batch. UserError if it cannot be cut into equal parts."""
+    batch, parts = config.data.global_batch, world * config.train.accumulate
+    if batch % parts:
         raise UserError(
-            f"data.global_batch: {config.data.global_batch} is not a multiple of {config.train.accumulate}, the parts "
-            "that train.accumulate cuts it into"
+            f"data.global_batch: {batch} is not a multiple of {parts}, the parts that {world} ranks and "
+            f"train.accumulate={config.train.accumulate} cut it into; give {-(-batch // parts) * parts}"
         )
-    return range(config.data.global_batch)
+    return range(rank * batch // world, (rank + 1) * batch // world)
 
 
 def manifest(stage: Trainee, fingerprint: str, step: int) -> dict[str, Any]:

@@ -1,0 +1,160 @@
+"""A job of two real ranks, under msrun: it does what one process does, and what befalls one rank befalls both."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file
+
+from pipeline.config import build
+from pipeline.kinds import stage_class
+from pipeline.train.loop import train
+from tests.conftest import stage_yaml
+
+pytestmark = pytest.mark.launchers
+
+PATIENCE = 1500  # seconds for a job of seven runs, each of which compiles: nine minutes on a busy machine
+STEPS, STOP, BAD = 50, 5, 3
+ROOT = Path(__file__).parent.parent
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def msrun(folder: Path, runs: list[dict[str, Any]]) -> None:
+    """Runs them one after the other in one job of two ranks, whose logs are then in `folder`."""
+    folder.mkdir()
+    (folder / "job.json").write_text(json.dumps([{"stop": None, "nan": None, **run} for run in runs]))
+    options = {"worker_num": 2, "local_worker_num": 2, "master_port": free_port(), "log_dir": folder, "join": True}
+    argv = [str(Path(sys.executable).with_name("msrun")), *(f"--{name}={value}" for name, value in options.items())]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # msrun starts the `python` that it finds
+    env = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "CASCADE_ATTEMPT": str(folder)}
+    with (folder / "msrun.log").open("wb") as file:
+        process = subprocess.Popen(
+            [*argv, str(ROOT / "tests" / "ranks.py"), str(folder / "job.json")], stdout=file, stderr=file, env=env
+        )
+        try:
+            code = process.wait(PATIENCE)
+        finally:
+            process.kill()
+            process.wait()
+    assert code == 0, "".join(f"\n== {log.name}\n{log.read_text()[-4000:]}" for log in sorted(folder.glob("*.log")))
+
+
+@pytest.fixture(scope="module")
+def raw(shards_folder: Path, t5_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(name, **train) -> the configuration of a run of that name."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def configuration(name: str, **options: Any) -> dict[str, Any]:
+        raw = stage_yaml("base", folder / name, shards_folder, t5_folder)
+        raw["train"] |= {"steps": STEPS, "checkpoint_every": 5, "sample_every": 25, "check_every": 10, **options}
+        return raw
+
+    return configuration
+
+
+@pytest.fixture(scope="module")
+def alone(raw: Any) -> Path:
+    """One process, all steps."""
+    cls, config = stage_class("base"), raw("alone")
+    assert train(cls(build(cls.Config, config)))
+    return Path(config["run"])
+
+
+@pytest.fixture(scope="module")
+def job(raw: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the ranks answered, in NAME.rank_R.json: a whole run, one that rank 1 spoils, one that rank 1 stops, the
+    same continued, one that always fails, one that is stopped.
+    """
+    folder = tmp_path_factory.mktemp("job") / "job"
+    pieces = raw("pieces", steps=12)
+    runs = [
+        {"name": "whole", "raw": raw("whole")},
+        {"name": "twelve", "raw": raw("twelve", steps=12)},
+        {"name": "stopped", "raw": pieces, "stop": [1, STOP]},
+        {"name": "continued", "raw": pieces},
+        {"name": "spoiled", "raw": raw("spoiled", steps=8, accumulate=2), "nan": [1, BAD]},
+        {"name": "endless", "raw": raw("endless", steps=8, max_skipped=1), "nan": [1, BAD]},
+        {"name": "left", "raw": raw("left"), "stop": [0, STOP]},
+    ]
+    msrun(folder, runs)
+    return folder
+
+
+def answers(job: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads((job / f"{name}.rank_{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_two_ranks_are_one(job: Path, alone: Path, raw: Any) -> None:
+    ours, theirs = metrics(Path(raw("whole")["run"])), metrics(alone)
+    assert [report["step"] for report in ours] == list(range(1, STEPS + 1))
+    for name in ("loss", "grad_norm"):
+        assert [r[name] for r in ours] == pytest.approx([r[name] for r in theirs], rel=1e-5), name
+    assert [r["lr"] for r in ours] == [r["lr"] for r in theirs]
+
+
+@pytest.mark.parametrize("name", ["whole", "stopped", "continued", "spoiled"])
+def test_their_weights_are_the_same_bit_for_bit(job: Path, name: str) -> None:
+    first, second = answers(job, name)
+    assert first["weights"] == second["weights"]
+
+
+def test_what_a_run_leaves_is_written_once(job: Path, alone: Path, raw: Any) -> None:
+    found, expected = (
+        {str(path.relative_to(run)) for path in run.rglob("*") if "tensorboard/" not in str(path)}
+        for run in (Path(raw("whole")["run"]), alone)
+    )
+    assert found == expected
+
+
+def test_a_signal_to_one_stops_both_after_the_same_step(job: Path) -> None:
+    for answer in answers(job, "stopped"):
+        assert (answer["finished"], answer["steps"]) == (False, STOP)
+
+
+def test_continued_is_uninterrupted_bit_for_bit(job: Path, raw: Any) -> None:
+    whole, pieces = Path(raw("twelve")["run"]), Path(raw("pieces")["run"])
+    exact = [[(m["step"], m["loss"], m["lr"], m["grad_norm"]) for m in metrics(run)] for run in (whole, pieces)]
+    assert exact[0] == exact[1]
+    for file in ("model", "ema", "optimizer"):
+        a, b = (load_file(run / "checkpoints" / "step_0000012" / f"{file}.safetensors") for run in (whole, pieces))
+        assert all(a[name].tobytes() == b[name].tobytes() for name in a)
+
+
+def test_what_is_not_a_number_on_one_is_skipped_by_both(job: Path, raw: Any) -> None:
+    reports = metrics(Path(raw("spoiled")["run"]))
+    assert [report["skipped"] for report in reports] == [0] * BAD + [1] * (8 - BAD)
+    assert [report["loss"] is None for report in reports] == [step == BAD for step in range(8)]
+    assert [answer["finished"] for answer in answers(job, "spoiled")] == [True, True]
+
+
+def test_too_many_of_them_end_the_job(job: Path) -> None:
+    for answer in answers(job, "endless"):
+        assert f"step {BAD + 1}: loss nan" in answer["error"]
+
+
+def test_one_process_goes_on_where_two_stopped(job: Path, alone: Path, raw: Any) -> None:
+    cls, config = stage_class("base"), raw("left")
+    assert len(metrics(Path(config["run"]))) == STOP
+    assert train(cls(build(cls.Config, config)))
+    ours, theirs = metrics(Path(config["run"])), metrics(alone)
+    assert [r["loss"] for r in ours] == pytest.approx([r["loss"] for r in theirs], rel=1e-5)
+
+
+def test_each_says_what_it_does(job: Path) -> None:
+    for rank in range(2):
+        said = json.loads((job / f"rank_{rank}.json").read_text())
+        assert (said["rank"], said["phase"], said["step"], said["error"]) == (rank, "finished", STOP, None)
