@@ -12,18 +12,8 @@ import skimage
 from pictures import encoded, quarters
 from PIL import Image, ImageOps
 
-from pipeline.data.image import (
-    BadImage,
-    Picture,
-    crop_resize,
-    decode,
-    dimensions,
-    downsample,
-    to_float,
-    to_uint8,
-    upsample,
-    window,
-)
+from pipeline.data.decode import BadImage, Picture, decode, dimensions
+from pipeline.data.image import crop_resize, downsample, to_float, to_uint8, upsample, window
 
 
 def smooth(height, width):
