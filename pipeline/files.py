@@ -46,8 +46,9 @@ def replacing(path: Path) -> Iterator[Path]:
         yield side
         sync(side)
         side.replace(path)
-    finally:
+    except BaseException:
         side.unlink(missing_ok=True)
+        raise
     sync(path.parent)
 
 
