@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -34,7 +34,7 @@ class Job:
     process: subprocess.Popen[str] | None = None
     reader: threading.Thread | None = None
     code: int | None = None
-    tail: list[str] = field(default_factory=list)  # its last line, to say why it was refused
+    last: str = ""  # line that it said: why it was refused
 
 
 def plan(path: str, overrides: Sequence[str]) -> list[Job]:
@@ -110,7 +110,7 @@ def start(job: Job, alone: bool) -> None:
         assert job.process.stdout
         with job.process.stdout as lines:
             for line in lines:
-                job.tail[:] = [line.strip()] if line.strip() else job.tail
+                job.last = line.strip() or job.last
                 print(line if alone else f"[{job.name}] {line}", end="", file=sys.stderr, flush=True)
 
     job.reader = threading.Thread(target=copy, daemon=True)
@@ -124,6 +124,6 @@ def summary(jobs: Sequence[Job], seconds: float) -> str:
         outcome = "not begun" if job.code is None else OUTCOMES.get(job.code, f"failed (exit code {job.code})")
         found: dict[str, Any] = status(job.run) if (job.run / "config.yaml").exists() else {}
         where = f"step {found['step']:,} of {found['steps']:,}" if found else "no run folder"
-        why = f": {job.tail[-1]}" if job.tail and job.code not in (0, 75, None) else ""
+        why = f": {job.last}" if job.last and job.code not in (0, 75, None) else ""
         lines.append(f"  {job.name:<10} {outcome:<18} {where}, {job.run}{why}")
     return "\n".join(lines)

@@ -4,9 +4,7 @@ The lock tells whether the run is alive, metrics.jsonl how far and how fast it i
 go on, the log folders how often it was started, and its heartbeats what each rank does.
 """
 
-import fcntl
 import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 from pipeline import checkpoint
 from pipeline.config import read_yaml
 from pipeline.errors import UserError
+from pipeline.files import holder
 
 RECENT = 20  # reports of which the speed is the median
 TAIL = 2**16  # bytes of metrics.jsonl that hold them
@@ -32,7 +31,7 @@ def status(run: Path) -> dict[str, Any]:
     seconds = median(report["seconds"] for report in reports[-RECENT:]) if reports else None
     saved = checkpoint.steps(run / "checkpoints")
     attempts = sorted((run / "logs").glob("attempt-*"), key=lambda path: int(path.name.removeprefix("attempt-")))
-    pid = alive(run)
+    pid = holder(run)
     finished = (run / "stage" / "stage.json").exists() and steps >= total
     return {
         "run": str(run),
@@ -50,23 +49,6 @@ def status(run: Path) -> dict[str, Any]:
         "quarantined": sum(1 for _ in lines(run / "quarantine.jsonl")),
         "ranks": ranks(attempts[-1]) if attempts else [],
     }
-
-
-def alive(run: Path) -> str | None:
-    """The process that has the run's lock, if there is one."""
-    try:
-        descriptor = os.open(run / ".lock", os.O_RDONLY)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
-    except OSError:  # a file system without locks
-        return None
-    finally:
-        os.close(descriptor)
-    return None
 
 
 def tail(path: Path) -> list[dict[str, Any]]:

@@ -36,17 +36,26 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """`path` holds the old bytes or the new ones at every moment. After an OSError, the old ones."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A place to write what then takes the place of `path`, which holds the old file or the new one at every moment.
+    After an error, the old one.
+    """
     side = path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")  # two writers must not share one
     try:
-        side.write_bytes(data)
+        yield side
         sync(side)
         side.replace(path)
-    except OSError:
+    except BaseException:
         side.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """See `replacing`."""
+    with replacing(path) as side:
+        side.write_bytes(data)
 
 
 def replace_folder(side: Path, target: Path) -> None:
@@ -101,17 +110,12 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], facts: Mapping[
 
 
 def write_tensors_atomically(path: Path, tensors: Mapping[str, np.ndarray], facts: Mapping[str, str]) -> None:
-    """As `write_tensors`, but `path` holds the old file or the new one at every moment. JobError if that fails."""
-    side = path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
+    """As `write_tensors`, see `replacing`. JobError if it cannot be written."""
     try:
-        write_tensors(side, tensors, facts)
-        sync(side)
-        side.replace(path)
-        sync(path.parent)
+        with replacing(path) as side:
+            write_tensors(side, tensors, facts)
     except OSError as error:
         raise JobError(f"{path}: cannot be written ({error.strerror or error}); the same command goes on") from None
-    finally:
-        side.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -166,7 +170,7 @@ def lock(folder: Path, name: str = ".lock") -> Iterator[None]:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        pid = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
+        pid = _pid(descriptor)
         os.close(descriptor)
         raise UserError(f"{folder}: in use by another run (pid {pid}); stop it or choose another folder") from None
     except OSError as error:  # some cluster file systems are mounted without locks
@@ -177,3 +181,24 @@ def lock(folder: Path, name: str = ".lock") -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def holder(folder: Path) -> str | None:
+    """The process (its pid) that has `folder` by `lock`, if there is one that can be seen."""
+    try:
+        descriptor = os.open(folder / ".lock", os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _pid(descriptor)
+    except OSError:  # a file system without locks
+        return None
+    finally:
+        os.close(descriptor)
+    return None
+
+
+def _pid(descriptor: int) -> str:
+    return os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"

@@ -3,13 +3,14 @@
 import pipeline  # noqa: F401  (first: it prepares the environment for MindSpore)
 
 # isort: split
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline.data.shards import DataConfig, Shards
-from pipeline.data.text import encoder, recipe
+from pipeline.data.text import load_encoder, recipe
 from pipeline.data.text_store import TextStore
 from pipeline.nn.text_encoder import TextConfig
 from tools import shapes, tiny_t5
@@ -32,7 +33,7 @@ def t5_folder(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     tiny_t5.make(folder, sorted(shards_folder.glob("*.tar")), width=16, layers=1, heads=2, vocab=64, seed=0)
     shards = Shards.open(DataConfig(shards=f"{shards_folder}/*.tar"), progress=False)
     text = TextConfig(encoder=str(folder), width=16, length=LENGTH)
-    TextStore(shards, recipe(text)).build(encoder(text), progress=False)
+    TextStore(shards, recipe(text)).build(partial(load_encoder, text), progress=False)
     return folder
 
 

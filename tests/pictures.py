@@ -7,6 +7,8 @@ import zlib
 import numpy as np
 from PIL import Image
 
+from pipeline.data.decode import Picture
+
 
 def html() -> bytes:
     """What a server sends for a picture that is gone."""
@@ -96,3 +98,18 @@ def exif(orientation: int, order: str = "<") -> bytes:
 def rotated_jpeg(orientation: int, image: np.ndarray | None = None) -> bytes:
     """A picture, stored as it is, that asks to be turned."""
     return encoded(quarters() if image is None else image, "JPEG", quality=95, exif=exif(orientation))
+
+
+def smooth(height, width):
+    """A picture of slow waves, another in each channel."""
+    y, x = np.mgrid[:height, :width] / 200
+    waves = [np.sin(3 * x + 2 * y), np.cos(4 * x - y), np.sin(2 * x * y)]
+    return (127.5 + 120 * np.stack(waves, axis=-1)).astype(np.uint8)
+
+
+def psnr(a, b):
+    return 10 * np.log10(255**2 / np.mean((a.astype(float) - b.astype(float)) ** 2))
+
+
+def picture(image):
+    return Picture(image, *image.shape[:2])

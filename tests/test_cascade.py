@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,15 @@ def test_a_picture_alone_is_the_picture_in_company(cascade, result):
     alone = cascade(PROMPTS[2:], seed=7, numbers=[2])
     for name, images in result.stages.items():
         assert (pixels(alone.stages[name])[0] == pixels(images)[2]).all(), name
+
+
+def test_prompts_are_cleaned_if_captions_were(cascade, result, monkeypatch):
+    facts = {name: replace(m, text=replace(m.text, clean=True)) for name, m in cascade.manifests.items()}
+    monkeypatch.setattr(cascade, "manifests", facts)
+    messy = cascade(["A small  <b>RED</b> circle on white"], seed=7, stop="base").images
+    assert (pixels(messy)[0] == pixels(result.stages["base"])[0]).all()
+    monkeypatch.undo()
+    assert (pixels(cascade(["A small  RED circle on white"], seed=7, stop="base").images) != pixels(messy)).any()
 
 
 def test_any_stage_can_be_the_first_and_the_last(cascade, result):

@@ -17,8 +17,17 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from pipeline.errors import UserError
-from pipeline.files import lock, replace_folder, sha256_file, write_atomically, write_tensors
+from pipeline.errors import JobError, UserError
+from pipeline.files import (
+    claim,
+    holder,
+    lock,
+    replace_folder,
+    sha256_file,
+    write_atomically,
+    write_tensors,
+    write_tensors_atomically,
+)
 
 # Whatever the code under test asks of the disk goes through one of these.
 CALLS = [(os, name) for name in ("open", "fsync", "rename", "replace", "unlink", "rmdir", "mkdir", "chmod")]
@@ -257,3 +266,79 @@ def test_a_file_system_without_locks_gives_a_warning(
     assert caplog.messages == [
         f"{tmp_path}: not locked, as its file system has no locks (Function not implemented): start one run only"
     ]
+
+
+# Claims.
+
+
+def test_one_of_all_that_ask_has_the_claim(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "made"
+    with claim(path) as first:
+        with claim(path) as second, claim(tmp_path / "other") as elsewhere:
+            assert (first, second, elsewhere) == (True, False, True)
+        with claim(path) as third:
+            assert not third
+    with claim(path) as again:
+        assert again
+    assert list(path.parent.iterdir()) == []
+
+
+def test_a_claim_is_given_up_with_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), claim(tmp_path / "made"):
+        raise ZeroDivisionError
+    with claim(tmp_path / "made") as again:
+        assert again
+
+
+def test_one_that_waited_for_a_claim_that_went_asks_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has the lock of a file that its holder has just removed, and another process may have made the next one."""
+    flock = fcntl.flock
+
+    def late(descriptor: int, how: int) -> None:
+        (tmp_path / ".made.lock").unlink()
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with claim(tmp_path / "made") as mine:
+        assert not mine
+
+
+def test_without_locks_everyone_has_the_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work may then be done twice, and is still written whole."""
+
+    def flock(descriptor: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with claim(tmp_path / "made") as first, claim(tmp_path / "made") as second:
+        assert first
+        assert second
+
+
+def test_a_claim_where_nothing_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot be written \(.*\); name another folder, in data\.cache"):
+        claim(tmp_path / "file" / "made").__enter__()
+
+
+def test_tensors_on_a_full_disk(tmp_path: Path) -> None:
+    """The old file stays, nothing is left beside it, and the error says what to do."""
+    path, calls = tmp_path / "a.safetensors", 0
+
+    def put(value: float) -> None:
+        write_tensors_atomically(path, {"a": np.full(4, value)}, {"fact": str(value)})
+
+    for error in failed_at_each_call(lambda: put(0), lambda: put(1)):
+        calls += 1
+        assert list(tmp_path.iterdir()) == [path]
+        assert isinstance(error, JobError)
+        assert "cannot be written (No space left on device); the same command goes on" in str(error)
+        assert safetensors.numpy.load_file(path)["a"][0] in (0, 1)
+    assert calls > 4
+
+
+def test_the_holder_of_a_folder(tmp_path: Path) -> None:
+    assert holder(tmp_path) is None
+    with lock(tmp_path):
+        assert holder(tmp_path) == str(os.getpid())
+    assert holder(tmp_path) is None

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -13,10 +14,11 @@ import pytest
 from pictures import html, png_bomb
 from tars import BLOCK, Members, flipped, headers, jpeg, link, sample, tar, wait_for, with_header
 
+from pipeline.data import index as index_module
 from pipeline.data import tar as module
 from pipeline.data.index import FILES, Index, beside, build, index_path, read_index, write_index
 from pipeline.data.source import Sources
-from pipeline.errors import UserError
+from pipeline.errors import JobError, UserError
 from tools import index as tool
 
 
@@ -241,15 +243,35 @@ def test_places() -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_build_in_processes_and_again(workers: int, tmp_path: Path) -> None:
+def test_build_in_processes_and_again(workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_module, "MANY", 0)  # bytes from which on there are processes
     paths = [str(tmp_path / f"{number}.tar") for number in range(3)]
     for path in paths:
         Path(path).write_bytes(THREE)
-    build(paths, None, workers, progress=False)
+    build(paths, Sources(), None, workers, progress=False)
     assert all(read_index(index_path(path, None), path) for path in paths)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         name for number in range(3) for name in (f"{number}.tar", f"{number}.index.safetensors")
     )
+
+
+def test_a_process_that_is_killed_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what it did not do is done by the same call again."""
+    paths = [str(tmp_path / f"{number}.tar") for number in range(2)]
+    for path in paths:
+        Path(path).write_bytes(THREE)
+    monkeypatch.setattr(index_module, "MANY", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(index_module, "build_one", die)
+        with pytest.raises(JobError, match=r"was killed, .* the same command goes on"):
+            build(paths, Sources(), None, 2, progress=False)
+    build(paths, Sources(), None, 2, progress=False)
+    assert all(read_index(index_path(path, None), path) for path in paths)
+
+
+def die(location: str, **options: object) -> bool:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return True
 
 
 def test_a_damaged_index_counts_as_missing(tmp_path: Path) -> None:
@@ -265,7 +287,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "0.tar").write_bytes(THREE)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot be written .* data\.cache"):
-        build([str(tmp_path / "0.tar")], tmp_path / "file", 1, progress=False)
+        build([str(tmp_path / "0.tar")], Sources(), tmp_path / "file", 1, progress=False)
 
 
 # The tool.
@@ -339,7 +361,7 @@ def scan(file, size):
     time.sleep(float(sys.argv[1]))
     return plain(file, size)
 index.scan = scan
-index.build(sys.argv[2:], None, 1, progress=False)
+index.build(sys.argv[2:], index.Sources(), None, 1, progress=False)
 """
 
 

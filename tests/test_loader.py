@@ -15,7 +15,8 @@ import pytest
 from tars import jpeg, sample, tar
 
 from pipeline.config import build
-from pipeline.data.image import crop_resize, decode
+from pipeline.data.decode import decode
+from pipeline.data.image import crop_resize
 from pipeline.data.loader import ATTEMPTS, Arrays, Loader
 from pipeline.data.shards import DataConfig, Shards
 from pipeline.errors import UserError

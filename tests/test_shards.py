@@ -140,7 +140,8 @@ def test_an_index_that_no_longer_fits_is_refused_and_mended(
         opened(pattern)
     assert words in str(caught.value)
     assert str(caught.value).endswith(f"run `python -m tools.index '{pattern}'`")
-    indexed(build(DataConfig, {"shards": pattern}), outdated=True, progress=False)
+    config = build(DataConfig, {"shards": pattern})
+    indexed(config, config.sources(), outdated=True, progress=False)
     after = opened(pattern)
     assert (after.digest == before.digest) == (change is grow)
 

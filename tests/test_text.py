@@ -2,6 +2,7 @@
 
 import json
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from tars import sample, tar
 
 from pipeline.config import build
 from pipeline.data.shards import DataConfig, Shards
-from pipeline.data.text import LiveText, StoredText, choose, encoder, open_text, recipe
+from pipeline.data.text import LiveText, StoredText, choose, load_encoder, open_text, recipe
 from pipeline.data.text_store import TextStore
 from pipeline.errors import UserError
 from pipeline.nn.text_encoder import TextConfig
@@ -41,7 +42,7 @@ def test_live_text_is_stored_text(captions: dict[str, float], clean: bool, folde
     shards = opened(folder, captions=captions)
     live = open_text(config, shards)
     assert isinstance(live, LiveText)
-    assert TextStore(shards, recipe(config)).build(encoder(config), progress=False) == len(captions)
+    assert TextStore(shards, recipe(config)).build(partial(load_encoder, config), progress=False) == len(captions)
     stored = open_text(config, shards)
     assert isinstance(stored, StoredText)
     assert stored.recipe == live.recipe
@@ -78,7 +79,7 @@ def test_a_partial_store_is_refused(folder: Path, t5_folder: Path) -> None:
     config = TextConfig(encoder=str(t5_folder), width=16, length=LENGTH)
     (folder / "1.tar").write_bytes((folder / "0.tar").read_bytes())
     one = Shards.open(build(DataConfig, {"shards": f"{folder}/0.tar"}), progress=False)
-    TextStore(one, recipe(config)).build(encoder(config), progress=False)
+    TextStore(one, recipe(config)).build(partial(load_encoder, config), progress=False)
     with pytest.raises(UserError, match=r"1\.text-.* is missing; run `python -m tools\.cache_text CONFIG`"):
         open_text(config, opened(folder))
 
@@ -89,7 +90,7 @@ def test_a_partial_store_is_refused(folder: Path, t5_folder: Path) -> None:
 def test_a_stale_store_is_refused(text: dict[str, Any], data: dict[str, Any], folder: Path, t5_folder: Path) -> None:
     raw = {"encoder": str(t5_folder), "width": 16, "length": LENGTH}
     config = build(TextConfig, raw)
-    TextStore(opened(folder), recipe(config)).build(encoder(config), progress=False)
+    TextStore(opened(folder), recipe(config)).build(partial(load_encoder, config), progress=False)
     with pytest.raises(UserError, match="is of another text encoder, length, caption field or cleaning"):
         open_text(build(TextConfig, raw | text), opened(folder, **data))
 

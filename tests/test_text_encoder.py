@@ -9,7 +9,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from pipeline.errors import UserError
-from pipeline.nn.fingerprint import fingerprint
 from pipeline.nn.text_encoder import TextEncoder, calls, padded
 from tools import tiny_t5
 
@@ -141,10 +140,6 @@ def test_a_caption_that_spells_the_end_ends_once(encoder: TextEncoder) -> None:
     ids_NL, mask_NL = encoder.tokenize(["a circle </s>", "a circle"])  # `transformers` warns: an error under pytest
     assert (ids_NL[0] == 1).sum() == 1
     assert mask_NL[0, mask_NL[0].sum() - 1]
-
-
-def test_fingerprint_is_that_of_the_folders(encoder: TextEncoder, folder: Path) -> None:
-    assert encoder.fingerprint == fingerprint(folder, folder)
 
 
 def test_mistakes_are_named(copy: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ folders, by a launcher or by hand: each shard is encoded by one of them.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 from launch.terminal import Parser, run
 
@@ -16,7 +17,7 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
 
     from pipeline.data.shards import Shards
-    from pipeline.data.text import encoder, recipe
+    from pipeline.data.text import load_encoder, recipe
     from pipeline.data.text_store import TextStore
     from pipeline.errors import JobError
     from pipeline.kinds import read_stage_config
@@ -26,7 +27,7 @@ def main(argv: Sequence[str]) -> None:
     config, _ = read_stage_config(arguments.config, arguments.overrides)
     shards = Shards.open(config.data)
     store = TextStore(shards, recipe(config.text))
-    written = store.build(encoder(config.text))
+    written = store.build(partial(load_encoder, config.text))
     for path, *_, reason in store.faults():
         raise JobError(f"{path} {reason}, after all were written; look at the disk and run the same command again")
     files = len(shards.indexes) * len(store.fields)

@@ -10,18 +10,21 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from launch.terminal import Parser, positive, run
 from pipeline.errors import UserError
 
+if TYPE_CHECKING:
+    from pipeline.data.shards import Shards
+
 EDGES = (0, 64, 128, 256, 512, 1024, 2048, 4096, 2**32)  # of the histogram of sizes, pixels of the shorter side
 SHOWN = 20  # faults that are listed; --json has them all
 
 
-def report(shards: Any) -> dict[str, Any]:
+def report(shards: "Shards") -> dict[str, Any]:
     """What the indexes say: all in numbers, and every fault."""
     sides: Counter[int] = Counter()
     lengths = []
@@ -102,7 +105,8 @@ def main(argv: Sequence[str]) -> None:
         workers=arguments.workers,
         max_damage=1.0,
     )
-    found = report(Shards(config, indexed(config, outdated=True)))
+    sources = config.sources()
+    found = report(Shards(config, sources, indexed(config, sources, outdated=True)))
     print(json.dumps(found) if arguments.json else as_text(found))
 
 

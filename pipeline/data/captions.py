@@ -17,6 +17,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+CLEANING = 1  # the version of what `clean` answers: embeddings of captions that were cleaned otherwise are stale
 ROUNDS = 8  # what is taken out can bring together what is to be taken out; prose is done after two
 
 FILES = r"(?:png|jpe?g|gif|bmp|webp|tiff?|svg|eps|psd|pdf|apk|mp4)"

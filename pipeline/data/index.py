@@ -12,11 +12,13 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -24,8 +26,8 @@ from tqdm import tqdm
 
 from pipeline.data.source import Sources, Stat, is_remote
 from pipeline.data.tar import ABSENT, Fault, scan
-from pipeline.errors import UserError
-from pipeline.files import claim, write_atomically, write_tensors_atomically
+from pipeline.errors import JobError, UserError
+from pipeline.files import claim, write_tensors_atomically
 
 FORMAT = "1"
 FILES = ("image", "txt", "json")  # the columns of offset, size and crc32
@@ -58,12 +60,14 @@ class Index:
         """Key, files, txt and json of some rows, which are in order."""
         if not len(rows):
             return
-        ends = self.column("ends")
-        starts = np.concatenate([[0], ends.ravel()])[:-1].reshape(ends.shape)
-        first, last = int(starts[rows[0], 0]), int(ends[rows[-1], -1])
+        begin, stop = int(rows[0]), int(rows[-1]) + 1  # no more is read: a training batch asks row by row
         with safe_open(self.path, "numpy") as file:
-            blob = file.get_slice("texts")[first:last].tobytes()
-        for start, end in zip((starts[rows] - first).tolist(), (ends[rows] - first).tolist(), strict=True):
+            ends = file.get_slice("ends")[max(begin - 1, 0) : stop]
+            first = int(ends[0, -1]) if begin else 0
+            blob = file.get_slice("texts")[first : int(ends[-1, -1])].tobytes()
+        ends = ends[begin > 0 :] - first
+        starts = np.concatenate([[0], ends.ravel()])[:-1].reshape(ends.shape)
+        for start, end in zip(starts[rows - begin].tolist(), ends[rows - begin].tolist(), strict=True):
             yield {
                 name: blob[a:b].decode(errors="surrogateescape") for name, a, b in zip(TEXTS, start, end, strict=True)
             }
@@ -121,14 +125,18 @@ def read_index(path: Path, location: str) -> Index | None:
 
 
 def build(
-    locations: Sequence[str], cache: Path | None, workers: int, outdated: bool = False, progress: bool = True
+    locations: Sequence[str],
+    sources: Sources,
+    cache: Path | None,
+    workers: int,
+    outdated: bool = False,
+    progress: bool = True,
 ) -> None:
     """Writes the indexes that are missing or damaged and, if `outdated`, those that no longer fit their shards.
 
     In `workers` processes if there is much to read, and beside other jobs that do the same: none is written twice.
     UserError where the files cannot be written.
     """
-    sources = Sources()
     with ThreadPoolExecutor(THREADS) as threads:
         needed = threads.map(lambda location: unfit(location, sources, cache, outdated), locations)
         left = [location for location, need in zip(locations, needed, strict=True) if need]
@@ -136,14 +144,19 @@ def build(
     one = partial(build_one, cache=cache, outdated=outdated)
     # New processes rather than forked ones: a caller may have threads (MindSpore's), which do not survive a fork.
     pool = ProcessPoolExecutor(workers, get_context("spawn")) if many and min(workers, len(left)) > 1 else None
-    with pool or nullcontext(), tqdm(total=len(left), unit="shard", disable=not (progress and left)) as bar:
-        while left:
-            others = []
-            for each, done in zip(left, (pool.map if pool else map)(one, left), strict=True):
-                bar.update(done)
-                others += [] if done else [each]
-            left = others
-            time.sleep(1 if left else 0)  # another process has them; if it dies, they are ours
+    try:
+        with pool or nullcontext(), tqdm(total=len(left), unit="shard", disable=not (progress and left)) as bar:
+            while left:
+                others = []
+                for each, done in zip(left, (pool.map if pool else map)(one, left), strict=True):
+                    bar.update(done)
+                    others += [] if done else [each]
+                left = others
+                time.sleep(1 if left else 0)  # another process has them; if it dies, they are ours
+    except BrokenProcessPool:
+        raise JobError(
+            "a process that indexed shards was killed, for its memory perhaps; the same command goes on"
+        ) from None
 
 
 def unfit(location: str, sources: Sources, cache: Path | None, outdated: bool) -> bool:
@@ -162,17 +175,20 @@ def build_one(location: str, cache: Path | None, outdated: bool) -> bool:
 
 
 def adopt(sources: Sources, location: str, path: Path) -> bool:
-    """Takes the index that lies beside a shard on its server, if there is one that fits; it is dated anew."""
-    data = sources.fetch(f"{location.removesuffix('.tar')}.index.safetensors") if is_remote(location) else None
+    """Takes the index that lies beside a shard, on its server say, if there is one that fits; it is dated anew."""
+    data = sources.fetch(f"{location.removesuffix('.tar')}.index.safetensors")
     if data is None:
         return False
-    write_atomically(path, data)
-    index = read_index(path, location)
-    if index is None or index.fault(sources) is not None:
-        return False
-    with safe_open(path, "numpy") as file:
-        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
-        write_tensors_atomically(path, arrays, {**file.metadata(), "stamp": sources.stat(location).stamp})
+    with TemporaryDirectory(dir=path.parent) as folder:
+        found = Path(folder) / path.name
+        found.write_bytes(data)
+        index = read_index(found, location)
+        if index is None or index.fault(sources) is not None:
+            return False
+        with safe_open(found, "numpy") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
+            facts = {**file.metadata(), "stamp": sources.stat(location).stamp}
+    write_tensors_atomically(path, arrays, facts)
     return True
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.data import image
-from pipeline.data.image import BadImage, crop_resize, decode
+from pipeline.data.decode import BadImage, decode
 from pipeline.data.order import Order
 from pipeline.data.quarantine import Quarantine
 from pipeline.data.shards import Damaged, Shards
@@ -77,7 +77,7 @@ class Loader:
             u, v = generator(self.seed, "crop", step, position).random(2)
         if step is not None and self.window < self.size:
             x, y = generator(self.seed, "window", step, position).random(2)
-        square = crop_resize(decode(self.shards.image(number), self.size), self.size, u, v)
+        square = image.crop_resize(decode(self.shards.image(number), self.size), self.size, u, v)
         return image.window(square, self.window, x, y)
 
     def usable(self, number: int, step: int | None, position: int) -> tuple[int, np.ndarray]:

@@ -48,11 +48,11 @@ class Quarantine:
         self.write(shard, key, reason)
         with self.lock:
             self.bad.add((shard, key))
-            seen = max(min(self.drawn, self.num_samples), min(self.num_samples, ENOUGH))
-            if len(self.bad) <= self.max_damage * seen:
-                return
+            bad, seen = len(self.bad), max(min(self.drawn, self.num_samples), min(self.num_samples, ENOUGH))
+        if bad <= self.max_damage * seen:
+            return
         raise UserError(
-            f"data.max_damage: {len(self.bad)} of about {seen} samples looked at cannot be used, more than "
+            f"data.max_damage: {bad} of about {seen} samples looked at cannot be used, more than "
             f"{self.max_damage:.1%}, the last of them {shard}:{key}, which {reason}; the others are in {self.path}; "
             "repair or remove the shards, or raise it"
         )

@@ -44,42 +44,33 @@ def select(index: Index, config: FilterConfig, weights: Mapping[str, float]) -> 
 
     `weights` names the caption fields of the run; a sample without any caption is removed.
     """
-    left = np.arange(index.num_samples)
-    removed: Counter[str] = Counter()
-
-    def keep(passing: np.ndarray, reason: str) -> None:
-        nonlocal left
-        if len(left) > passing.sum():
-            removed[reason] += len(left) - int(passing.sum())
-        left = left[passing]
-
+    passing: dict[str, np.ndarray] = {}
     if config.min_size > 1 or config.max_aspect is not None:
         pixels = index.column("pixels").astype(np.int64)
         short, long = pixels.min(axis=1), pixels.max(axis=1)
-        keep(short[left] >= config.min_size, f"shorter side under {config.min_size} px")
+        passing[f"shorter side under {config.min_size} px"] = short >= config.min_size
         if config.max_aspect is not None:
-            keep(long[left] <= config.max_aspect * short[left], f"aspect over {config.max_aspect:g}")
+            passing[f"aspect over {config.max_aspect:g}"] = long <= config.max_aspect * short
+    metas: list[dict[str, Any]] = []
+    lengths = index.column("caption_length")
     if config.fields or list(weights) != ["txt"]:
-        texts = [(text["txt"], json.loads(text["json"] or "{}")) for text in index.texts(left)]
-        firsts = (next((c for name in weights for c in captions(txt, meta, name)), "") for txt, meta in texts)
+        texts = list(index.texts(np.arange(index.num_samples)))
+        metas = [json.loads(text["json"] or "{}") for text in texts]
+        pairs = zip(texts, metas, strict=True)
+        firsts = (next((c for name in weights for c in captions(text["txt"], meta, name)), "") for text, meta in pairs)
         lengths = np.array([len(first) for first in firsts], int)
-        passing = {
-            name: np.array([fits(meta.get(name), wanted) for _, meta in texts], bool)
-            for name, wanted in config.fields.items()
-        }
-    else:
-        lengths, passing = index.column("caption_length")[left], {}
-    conditions = {"no caption": lengths > 0}
-    if config.min_caption > 1:
-        conditions[f"caption under {config.min_caption} characters"] = lengths >= config.min_caption
+    passing["no caption"] = lengths > 0
+    passing[f"caption under {config.min_caption} characters"] = lengths >= config.min_caption
     if config.max_caption is not None:
-        conditions[f"caption over {config.max_caption} characters"] = lengths <= config.max_caption
-    conditions |= {f"{name} not {wanted}": passing[name] for name, wanted in config.fields.items()}
-    alive = np.ones(len(left), bool)
-    for reason, condition in conditions.items():
-        keep(condition[alive], reason)
-        alive &= condition
-    return left, removed
+        passing[f"caption over {config.max_caption} characters"] = lengths <= config.max_caption
+    for name, wanted in config.fields.items():
+        passing[f"{name} not {wanted}"] = np.array([fits(meta.get(name), wanted) for meta in metas], bool)
+    left, removed = np.ones(index.num_samples, bool), Counter[str]()
+    for reason, passes in passing.items():
+        if gone := int((left & ~passes).sum()):
+            removed[reason] = gone
+        left &= passes
+    return np.flatnonzero(left), removed
 
 
 def fits(value: Any, wanted: Any) -> bool:

@@ -6,7 +6,6 @@ thousand shards cost little to open, and a step, whose samples come from a windo
 
 import hashlib
 import json
-import logging
 import zlib
 from bisect import bisect_right
 from collections import Counter
@@ -14,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -25,11 +24,10 @@ from pipeline.data.captions import captions
 from pipeline.data.index import THREADS, Index, build, index_path, read_index
 from pipeline.data.order import BLOCK, quotas
 from pipeline.data.select import FilterConfig, select
-from pipeline.data.source import Sources, expand
+from pipeline.data.source import Sources, distinct, expand
 from pipeline.data.tar import Fault
 from pipeline.errors import UserError
 
-log = logging.getLogger("cascade")
 OPEN = 64  # tables of shards in memory, each some hundred kilobytes
 GIB = 2**30
 
@@ -70,8 +68,8 @@ class DataConfig:
             return {(pattern,): weight for pattern, weight in self.shards.items()}
         return {(self.shards,) if isinstance(self.shards, str) else self.shards: 1.0}
 
-    @property
     def sources(self) -> Sources:
+        """What reads the shards, with connections and what is known of servers of its own."""
         return Sources(Path(self.cache) / "ranges" if self.cache else None, int(self.cache_gib * GIB))
 
     @property
@@ -101,21 +99,17 @@ class Shards:
         removed: how many samples each filter removed.
     """
 
-    def __init__(self, config: DataConfig, sets: list[list[Index]]) -> None:
-        self.config, self.sources = config, config.sources
+    def __init__(self, config: DataConfig, sources: Sources, sets: list[list[Index]]) -> None:
+        self.config, self.sources = config, sources
         self.indexes = [index for indexes in sets for index in indexes]
         with ThreadPoolExecutor(THREADS) as threads:
-            selected = list(threads.map(self._select, self.indexes))
+            selected = list(threads.map(lambda index: _count(index, config), self.indexes))
         counts = iter([count for count, _ in selected])
         self.sizes = [[next(counts) for _ in indexes] for indexes in sets]
         self.weights = list(config.sets.values())
         self.removed: Counter[str] = sum((removed for _, removed in selected), Counter())
         self._starts = [0, *accumulate(size for sizes in self.sizes for size in sizes)]
         self._table = lru_cache(OPEN)(self.table)
-
-    def _select(self, index: Index) -> tuple[int, Counter[str]]:
-        rows, removed = select(index, self.config.filter, self.config.captions)
-        return len(rows), removed
 
     @classmethod
     def open(cls, config: DataConfig, progress: bool = True) -> "Shards":
@@ -124,7 +118,8 @@ class Shards:
         Raises UserError for shards that cannot be, for an index that no longer fits its shard, for a data set of which
         no sample is left, and if more is damaged than `config.max_damage`.
         """
-        shards = cls(config, indexed(config, progress=progress))
+        sources = config.sources()
+        shards = cls(config, sources, indexed(config, sources, progress=progress))
         for patterns, sizes in zip(config.sets, shards.sizes, strict=True):
             if not sum(sizes):
                 raise UserError(f"data.shards: {', '.join(patterns)}: no sample is left; {shards.account()}")
@@ -174,13 +169,12 @@ class Shards:
         return shard, int(self._table(shard).rows[i - self._starts[shard]])
 
     def table(self, shard: int) -> Table:
-        index = self.indexes[shard]
-        rows, _ = select(index, self.config.filter, self.config.captions)
-        return Table(rows, *(index.column(name)[rows, 0] for name in ("offset", "size", "crc32")))
+        rows = self.rows(shard)
+        return Table(rows, *(self.indexes[shard].column(name)[rows, 0] for name in ("offset", "size", "crc32")))
 
     def rows(self, shard: int) -> np.ndarray:
         """The rows of a shard's index that are samples here."""
-        return self._table(shard).rows
+        return select(self.indexes[shard], self.config.filter, self.config.captions)[0]
 
     def name(self, i: int) -> tuple[str, str]:
         """Shard and key of sample `i`."""
@@ -203,16 +197,14 @@ class Shards:
             yield {name: captions(text["txt"], meta, name) for name in self.config.captions}
 
 
-def indexed(config: DataConfig, outdated: bool = False, progress: bool = True) -> list[list[Index]]:
+def indexed(config: DataConfig, sources: Sources, outdated: bool = False, progress: bool = True) -> list[list[Index]]:
     """The indexes of each data set's shards, made now where they are missing, and if `outdated` where they no longer
     fit. UserError otherwise.
     """
-    sources, cache = config.sources, config.cache_folder
+    cache = config.cache_folder
     sets = [expand(patterns) for patterns in config.sets]
-    every = sorted(location for locations in sets for location in locations)
-    for location, again in pairwise(every):
-        if location == again:
-            raise UserError(f"data.shards: {location}: in two data sets; name it once")
+    every = [location for locations in sets for location in locations]
+    distinct(every, "in two data sets")
 
     def fitting(location: str) -> Index:
         index = read_index(index_path(location, cache), location)
@@ -221,6 +213,12 @@ def indexed(config: DataConfig, outdated: bool = False, progress: bool = True) -
             raise UserError(f"{location}: {reason}; run `python -m tools.index '{location}'`")
         return index
 
-    build(every, cache, config.workers, outdated, progress)
+    build(every, sources, cache, config.workers, outdated, progress)
     with ThreadPoolExecutor(THREADS) as threads:
         return [list(threads.map(fitting, locations)) for locations in sets]
+
+
+def _count(index: Index, config: DataConfig) -> tuple[int, Counter[str]]:
+    """How many samples pass, and what removed the others; not which: that is looked up when a shard is opened."""
+    rows, removed = select(index, config.filter, config.captions)
+    return len(rows), removed

@@ -9,6 +9,7 @@ import glob
 import io
 import os
 import re
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -50,11 +51,16 @@ def expand(patterns: tuple[str, ...]) -> list[str]:
                 locations.append(name)
     if not locations:
         raise UserError("data.shards: empty; name the tars, for example shards/{00000..00127}.tar")
+    distinct(locations, "named twice")
+    return locations
+
+
+def distinct(locations: Sequence[str], fault: str) -> None:
+    """UserError with this `fault` if two are the same."""
     ordered = sorted(location if is_remote(location) else str(Path(location)) for location in locations)
     for one, next_one in pairwise(ordered):
         if one == next_one:
-            raise UserError(f"data.shards: {one}: named twice, so that its samples would be seen twice; name it once")
-    return locations
+            raise UserError(f"data.shards: {one}: {fault}, so that its samples would be seen twice; name it once")
 
 
 def _files(name: str) -> list[str]:

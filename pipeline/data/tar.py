@@ -28,7 +28,7 @@ import zlib
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
-from pipeline.data.image import BadImage, dimensions
+from pipeline.data.decode import BadImage, dimensions
 
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")
 BLOCK = 512  # bytes; all of a tar is made of blocks

@@ -1,7 +1,7 @@
 """The text of a batch: which of its captions a sample gets, and that caption's embeddings, stored or made now."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -94,7 +94,7 @@ def open_text(config: "TextConfig", shards: Shards) -> StoredText | LiveText:
     Raises UserError for a store that lacks something or was made in another way.
     """
     store = TextStore(shards, recipe(config))
-    faults = list(store.faults())
+    faults = store.faults()
     if not faults:
         return StoredText(store)
     if len(faults) < len(shards.indexes) * len(store.fields) or any(reason != "is missing" for *_, reason in faults):
@@ -102,7 +102,7 @@ def open_text(config: "TextConfig", shards: Shards) -> StoredText | LiveText:
         more = f" ({len(faults)} such files)" if len(faults) > 1 else ""
         raise UserError(f"{path} {reason}{more}; {MEND}")
     log.warning("no stored embeddings: captions are encoded while training, which slows it; %s to do it before", MEND)
-    return LiveText(shards, store.recipe, encoder(config)())
+    return LiveText(shards, store.recipe, load_encoder(config))
 
 
 def recipe(config: "TextConfig") -> Recipe:
@@ -118,12 +118,7 @@ def recipe(config: "TextConfig") -> Recipe:
     )
 
 
-def encoder(config: "TextConfig") -> Callable[[], "TextEncoder"]:
-    """Loads the encoder when it is called."""
+def load_encoder(config: "TextConfig") -> "TextEncoder":
+    from pipeline.nn.text_encoder import TextEncoder  # late: MindSpore, which nothing else here needs
 
-    def load() -> "TextEncoder":
-        from pipeline.nn.text_encoder import TextEncoder  # late: MindSpore, which nothing else here needs
-
-        return TextEncoder.load(config.encoder, config.encoder, config.length)
-
-    return load
+    return TextEncoder.load(config.encoder, config.encoder, config.length)

@@ -13,10 +13,11 @@ import hashlib
 import json
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -24,8 +25,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from pipeline.data.captions import clean
-from pipeline.data.index import beside
+from pipeline.data.captions import CLEANING, clean
+from pipeline.data.index import THREADS, beside
 from pipeline.data.shards import Shards
 from pipeline.errors import JobError, UserError
 from pipeline.files import claim, write_tensors_atomically
@@ -44,7 +45,8 @@ class Recipe:
 
     def fingerprint(self, field: str) -> str:
         """SHA-256, in hexadecimal, of the recipe and the caption field."""
-        return hashlib.sha256(json.dumps({**asdict(self), "field": field}, sort_keys=True).encode()).hexdigest()
+        facts = {**asdict(self), "clean": self.clean and CLEANING, "field": field}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def text(self, caption: str) -> str:
         """What the encoder is given of a caption."""
@@ -124,12 +126,12 @@ class TextStore:
             return "lacks samples that the filters now let pass"
         return None
 
-    def faults(self) -> Iterator[tuple[Path, int, str, str]]:
+    def faults(self) -> list[tuple[Path, int, str, str]]:
         """(path, shard, field, reason) of each file that cannot be used."""
-        for shard in range(len(self.shards.indexes)):
-            for field in self.fields:
-                if reason := self.fault(shard, field):
-                    yield self.path(shard, field), shard, field, reason
+        every = list(product(range(len(self.shards.indexes)), self.fields))
+        with ThreadPoolExecutor(THREADS) as threads:
+            reasons = threads.map(lambda each: self.fault(*each), every)
+            return [(self.path(*each), *each, reason) for each, reason in zip(every, reasons, strict=True) if reason]
 
     def build(self, encoder: Callable[[], Encoder], progress: bool = True) -> int:
         """Writes the files that are missing, stale or damaged, and answers how many.
@@ -139,8 +141,8 @@ class TextStore:
         """
         todo = [(shard, field) for _, shard, field, _ in self.faults()]
         written, loaded = 0, encoder() if todo else None
-        total = sum(len(self.shards.rows(shard)) for shard, _ in todo)
-        with tqdm(total=total, unit="sample", disable=not (progress and todo)) as bar:
+        total = sum(len(self.shards.rows(shard)) for shard, _ in todo)  # one a sample, until they have been read
+        with tqdm(total=total, unit="caption", disable=not (progress and todo)) as bar:
             while todo and loaded:
                 others = []
                 for shard, field in todo:
@@ -150,14 +152,15 @@ class TextStore:
                             others.append((shard, field))
                             continue
                         if self.fault(shard, field):
-                            self.write(shard, field, loaded)
+                            self.write(shard, field, loaded, bar)
                             written += 1
-                    bar.update(len(self.shards.rows(shard)))
+                        else:  # another process has done it
+                            bar.update(len(self.shards.rows(shard)))
                 todo = others
                 time.sleep(1 if todo else 0)  # another process has them; if it dies, they are ours
         return written
 
-    def write(self, shard: int, field: str, encoder: Encoder) -> None:
+    def write(self, shard: int, field: str, encoder: Encoder, bar: tqdm) -> None:
         """Encodes one caption field of a shard, writes the file and reads it back."""
         index, path = self.shards.indexes[shard], self.path(shard, field)
         rows = self.shards.rows(shard)
@@ -167,7 +170,8 @@ class TextStore:
         for row, found in zip(rows, self.shards.captions(shard, rows), strict=True):
             words += map(self.recipe.text, found[field])
             counts[row] = len(found[field])
-        embeddings, lengths = encoder.encode_ragged(words)
+        bar.total = (bar.total or 0) + len(words) - len(rows)
+        embeddings, lengths = encoder.encode_ragged(words, bar.update)
         offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         sums = [zlib.crc32(embeddings[a:b].tobytes()) for a, b in pairwise(offsets.tolist())]
         arrays = {

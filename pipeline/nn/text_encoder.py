@@ -15,7 +15,6 @@ import logging
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,7 +22,6 @@ import numpy as np
 
 from pipeline.config import ConfigError
 from pipeline.errors import UserError
-from pipeline.nn.fingerprint import fingerprint
 from pipeline.nn.t5 import T5Encoder
 from pipeline.nn.t5_folder import load_tokenizer
 
@@ -54,9 +52,8 @@ class TextConfig:
 class TextEncoder:
     """`encode` turns captions into `length` embeddings of `width` each, and the mask of those that are there."""
 
-    def __init__(self, encoder: T5Encoder, tokenizer: Any, folders: tuple[Path, Path], length: int) -> None:
-        """`folders` are the encoder's and the tokenizer's, for the fingerprint."""
-        self.encoder, self.tokenizer, self.folders, self.length = encoder, tokenizer, folders, length
+    def __init__(self, encoder: T5Encoder, tokenizer: Any, length: int) -> None:
+        self.encoder, self.tokenizer, self.length = encoder, tokenizer, length
         self.num_truncated = 0  # captions that did not fit, so far
 
     @classmethod
@@ -71,16 +68,11 @@ class TextEncoder:
                 f"{tokenizer_folder}: the tokenizer has {tokenizer.vocab_size} tokens where the encoder in "
                 f"{encoder_folder} knows {encoder.config.vocab_size}; give the tokenizer of the same model"
             )
-        return cls(encoder, tokenizer, (Path(encoder_folder), Path(tokenizer_folder)), length)
+        return cls(encoder, tokenizer, length)
 
     @property
     def width(self) -> int:
         return self.encoder.config.d_model
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """sha256 of what a token's embedding depends on: configuration, weights and tokenizer, but not `length`."""
-        return fingerprint(*self.folders)
 
     def encode(
         self, captions: Sequence[str], progress: Callable[[int], object] | None = None

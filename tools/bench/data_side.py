@@ -5,10 +5,10 @@ import json
 import multiprocessing
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,12 @@ BATCH = 64
 WATCHED = 5  # times that memory is looked at
 
 
-def webdataset(shards: list[str], decoded: int, given: int) -> Iterator[int]:
-    """One for each picture."""
+def webdataset(shards: list[str], decoded: int, given: int, cores: int, number: int) -> Iterator[int]:
+    """One for each picture of this core's shards."""
     import webdataset as wds
     from PIL import Image
 
-    for (image,) in wds.WebDataset(shards * 1000, shardshuffle=False).decode("pilrgb").to_tuple("jpg"):
+    for (image,) in wds.WebDataset(shards[number::cores] * 1000, shardshuffle=False).decode("pilrgb").to_tuple("jpg"):
         if decoded != given:
             left, top = np.random.default_rng().integers(0, min(image.size) - given, 2)
             square = image.crop((left, top, left + given, top + given))
@@ -33,7 +33,7 @@ def webdataset(shards: list[str], decoded: int, given: int) -> Iterator[int]:
         yield 1
 
 
-def decode(shards: list[str], decoded: int, given: int) -> Iterator[int]:
+def decode(shards: list[str], decoded: int, given: int, cores: int, number: int) -> Iterator[int]:
     import tarfile
 
     import simplejpeg
@@ -90,23 +90,17 @@ def rate(done: Iterator[int], seconds: float) -> tuple[int, float]:
     return number, time.perf_counter() - start
 
 
-def together(make: Callable[[int], Iterator[int]], cores: int, seconds: float, processes: bool) -> dict[str, Any]:
-    """The rates of `cores` workers at once, as one."""
-    if processes:
-        with multiprocessing.get_context("fork").Pool(cores) as pool:
-            rates = pool.starmap(_rate, [(make, number, seconds) for number in range(cores)])
-    else:
-        rates = [(0, 1.0)] * cores
+def work(make: Callable[[int], Iterator[int]], seconds: float, number: int) -> float:
+    pictures, taken = rate(make(number), seconds)
+    return pictures / taken
 
-        def work(number: int) -> None:
-            rates[number] = rate(make(number), seconds)
 
-        threads = [threading.Thread(target=work, args=(number,)) for number in range(cores)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    return {"pictures": sum(number / taken for number, taken in rates), "seconds": 1.0}
+def together(side: str, shards: list[str], decoded: int, given: int, cores: int, seconds: float) -> dict[str, Any]:
+    """The rates of `cores` workers at once, as one: processes of `webdataset`, threads of what decodes alone."""
+    make = partial({"webdataset": webdataset, "decode": decode}[side], shards, decoded, given, cores)
+    pool = multiprocessing.get_context("fork").Pool if side == "webdataset" else ThreadPool
+    with pool(cores) as workers:
+        return {"pictures": sum(workers.map(partial(work, make, seconds), range(cores))), "seconds": 1.0}
 
 
 def resident() -> int:
@@ -134,17 +128,7 @@ def main(side: str, folder: Path, decoded: int, given: int, cores: int, amount: 
     if side == "ours":
         number, taken = rate(ours(folder, decoded, given, cores), amount)
         return {"pictures": number, "seconds": taken}
-    if side == "decode":
-        return together(lambda number: decode(shards, decoded, given), cores, amount, processes=False)
-    return together(partial(_webdataset, shards, decoded, given, cores), cores, amount, processes=True)
-
-
-def _webdataset(shards: list[str], decoded: int, given: int, cores: int, number: int) -> Iterator[int]:
-    return webdataset(shards[number::cores], decoded, given)
-
-
-def _rate(make: Callable[[int], Iterator[int]], number: int, seconds: float) -> tuple[int, float]:
-    return rate(make(number), seconds)
+    return together(side, shards, decoded, given, cores, amount)
 
 
 if __name__ == "__main__":
