@@ -59,6 +59,8 @@ def prepare_environment() -> None:
         defaults |= mine
     if not on_ascend():
         defaults |= {"MS_NODE_TIMEOUT": str(PATIENCE), "MS_TOPO_TIMEOUT": str(GATHERING)}
+        # Else the main thread waits for a graph by spinning: of two cores that takes one from the graph.
+        defaults["MS_DEV_HOST_BLOCKING_RUN"] = "1"
         # oneDNN 3.10 runs 3x3 convolutions in its reference code on machines with AVX-512: 70 times slower.
         defaults["ONEDNN_MAX_CPU_ISA"] = "AVX2"
         if "mindspore" in sys.modules and "ONEDNN_MAX_CPU_ISA" not in os.environ:
@@ -153,19 +155,23 @@ def to_device(array):  # type: ignore[no-untyped-def]
     return tensor.move_to("Ascend", blocking=False) if on_ascend() else tensor
 
 
-def sum_of_squares(tensors):  # type: ignore[no-untyped-def]
-    """Of all numbers of float32 `tensors`, as a float.
+def sum_of_squares(vectors):  # type: ignore[no-untyped-def]
+    """Of all numbers of float32 `vectors`, as a float.
 
-    A CPU's tensors are its memory, and NumPy takes 0.8 ms for 162 of them with 0.93M numbers, a compiled graph 11 (two
-    cores); an Ascend's stay where they are (never run there).
+    A CPU's tensors are its memory, over which NumPy goes at once; an Ascend's stay where they are (never run there).
     """
     import mindspore as ms
     import numpy as np
 
     if on_ascend():
-        return float(ms.ops.stack([ms.ops.square(tensor).sum() for tensor in tensors]).sum().asnumpy())
+        return float(ms.ops.stack([ms.ops.square(vector).sum() for vector in vectors]).sum().asnumpy())
     with np.errstate(over="ignore", invalid="ignore"):
-        return sum(float(np.vdot(array, array)) for array in (tensor.asnumpy() for tensor in tensors))
+        return sum(float(np.vdot(array, array)) for array in (vector.asnumpy() for vector in vectors))
+
+
+def precisions() -> tuple[str, ...]:
+    """In which the device convolves and multiplies matrices: a CPU has no kernels for bfloat16."""
+    return ("float32", "bfloat16", "float16") if on_ascend() else ("float32", "float16")
 
 
 def compile(function):  # type: ignore[no-untyped-def]

@@ -5,12 +5,12 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from mindspore import Parameter, Tensor
+from mindspore import Tensor
 from mindspore import dtype as mstype
 
 from pipeline.errors import JobError
 from pipeline.train import collectives
-from pipeline.train.collectives import Ranks, as_bytes, as_numbers, buckets
+from pipeline.train.collectives import Ranks, as_bytes, as_numbers
 
 
 class Wired(Ranks):
@@ -34,58 +34,63 @@ class Wired(Ranks):
         return Tensor(self.said(flat)[0])
 
 
-def gradients(seed: int) -> list[Parameter]:
+def vectors(seed: int) -> list[np.ndarray]:
     rng = np.random.default_rng(seed)
-    return [
-        Parameter(Tensor(rng.normal(size=shape).astype(np.float32)), name=f"g{number}")
-        for number, shape in enumerate([(3, 4), (), (5,), (1, 2, 2)])
-    ]
+    return [rng.normal(size=length).astype(np.float32) for length in (12, 1, 5)]
 
 
-def flat(parameters: list[Parameter]) -> np.ndarray:
-    return np.concatenate([parameter.asnumpy().reshape(-1) for parameter in parameters])
+def test_a_sum_of_vectors_and_numbers() -> None:
+    """A call for each vector; the numbers are behind the last one."""
+    mine, theirs = vectors(0), vectors(1)
 
+    class Both(Wired):
+        def said(self, mine: Tensor) -> list[np.ndarray]:
+            other = [*theirs[:2], np.append(theirs[2], np.float32([0.5, 1.0]))][self.calls]
+            self.calls += 1
+            return [other, mine.asnumpy()]
 
-def test_a_sum_is_one_call_numbers_included() -> None:
-    mine, theirs = gradients(0), gradients(1)
-    expected = flat(mine) + flat(theirs)
-    ranks = Wired(1, [np.append(flat(theirs), np.float32([0.5, 1.0]))])
-    assert ranks.sum(mine, (0.25, False)) == [0.75, 1.0]
-    np.testing.assert_array_equal(flat(mine), expected)
-    assert ranks.calls == 1
-
-
-def test_the_buckets_of_a_device_add_up_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collectives, "BUCKET", 13)
-    mine = gradients(0)
-    assert [[p.name for p in bucket] for bucket in buckets(mine)] == [["g0", "g1"], ["g2", "g3"]]
-    expected = 2 * flat(mine)
-
-    class Echo(Ranks):
-        def all_reduce(self, flat: Tensor) -> Tensor:
-            return flat * 2
-
-    Echo(0, 2).sum_on_device(mine)
-    np.testing.assert_array_equal(flat(mine), expected)
+    ranks = Both(1, [np.empty(0)])
+    sums, numbers = ranks.sum(list(map(Tensor, mine)), (0.25, False))
+    assert numbers == [0.75, 1.0]
+    assert ranks.calls == 3
+    for total, a, b in zip(sums, mine, theirs, strict=True):
+        np.testing.assert_array_equal(total.asnumpy(), a + b)
 
 
 def test_what_is_not_finite_on_one_is_so_for_all() -> None:
     for bad in (np.nan, np.inf, -np.inf):
-        mine, theirs = gradients(0), flat(gradients(1))
+        (mine, *_), (theirs, *_) = vectors(0), vectors(1)
         theirs[3] = bad
-        Wired(0, [np.append(theirs, np.float32(0))]).sum(mine, (1.0,))
-        assert np.flatnonzero(~np.isfinite(flat(mine))).tolist() == [3]
+        sums, _ = Wired(0, [np.append(theirs, np.float32(0))]).sum([Tensor(mine)], (1.0,))
+        assert np.flatnonzero(~np.isfinite(sums[0].asnumpy())).tolist() == [3]
 
 
 def test_rank_0_gives_all_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collectives, "BUCKET", 100)
-    odd = np.array([np.nan, -0.0, 1e-45, np.inf], np.float32)
-    odd.view(np.uint32)[0] |= 0x123  # a NaN that carries something
-    theirs = [odd, np.array(7, np.int32), np.arange(3, dtype=np.float16)]
-    mine = [Parameter(Tensor(np.zeros_like(array)), name=f"p{n}") for n, array in enumerate(theirs)]
-    Wired(1, [as_numbers(b"".join(array.tobytes() for array in theirs)).asnumpy()]).broadcast(mine)
-    for parameter, array in zip(mine, theirs, strict=True):
-        assert parameter.asnumpy().tobytes() == array.tobytes()
+    odd = np.array([[np.nan, -0.0], [1e-45, np.inf]], np.float32)
+    odd.view(np.uint32)[0, 0] |= 0x123  # a NaN that carries something
+    for theirs, kind in (
+        (odd, mstype.float32),
+        (np.array(7, np.int32), mstype.int32),
+        (np.arange(3, dtype=np.float16), mstype.float16),
+    ):
+        told = Wired(1, [as_numbers(theirs.tobytes()).asnumpy()]).broadcast(None, theirs.shape, kind)
+        assert (told.tobytes(), told.dtype, told.shape) == (theirs.tobytes(), theirs.dtype, theirs.shape)
+
+
+def test_what_is_long_is_told_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collectives, "PIECE", 12)
+    long = np.arange(7, dtype=np.float32)
+
+    class First(Ranks):
+        calls = 0
+
+        def from_first(self, flat: Tensor) -> Tensor:
+            self.calls += 1
+            return flat
+
+    ranks = First(0, 2)
+    np.testing.assert_array_equal(ranks.broadcast(long, (7,), mstype.float32), long)
+    assert ranks.calls == 3
 
 
 @pytest.mark.parametrize("length", [0, 1, 2, 8, 255])
@@ -119,7 +124,7 @@ def test_a_rank_that_is_gone_is_said_in_one_line() -> None:
             raise RuntimeError("Connection reset\n\n----- and a page of it")
 
     with pytest.raises(JobError) as error:
-        Alone(2, 4).sum(gradients(0), ())
+        Alone(2, 4).sum([Tensor(vectors(0)[0])], ())
     assert str(error.value) == (
         "rank 2 of 4 has lost the others (Connection reset): look in their logs for the one that ended first; the same "
         "command goes on from the last checkpoint"
@@ -127,10 +132,11 @@ def test_a_rank_that_is_gone_is_said_in_one_line() -> None:
 
 
 def silent(ranks: Ranks) -> list[Callable[[], object]]:
-    mine = gradients(0)
+    mine = Tensor(vectors(0)[0])
     return [
-        lambda: ranks.sum(mine, (1.0,)) == [1.0],
-        lambda: ranks.broadcast(mine) is None,
+        lambda: ranks.sum([mine], (1.0,)) == ([mine], [1.0]),
+        lambda: ranks.gather(mine) is mine,
+        lambda: ranks.broadcast(np.ones(2), (2,), mstype.float32).tolist() == [1, 1],
         lambda: ranks.tell(b"x") == b"x",
         lambda: ranks.tell_numbers(1, 2) == (1, 2),
         lambda: ranks.differing(b"12345678") == [],

@@ -195,7 +195,7 @@ def test_other_data_are_refused(trained, shards_folder):
     less = {"shards": f"{shards_folder}/*.tar", "filter": {"fields": {"shape": "circle"}}}
     shards = Shards.open(build(DataConfig, less), progress=False)
     with pytest.raises(UserError) as error:
-        resume(newest, None, None, shards)
+        resume(newest, None, shards)
     assert str(error.value) == (
         f"data.shards: the samples are no longer those that {newest} was trained on (there are {len(shards)} now; a "
         "shard was changed, added, lost or indexed anew): put them back, or take another run folder"
@@ -312,7 +312,7 @@ def test_ranks_that_are_not_about_to_do_the_same_are_named(trained, shards_folde
 def test_weights_that_drift_apart_end_the_job(shards_folder, t5_folder, tmp_path, monkeypatch):
     run = tmp_path / "run"
     cls, config = config_of(run, shards_folder, t5_folder, steps=9, check_every=3, checkpoint_every=2)
-    monkeypatch.setattr("pipeline.train.step.TrainStep.differing", lambda self: [2])
+    monkeypatch.setattr("pipeline.train.state.State.differing", lambda self: [2])
     with pytest.raises(JobError) as error:
         train(cls(config))
     assert str(error.value).startswith("step 3: the weights of rank 2 are no longer those of the other ranks: ")

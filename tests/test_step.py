@@ -13,9 +13,10 @@ from launch.report import factored
 from pipeline import runtime
 from pipeline.config import ConfigError
 from pipeline.errors import UserError
-from pipeline.nn.parameters import assign
 from pipeline.train.collectives import Ranks
 from pipeline.train.optimizer import OptimizerConfig
+from pipeline.train.precision import LossScale
+from pipeline.train.state import State
 from pipeline.train.step import Outcome, TrainStep
 
 STEPS, HALF, BATCH, DECAY = 12, 6, 4, 0.45
@@ -60,13 +61,16 @@ def losses(weights: Weights, targets: Iterable[np.ndarray]) -> np.ndarray:
     return np.concatenate(parts, 1).sum(1) / 2
 
 
-def make(kind: str, accumulate: int = 1, ranks: Ranks | None = None) -> tuple[Quadratic, TrainStep]:
-    network = Quadratic()
-    return network, TrainStep(network, network, CONFIGS[kind], STEPS, DECAY, accumulate, ranks)
+def make(
+    kind: str, accumulate: int = 1, ranks: Ranks | None = None, shard: bool = False, scale: LossScale | None = None
+) -> tuple[Quadratic, TrainStep]:
+    network, config = Quadratic(), CONFIGS[kind]
+    state = State(network, config, STEPS, DECAY, ranks, shard)
+    return network, TrainStep(network, state, config.clip, accumulate, scale)
 
 
 def snapshot(step: TrainStep) -> dict[str, Weights]:
-    return {file: {name: a.copy() for name, a in arrays.items()} for file, arrays in step.state().items()}
+    return {file: {name: a.copy() for name, a in arrays.items()} for file, arrays in step.state.files().items()}
 
 
 @dataclass
@@ -81,7 +85,7 @@ class History:
 def train(step: TrainStep, first: int = 0) -> History:
     seen = History()
     for number in range(first, STEPS):
-        loss, norm, _ = step(step.parts(batch(number)))
+        loss, norm, *_ = step(step.parts(batch(number)))
         seen.losses.append(loss)
         seen.norms.append(norm)
         seen.states.append(snapshot(step))
@@ -116,13 +120,12 @@ def resumed(kind: str, seen: History) -> tuple[Quadratic, TrainStep, History]:
     """A run from the middle, in a process that already took a step of its own."""
     network, step = make(kind)
     step(step.parts(batch(STEPS)))
-    load(network, step, seen.states[HALF - 1])
+    load(step, seen.states[HALF - 1])
     return network, step, train(step, HALF)
 
 
-def load(network: nn.Cell, step: TrainStep, state: dict[str, Weights]) -> None:
-    assign(network, state["model"], "step_6")
-    step.load(state, "step_6")
+def load(step: TrainStep, state: dict[str, Weights]) -> None:
+    step.state.load(state, "step_6")
 
 
 # The same in NumPy.
@@ -207,12 +210,12 @@ def test_the_average_is_exponential_with_a_young_start(seen: History, reference:
     for state, expected in zip(seen.states, reference.states, strict=True):
         for name in SHAPES:
             np.testing.assert_allclose(state["ema"][name], expected["ema"][name], rtol=0, atol=5e-6)
-    for name, array in trainer.average().items():
+    for name, array in trainer.state.average().items():
         np.testing.assert_array_equal(array, seen.states[-1]["ema"][name])
 
 
 def test_the_rate_told_is_the_schedules(trainer: TrainStep, kind: str) -> None:
-    told = [trainer.lr(step) for step in range(STEPS + 1)]
+    told = [trainer.state.lr(step) for step in range(STEPS + 1)]
     np.testing.assert_allclose(told, [rate(CONFIGS[kind], step) for step in range(STEPS + 1)], rtol=1e-5, atol=1e-9)
     assert told[0] == told[STEPS] == 0.0
 
@@ -252,7 +255,7 @@ class Echo(Ranks):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_ranks_take_the_step_of_their_mean(accumulate: int, kind: str, seen: History) -> None:
-    _, step = make(kind, accumulate, Echo(1, 4))
+    _, step = make(kind, accumulate, Echo(0, 4))
     again = train(step)
     np.testing.assert_allclose(again.losses, seen.losses, rtol=1e-6)
     np.testing.assert_allclose(again.norms, seen.norms, rtol=1e-6)
@@ -267,7 +270,7 @@ def test_ranks_take_the_step_of_their_mean(accumulate: int, kind: str, seen: His
 
 
 def test_one_that_asks_to_stop_is_heard() -> None:
-    _, step = make("adamw", 1, Echo(1, 4))
+    _, step = make("adamw", 1, Echo(0, 4))
     assert step(step.parts(batch(0)), lambda: True).stops == 4
     assert step(step.parts(batch(1))).stops == 0
 
@@ -300,19 +303,19 @@ def test_resumed_is_uninterrupted(seen: History, resumed: tuple[Quadratic, Train
 def test_averaged_is_a_visit(seen: History, resumed: tuple[Quadratic, TrainStep, History]) -> None:
     """Inside, the network has the average; after it, and in all later steps, nothing tells that it was there."""
     network, step, _ = resumed
-    load(network, step, seen.states[HALF - 1])
+    load(step, seen.states[HALF - 1])
     targets = batch(0)
     look = runtime.compile(network.construct)
     for number in range(HALF, STEPS):
         before = snapshot(step)
-        with step.averaged():
+        with step.state.averaged():
             assert_same_bits({"ema": snapshot(step)["model"]}, {"ema": before["ema"]})
             np.testing.assert_allclose(look(*map(Tensor, targets)).asnumpy(), losses(before["ema"], targets), rtol=1e-5)
         assert_same_bits(snapshot(step), before)
         np.testing.assert_allclose(look(*map(Tensor, targets)).asnumpy(), losses(before["model"], targets), rtol=1e-5)
         assert step(step.parts(batch(number)))[:2] == (seen.losses[number], seen.norms[number])
         assert_same_bits(snapshot(step), seen.states[number])
-    with pytest.raises(KeyError, match="picture"), step.averaged():
+    with pytest.raises(KeyError, match="picture"), step.state.averaged():
         raise KeyError("picture")
     assert_same_bits(snapshot(step), seen.states[-1])
 
@@ -336,7 +339,7 @@ def test_a_checkpoint_of_another_configuration(
     else:
         state[file][name] = np.zeros(found, np.float32)
     with pytest.raises(UserError) as error:
-        step.load(state, "runs/x/checkpoints/step_0000006")
+        step.state.load(state, "runs/x/checkpoints/step_0000006")
     where = f"runs/x/checkpoints/step_0000006/{file}.safetensors"
     assert str(error.value) == f"{where}: {message}; it was made by another configuration"
 

@@ -31,10 +31,12 @@ from pipeline.files import lock, write_atomically
 from pipeline.heartbeat import Heartbeat
 from pipeline.log import RunLog
 from pipeline.manifest import write_stage
-from pipeline.nn.parameters import assign, initialize, num_parameters
+from pipeline.nn.parameters import initialize, num_parameters
 from pipeline.nn.text_encoder import TextConfig
 from pipeline.train.collectives import Ranks
 from pipeline.train.optimizer import OptimizerConfig
+from pipeline.train.precision import LossScale, Precision, lower
+from pipeline.train.state import State
 from pipeline.train.step import TrainStep
 
 log = logging.getLogger("cascade")
@@ -45,7 +47,9 @@ class TrainConfig:
     """How long, and what is kept and shown on the way. `every` counts steps; 0 is never."""
 
     steps: int = 2_500_000
-    accumulate: int = 1  # parts into which a process's batch is cut to save memory
+    accumulate: int = 1  # parts into which a rank's batch is cut to save memory
+    precision: Precision = "float32"  # of convolutions and matrix products
+    shard_optimizer: bool = False  # each rank keeps a share of AdamW's state and of the EMA (ZeRO-1)
     ema_decay: float = 0.9999
     checkpoint_every: int = 5_000
     keep_checkpoints: int = 3
@@ -103,6 +107,8 @@ class Trainee(Protocol):
     def facts(self) -> dict[str, Any]: ...
 
 
+COUNTS = ("step", "skipped", "loss_scale", "good_steps")  # of a checkpoint's state.json
+
 # What may change between two attempts of one run, because the steps done so far would have been the same.
 FREE = ("run", "train.steps", "train.checkpoint_every", "train.keep_checkpoints", "train.report_every",
         "train.sample_every", "train.num_samples", "train.max_skipped", "train.check_every", "data.workers",
@@ -140,26 +146,23 @@ def run(stage: Trainee, ranks: Ranks, heart: Heartbeat, stop: Callable[[], bool]
         quarantine = folder / "quarantine.jsonl"
         loader = Loader(shards, text, config.seed, config.size, stage.window, stage.batch, quarantine, places)
         initialize(stage.network, config.seed)
-        trainer = TrainStep(
-            stage.network,
-            stage.loss,
-            config.optimizer,
-            config.train.steps,
-            config.train.ema_decay,
-            config.train.accumulate,
-            ranks,
+        lower(stage.network, config.train.precision)
+        state = State(
+            *(stage.network, config.optimizer, config.train.steps, config.train.ema_decay),
+            *(ranks, config.train.shard_optimizer),
         )
-        done, skipped = ranks.tell_numbers(*(resume(newest, trainer, stage.network, shards) if newest else (0, 0)))
-        trainer.begin()
+        scale = LossScale(config.train.precision)
+        trainer = TrainStep(stage.loss, state, config.optimizer.clip, config.train.accumulate, scale)
+        done, skipped = resume(newest, trainer, shards)
         log.info(
             "%s: %.2fM parameters, %d samples in %d shards, %s, %d ranks, step %d of %d",
             *(folder, num_parameters(stage.network) / 1e6, len(shards), len(shards.indexes), shards.account()),
             *(ranks.world, done, config.train.steps),
         )
         finished = done >= config.train.steps or steps(stage, loader, trainer, heart, done, skipped, stop)
+        average = state.average() if finished else {}
         if finished and first:
-            facts = manifest(stage, text.recipe.encoder, max(done, config.train.steps))
-            write_stage(folder / "stage", facts, trainer.average())
+            write_stage(folder / "stage", manifest(stage, text.recipe.encoder, max(done, config.train.steps)), average)
             log.info("%s: done, the stage is in %s", folder, folder / "stage")
         return finished
 
@@ -174,7 +177,7 @@ def steps(
     stop: Callable[[], bool],
 ) -> bool:
     """From step `done`, of which `skipped` were not taken, to the last; False if stopped before."""
-    config, folder, first = stage.config.train, Path(stage.config.run), trainer.ranks.rank == 0
+    config, folder, first = stage.config.train, Path(stage.config.run), trainer.state.ranks.rank == 0
     log.info("compiling the training step, once a run")
     heart.beat("compiling", done)
     with (
@@ -186,8 +189,11 @@ def steps(
             outcome = trainer(parts, stop)
             heart.beat("training", step)
             writer.check()
-            skipped, in_a_row = (skipped, 0) if outcome.taken else (skipped + 1, in_a_row + 1)
-            if not outcome.taken:
+            skipped += not outcome.taken
+            in_a_row = 0 if outcome.taken else in_a_row + (not outcome.overflow)
+            if outcome.overflow:
+                log.info("%s: step %d overflows, the loss scale is now %g", folder, step, trainer.scale.value)
+            elif not outcome.taken:
                 said = f"{folder}: step {step}: loss {outcome.loss}, gradient norm {outcome.norm}"
                 if in_a_row == config.max_skipped:
                     raise JobError(
@@ -203,7 +209,7 @@ def steps(
                     step,
                     {
                         "loss": outcome.loss,
-                        "lr": trainer.lr(step - 1 - skipped),
+                        "lr": trainer.state.lr(step - 1 - skipped),
                         "grad_norm": outcome.norm,
                         "images_per_second": stage.config.data.global_batch / seconds,
                         "seconds": seconds,
@@ -213,14 +219,19 @@ def steps(
                 )
                 since, last = time.perf_counter(), step
             if ending or (config.check_every and step % config.check_every == 0):
-                stay_alike(trainer, step)
-            if first and config.sample_every and step % config.sample_every == 0:
+                stay_alike(trainer.state, step)
+            if config.sample_every and step % config.sample_every == 0:
                 heart.beat("sampling")
-                with trainer.averaged():
-                    report.picture(step, stage.picture(*loader.first(config.num_samples)))
-            if first and (step % config.checkpoint_every == 0 or ending or stopping):
+                with trainer.state.averaged():
+                    if first:
+                        report.picture(step, stage.picture(*loader.first(config.num_samples)))
+            if step % config.checkpoint_every == 0 or ending or stopping:
                 heart.beat("checkpoint")
-                writer.save(step, trainer.state(), {"step": step, "skipped": skipped, "data": loader.shards.digest})
+                counts = (step, skipped, int(trainer.scale.value), trainer.scale.good)
+                tensors = trainer.state.files()
+                if first:
+                    facts = {**dict(zip(COUNTS, counts, strict=True)), "data": loader.shards.digest}
+                    writer.save(step, tensors, facts)
             if stopping and not ending:
                 writer.join()
                 log.info("%s: stopped after step %d, saved; the same command goes on from there", folder, step)
@@ -238,9 +249,9 @@ def meet(ranks: Ranks, config: Config, shards: Shards) -> None:
         )
 
 
-def stay_alike(trainer: TrainStep, step: int) -> None:
+def stay_alike(state: State, step: int) -> None:
     """JobError unless all ranks have the same weights, bit for bit."""
-    others = trainer.differing()
+    others = state.differing()
     if others:
         raise JobError(
             f"step {step}: the weights of rank {', '.join(map(str, others))} are no longer those of the other ranks: "
@@ -263,20 +274,25 @@ def settle(run: Path, config: Config) -> Path | None:
     return newest
 
 
-def resume(path: Path, trainer: TrainStep, network: nn.Cell, shards: Shards) -> tuple[int, int]:
-    """Loads the checkpoint; its step, and how many of its steps were skipped. UserError if the data are no longer those
-    that led to it.
+def resume(newest: Path | None, trainer: TrainStep, shards: Shards) -> tuple[int, int]:
+    """Brings all ranks to the checkpoint `newest`, of which rank 0 knows; its step, and how many were skipped before.
+
+    UserError if the data are no longer those that led to it.
     """
-    tensors, state = checkpoint.load(path)
-    if state.get("data", shards.digest) != shards.digest:
-        raise UserError(
-            f"data.shards: the samples are no longer those that {path} was trained on (there are {len(shards):,} now; "
-            "a shard was changed, added, lost or indexed anew): put them back, or take another run folder"
-        )
-    assign(network, tensors["model"], str(path / "model.safetensors"))
-    trainer.load(tensors, str(path))
-    log.info("resuming from %s", path)
-    return int(state["step"]), int(state.get("skipped", 0))
+    tensors, state = checkpoint.Tensors(), dict[str, Any]()
+    if newest:
+        tensors, state = checkpoint.load(newest)
+        if state.get("data", shards.digest) != shards.digest:
+            raise UserError(
+                f"data.shards: the samples are no longer those that {newest} was trained on (there are {len(shards):,} "
+                "now; a shard was changed, added, lost or indexed anew): put them back, or take another run folder"
+            )
+    done, skipped, scale, good = trainer.state.ranks.tell_numbers(*(state.get(name, 0) for name in COUNTS))
+    if done:
+        trainer.state.load(tensors, str(newest))
+        trainer.scale.value, trainer.scale.good = float(scale) or trainer.scale.value, good
+        log.info("resuming from %s", newest)
+    return done, skipped
 
 
 def share(config: Config, rank: int = 0, world: int = 1) -> range:

@@ -1,4 +1,4 @@
-"""The optimizer, its learning rate and the gradient's limit: MindFormers' and MindSpore's own, chosen by config."""
+"""The optimizer and its learning rate: MindFormers' and MindSpore's own, chosen by config."""
 
 import logging
 import warnings
@@ -33,24 +33,23 @@ class OptimizerConfig:
             raise ConfigError(f"betas: {list(self.betas)} are not between 0 and 1; usual are [0.9, 0.999]")
 
 
-def mindformers() -> tuple[type, type, type]:
-    """MindFormers' AdamW, cosine schedule and clip. Its import is slow and warns of packages we do not use."""
+def mindformers() -> tuple[type, type]:
+    """MindFormers' AdamW and cosine schedule. Its import is slow and warns of packages we do not use."""
     quiet = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            from mindformers.core.clip_grad import ClipGradNorm
             from mindformers.core.lr import CosineWithWarmUpLR
             from mindformers.core.optim import AdamW
     finally:
         logging.disable(quiet)
-    return AdamW, CosineWithWarmUpLR, ClipGradNorm
+    return AdamW, CosineWithWarmUpLR
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> nn.Cell:
     """Linear warm-up, then cosine decay to 0 at `steps`: a cell from step (from 0) to rate."""
-    _, cosine, _ = mindformers()
+    _, cosine = mindformers()
     return cosine(learning_rate=config.lr, warmup_steps=config.warmup_steps, total_steps=steps)
 
 
@@ -67,11 +66,5 @@ def optimizer(config: OptimizerConfig, parameters: list[Parameter], rate: nn.Cel
         )
         adafactor.exp_avg[0].name = "no_first_moment"  # one placeholder for all; its own name is another each time
         return adafactor
-    adamw, _, _ = mindformers()
+    adamw, _ = mindformers()
     return adamw(parameters, learning_rate=rate, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
-
-
-def clip(config: OptimizerConfig) -> nn.Cell:
-    """A cell from gradients to (gradients of at most `config.clip` in norm, the norm before)."""
-    _, _, clip_norm = mindformers()
-    return clip_norm(max_norm=config.clip)
