@@ -43,7 +43,7 @@ def check_stage(path: str, overrides: Sequence[str]) -> dict[str, Any]:
     return {
         "config": {**to_dict(config), "launch": to_dict(launch)},
         "parameters": num_parameters(network),
-        "memory": memory(network, config),
+        "memory": memory(network, config, launch.size),
         "data": data(config),
         "argv": command(launch, path, overrides),
         **({"nodes": nodes(launch, config.run, path, overrides)} if launch.launcher != "none" else {}),
@@ -58,15 +58,20 @@ def nodes(launch: LaunchConfig, run: str, path: str, overrides: Sequence[str]) -
     return [[vars(process) for process in processes(node, program, attempt, port)] for node in every]
 
 
-def memory(network: Any, config: Any) -> dict[str, int]:
-    """Bytes that a process holds whatever the batch, in float32; activations come on top."""
+def memory(network: Any, config: Any, world: int) -> dict[str, int]:
+    """Bytes that each of `world` ranks holds whatever the batch, in float32; activations come on top.
+
+    Gradients twice, as they are taken and joined to vectors, and once more to add up parts; AdamW works on a copy of
+    the weights and keeps two moments.
+    """
     shapes = [tuple(parameter.shape) for parameter in network.trainable_params()]
     number = sum(map(math.prod, shapes))
+    share = number // (world if config.train.shard_optimizer else 1)
     held = {
         "weights": number,
-        "gradients": number * (2 if config.train.accumulate > 1 else 1),
-        "ema": number,
-        "optimizer": sum(map(factored, shapes)) if config.optimizer.kind == "adafactor" else 2 * number,
+        "gradients": number * (3 if config.train.accumulate > 1 else 2),
+        "ema": share,
+        "optimizer": sum(map(factored, shapes)) if config.optimizer.kind == "adafactor" else 3 * share,
     }
     return {name: 4 * size for name, size in {**held, "total": sum(held.values())}.items()}
 

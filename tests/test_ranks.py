@@ -76,19 +76,17 @@ def alone(raw: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def job(raw: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the ranks answered, in NAME.rank_R.json: a whole run, one that rank 1 spoils, one that rank 1 stops, the
-    same continued, one that always fails, one that is stopped.
+    """What the ranks answered, in NAME.rank_R.json: a whole run, one that rank 1 stops, the same continued with the
+    optimizer in shares, one that rank 1 spoils, one that always fails, one in shares that is stopped.
     """
     folder = tmp_path_factory.mktemp("job") / "job"
-    pieces = raw("pieces", steps=12)
     runs = [
         {"name": "whole", "raw": raw("whole")},
-        {"name": "twelve", "raw": raw("twelve", steps=12)},
-        {"name": "stopped", "raw": pieces, "stop": [1, STOP]},
-        {"name": "continued", "raw": pieces},
+        {"name": "stopped", "raw": raw("pieces"), "stop": [1, STOP]},
+        {"name": "continued", "raw": raw("pieces", shard_optimizer=True)},
         {"name": "spoiled", "raw": raw("spoiled", steps=8, accumulate=2), "nan": [1, BAD]},
         {"name": "endless", "raw": raw("endless", steps=8, max_skipped=1), "nan": [1, BAD]},
-        {"name": "left", "raw": raw("left"), "stop": [0, STOP]},
+        {"name": "left", "raw": raw("left", shard_optimizer=True), "stop": [0, STOP]},
     ]
     msrun(folder, runs)
     return folder
@@ -125,12 +123,12 @@ def test_a_signal_to_one_stops_both_after_the_same_step(job: Path) -> None:
         assert (answer["finished"], answer["steps"]) == (False, STOP)
 
 
-def test_continued_is_uninterrupted_bit_for_bit(job: Path, raw: Any) -> None:
-    whole, pieces = Path(raw("twelve")["run"]), Path(raw("pieces")["run"])
+def test_continued_in_shares_is_uninterrupted_bit_for_bit(job: Path, raw: Any) -> None:
+    whole, pieces = Path(raw("whole")["run"]), Path(raw("pieces")["run"])
     exact = [[(m["step"], m["loss"], m["lr"], m["grad_norm"]) for m in metrics(run)] for run in (whole, pieces)]
     assert exact[0] == exact[1]
     for file in ("model", "ema", "optimizer"):
-        a, b = (load_file(run / "checkpoints" / "step_0000012" / f"{file}.safetensors") for run in (whole, pieces))
+        a, b = (load_file(run / "checkpoints" / f"step_{STEPS:07d}" / f"{file}.safetensors") for run in (whole, pieces))
         assert all(a[name].tobytes() == b[name].tobytes() for name in a)
 
 

@@ -12,7 +12,7 @@ from mindspore import Parameter, Tensor, nn
 from launch.report import factored
 from pipeline import runtime
 from pipeline.config import ConfigError
-from pipeline.errors import UserError
+from pipeline.errors import JobError, UserError
 from pipeline.train.collectives import Ranks
 from pipeline.train.optimizer import OptimizerConfig
 from pipeline.train.precision import LossScale
@@ -273,6 +273,72 @@ def test_one_that_asks_to_stop_is_heard() -> None:
     _, step = make("adamw", 1, Echo(0, 4))
     assert step(step.parts(batch(0)), lambda: True).stops == 4
     assert step(step.parts(batch(1))).stops == 0
+
+
+def test_ranks_whose_weights_drift_apart_are_named() -> None:
+    class Watched(Ranks):
+        odd = [2]  # noqa: RUF012
+
+        def differing(self, digest: bytes) -> list[int]:
+            return self.odd
+
+    _, step = make("adamw", 1, Watched(0, 4))
+    with pytest.raises(JobError) as error:
+        step.state.check_alike(7)
+    assert str(error.value).startswith("step 7: the weights of rank 2 are no longer those of the other ranks: ")
+    Watched.odd = []
+    step.state.check_alike(8)
+
+
+class Share(Echo):
+    """Rank 0, whose share of what is gathered stands for everyone's."""
+
+    def all_gather(self, flat: Tensor) -> Tensor:
+        return Tensor(np.tile(flat.asnumpy(), self.world))
+
+
+def test_a_share_of_the_optimizer_makes_the_step_of_that_share(seen: History, kind: str) -> None:
+    """Of the bucket's 53 numbers rank 0 of 3 has 18, the matrix and the vector; one is padding."""
+    if kind == "adafactor":
+        with pytest.raises(ConfigError, match=r"train\.shard_optimizer: adafactor factors whole matrices"):
+            make(kind, 1, Share(0, 3), shard=True)
+        return
+    _, step = make(kind, 1, Share(0, 3), shard=True)
+    assert [bucket.size for bucket in step.state.buckets] == [54]
+    assert {p.shape for p in step.state.moments if p.size > 1} == {(18,)}
+    expected = make(kind)[1].state
+    sums = [Tensor(np.random.default_rng(0).normal(size=54).astype(np.float32))]
+    step.state.update(sums, 0.5)
+    expected.update([sums[0][:53]], 0.5)
+    for file in ("model", "ema"):
+        for name in ("matrix", "vector"):
+            mine, whole = (state.files(file)[file][name] for state in (step.state, expected))
+            np.testing.assert_array_equal(mine, whole)
+
+
+def test_weights_are_spread_alike_on_every_device() -> None:
+    """The compiled branch that is an Ascend's, on a CPU."""
+    network, step = make("adamw")
+    vectors = [Tensor(np.arange(bucket.size, dtype=np.float32)) for bucket in step.state.buckets]
+    step.state._spread(*vectors).asnumpy()
+    (views,) = [b.views(v.asnumpy()) for b, v in zip(step.state.buckets, vectors, strict=True)]
+    for parameter in network.trainable_params():
+        np.testing.assert_array_equal(parameter.asnumpy(), views[parameter.name])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_loss_scale_changes_nothing_but_what_overflows(accumulate: int, seen: History, kind: str) -> None:
+    """Powers of two are exact; the first steps overflow, are not taken, and are no fault."""
+    scale = LossScale("float16")
+    scale.value = 2.0**125
+    _, step = make(kind, accumulate, scale=scale)
+    overflows = 0
+    for number in range(STEPS):
+        while (outcome := step(step.parts(batch(number)))).overflow:
+            overflows += 1
+            assert not outcome.taken
+        np.testing.assert_allclose(outcome[:2], (seen.losses[number], seen.norms[number]), rtol=1e-5)
+    assert overflows > 2
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -22,12 +22,12 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from pipeline import checkpoint, runtime
-from pipeline.config import ConfigError, differences, dump, read_yaml, to_dict
+from pipeline.config import ConfigError, dump, to_dict
 from pipeline.data.loader import Arrays, Loader
 from pipeline.data.shards import DataConfig, Shards
 from pipeline.data.text import open_text
 from pipeline.errors import JobError, UserError
-from pipeline.files import lock, write_atomically
+from pipeline.files import lock
 from pipeline.heartbeat import Heartbeat
 from pipeline.log import RunLog
 from pipeline.manifest import write_stage
@@ -36,8 +36,9 @@ from pipeline.nn.text_encoder import TextConfig
 from pipeline.train.collectives import Ranks
 from pipeline.train.optimizer import OptimizerConfig
 from pipeline.train.precision import LossScale, Precision, lower
+from pipeline.train.resume import facts, resume, settle
 from pipeline.train.state import State
-from pipeline.train.step import TrainStep
+from pipeline.train.step import Outcome, TrainStep
 
 log = logging.getLogger("cascade")
 
@@ -105,14 +106,6 @@ class Trainee(Protocol):
     def loss(self, *tensors: Tensor) -> Tensor: ...
     def picture(self, pictures: np.ndarray, text_BLD: np.ndarray, mask_BL: np.ndarray) -> np.ndarray: ...
     def facts(self) -> dict[str, Any]: ...
-
-
-COUNTS = ("step", "skipped", "loss_scale", "good_steps")  # of a checkpoint's state.json
-
-# What may change between two attempts of one run, because the steps done so far would have been the same.
-FREE = ("run", "train.steps", "train.checkpoint_every", "train.keep_checkpoints", "train.report_every",
-        "train.sample_every", "train.num_samples", "train.max_skipped", "train.check_every", "data.workers",
-        "data.max_damage", "data.cache", "sample.")  # fmt: skip
 
 
 def train(stage: Trainee, stop: Callable[[], bool] = bool) -> bool:
@@ -190,17 +183,7 @@ def steps(
             heart.beat("training", step)
             writer.check()
             skipped += not outcome.taken
-            in_a_row = 0 if outcome.taken else in_a_row + (not outcome.overflow)
-            if outcome.overflow:
-                log.info("%s: step %d overflows, the loss scale is now %g", folder, step, trainer.scale.value)
-            elif not outcome.taken:
-                said = f"{folder}: step {step}: loss {outcome.loss}, gradient norm {outcome.norm}"
-                if in_a_row == config.max_skipped:
-                    raise JobError(
-                        f"{said}, and so for {in_a_row} steps in a row (train.max_skipped), none of which was taken; "
-                        "lower optimizer.lr or look at the data; the last checkpoint is good"
-                    )
-                log.warning("%s: the step is not taken", said)
+            in_a_row = untaken(outcome, in_a_row, config.max_skipped, f"{folder}: step {step}")
             stopping, ending = outcome.stops > 0, step == config.steps
             report.advance(step)
             if first and (step % config.report_every == 0 or ending):
@@ -219,7 +202,7 @@ def steps(
                 )
                 since, last = time.perf_counter(), step
             if ending or (config.check_every and step % config.check_every == 0):
-                stay_alike(trainer.state, step)
+                trainer.state.check_alike(step)
             if config.sample_every and step % config.sample_every == 0:
                 heart.beat("sampling")
                 with trainer.state.averaged():
@@ -227,11 +210,9 @@ def steps(
                         report.picture(step, stage.picture(*loader.first(config.num_samples)))
             if step % config.checkpoint_every == 0 or ending or stopping:
                 heart.beat("checkpoint")
-                counts = (step, skipped, int(trainer.scale.value), trainer.scale.good)
                 tensors = trainer.state.files()
                 if first:
-                    facts = {**dict(zip(COUNTS, counts, strict=True)), "data": loader.shards.digest}
-                    writer.save(step, tensors, facts)
+                    writer.save(step, tensors, facts(step, skipped, trainer.scale, loader.shards))
             if stopping and not ending:
                 writer.join()
                 log.info("%s: stopped after step %d, saved; the same command goes on from there", folder, step)
@@ -249,50 +230,21 @@ def meet(ranks: Ranks, config: Config, shards: Shards) -> None:
         )
 
 
-def stay_alike(state: State, step: int) -> None:
-    """JobError unless all ranks have the same weights, bit for bit."""
-    others = state.differing()
-    if others:
+def untaken(outcome: Outcome, before: int, limit: int, where: str) -> int:
+    """Steps in a row that were not taken, `before` of them before this one. JobError if they are `limit`."""
+    if outcome.taken:
+        return 0
+    if outcome.overflow:  # what a loss scale is there for
+        log.info("%s: the gradient overflows, the loss scale is halved", where)
+        return before
+    said = f"{where}: loss {outcome.loss}, gradient norm {outcome.norm}"
+    if before + 1 == limit:
         raise JobError(
-            f"step {step}: the weights of rank {', '.join(map(str, others))} are no longer those of the other ranks: "
-            "suspect its memory or device; the same command goes on from the last checkpoint"
+            f"{said}, and so for {limit} steps in a row (train.max_skipped), none of which was taken; lower "
+            "optimizer.lr or look at the data; the last checkpoint is good"
         )
-
-
-def settle(run: Path, config: Config) -> Path | None:
-    """The checkpoint to go on from, if any, once the configuration is known to be the run's own; saves it."""
-    newest = checkpoint.newest(run / "checkpoints")
-    saved = run / "config.yaml"
-    if newest and saved.exists():
-        for path, before, now in differences(read_yaml(saved), to_dict(config)):
-            if not path.startswith(FREE):
-                raise UserError(
-                    f"{path}: was {before} when {run} was trained to {newest.name} and is {now} now; take the old "
-                    "value, or another run folder"
-                )
-    write_atomically(saved, dump(config).encode())
-    return newest
-
-
-def resume(newest: Path | None, trainer: TrainStep, shards: Shards) -> tuple[int, int]:
-    """Brings all ranks to the checkpoint `newest`, of which rank 0 knows; its step, and how many were skipped before.
-
-    UserError if the data are no longer those that led to it.
-    """
-    tensors, state = checkpoint.Tensors(), dict[str, Any]()
-    if newest:
-        tensors, state = checkpoint.load(newest)
-        if state.get("data", shards.digest) != shards.digest:
-            raise UserError(
-                f"data.shards: the samples are no longer those that {newest} was trained on (there are {len(shards):,} "
-                "now; a shard was changed, added, lost or indexed anew): put them back, or take another run folder"
-            )
-    done, skipped, scale, good = trainer.state.ranks.tell_numbers(*(state.get(name, 0) for name in COUNTS))
-    if done:
-        trainer.state.load(tensors, str(newest))
-        trainer.scale.value, trainer.scale.good = float(scale) or trainer.scale.value, good
-        log.info("resuming from %s", newest)
-    return done, skipped
+    log.warning("%s: the step is not taken", said)
+    return before + 1
 
 
 def share(config: Config, rank: int = 0, world: int = 1) -> range:

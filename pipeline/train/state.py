@@ -14,7 +14,7 @@ from mindspore import dtype as mstype
 
 from pipeline import runtime
 from pipeline.config import ConfigError
-from pipeline.errors import UserError
+from pipeline.errors import JobError, UserError
 from pipeline.nn.parameters import put
 from pipeline.train.buckets import Bucket, buckets
 from pipeline.train.collectives import Ranks
@@ -131,12 +131,18 @@ class State:
             for p, array in zip(self.parameters, own, strict=True):
                 put(p, array)
 
-    def differing(self) -> list[int]:
-        """The ranks whose parameters are no longer those of the others, bit for bit."""
+    def check_alike(self, step: int) -> None:
+        """JobError unless all ranks have the same parameters, bit for bit."""
+        if self.ranks.world == 1:
+            return
         digest = blake2b(digest_size=8)
-        for parameter in self.parameters if self.ranks.world > 1 else ():
+        for parameter in self.parameters:
             digest.update(np.ascontiguousarray(parameter.asnumpy()).data)
-        return self.ranks.differing(digest.digest())
+        if others := self.ranks.differing(digest.digest()):
+            raise JobError(
+                f"step {step}: the weights of rank {', '.join(map(str, others))} are no longer those of the other "
+                "ranks: suspect its memory or device; the same command goes on from the last checkpoint"
+            )
 
     # Where things are.
 
