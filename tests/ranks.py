@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -65,4 +66,8 @@ def spoil(stage: Any, bad: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    try:
+        main(Path(sys.argv[1]))
+    except BaseException:
+        (Path(sys.argv[1]).parent / f"crash.{os.getpid()}").write_text(traceback.format_exc())
+        raise

@@ -2,15 +2,20 @@
 
 import json
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from safetensors.numpy import load_file
 
+from launch.status import status
 from pipeline.config import build
 from pipeline.kinds import stage_class
 from pipeline.train.loop import train
@@ -46,7 +51,10 @@ def msrun(folder: Path, runs: list[dict[str, Any]]) -> None:
             [*argv, str(ROOT / "tests" / "ranks.py"), str(folder / "job.json")], stdout=file, stderr=file, env=env
         )
         try:
-            code = process.wait(PATIENCE)
+            end = time.monotonic() + PATIENCE
+            while (code := process.poll()) is None and not list(folder.glob("crash.*")):  # msrun would wait on
+                assert time.monotonic() < end
+                time.sleep(0.2)
         finally:
             process.kill()
             process.wait()
@@ -156,3 +164,38 @@ def test_each_says_what_it_does(job: Path) -> None:
     for rank in range(2):
         said = json.loads((job / f"rank_{rank}.json").read_text())
         assert (said["rank"], said["phase"], said["step"], said["error"]) == (rank, "finished", STOP, None)
+
+
+@pytest.mark.parametrize("launcher", ["msrun", "mpirun"])
+def test_a_job_whose_rank_is_killed_ends_as_if_it_were_not(launcher: str, job: Path, raw: Any, tmp_path: Path) -> None:
+    """`cascade train` as a user starts it, and a rank killed with SIGKILL at a step that nobody chose."""
+    if not shutil.which(launcher, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"):
+        pytest.skip(f"there is no {launcher} here; install openmpi-bin")
+    whole, config = Path(raw("whole")["run"]), raw(launcher)
+    run = Path(config["run"])
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(config))
+    options = [f"launch.launcher={launcher}", "launch.workers=2", "launch.restarts=1"]
+    argv = [sys.executable, "-m", "launch", "train", str(tmp_path / "base.yaml"), *options]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(argv, stdout=log, stderr=log, cwd=ROOT)
+    try:
+        end = time.monotonic() + PATIENCE
+        while not (run / "metrics.jsonl").exists() or len(metrics(run)) < 12:
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        os.kill(json.loads((run / "logs" / "attempt-0" / "rank_1.json").read_text())["pid"], signal.SIGKILL)
+        code = process.wait(PATIENCE)
+    finally:
+        process.terminate()
+        process.wait(120)
+    said = (tmp_path / "log").read_text()
+    assert code == 0, said
+    assert "): killed by SIGKILL\n" in said
+    assert f"{run}: restart 1 of 1 without a new checkpoint, in 2 s\n" in said
+    exact = [[(m["step"], m["loss"], m["lr"], m["grad_norm"]) for m in metrics(each)] for each in (whole, run)]
+    assert exact[0] == exact[1]
+    for file in ("model", "ema", "optimizer"):
+        a, b = ((each / "checkpoints" / f"step_{STEPS:07d}" / f"{file}.safetensors") for each in (whole, run))
+        assert a.read_bytes() == b.read_bytes()
+    assert status(run)["restarts"] == 1
