@@ -39,7 +39,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def config_of(run: Path, shards: Path, t5: Path, **train_options: int) -> Any:
+def config_of(run: Path, shards: Path, t5: Path, **train_options: Any) -> Any:
     raw = stage_yaml("base", run, shards, t5)
     raw["train"] |= train_options
     cls = stage_class("base")
@@ -293,6 +293,20 @@ def test_too_many_in_a_row_end_the_job(shards_folder, t5_folder, tmp_path, monke
         "was taken; lower optimizer.lr or look at the data; the last checkpoint is good"
     )
     assert checkpoint.newest(run / "checkpoints").name == "step_0000004"
+
+
+def test_in_sixteen_bits_it_is_nearly_the_same_run(trained, shards_folder, t5_folder, tmp_path):
+    """The first step that moves a weight is the second: its learning rate is the first that is not 0."""
+    run = tmp_path / "run"
+    cls, config = config_of(run, shards_folder, t5_folder, precision="float16")
+    assert train(cls(config))
+    ours, theirs = metrics(run), metrics(trained / "base")
+    for name, near in (("loss", 2e-3), ("grad_norm", 2e-2)):
+        assert [report[name] for report in ours] == pytest.approx([report[name] for report in theirs], rel=near)
+        assert ours[-1][name] != theirs[-1][name]
+    state = json.loads((run / "checkpoints" / "step_0000004" / "state.json").read_text())
+    assert (state["loss_scale"], state["good_steps"], state["skipped"]) == (2**16, 4, 0)
+    assert {array.dtype for array in load_file(run / "stage" / "unet.safetensors").values()} == {np.dtype(np.float32)}
 
 
 # Several ranks, as far as one process can have them; test_ranks.py has real ones.

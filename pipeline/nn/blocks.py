@@ -58,19 +58,19 @@ def split_heads(tokens_BNC: Tensor, num_heads: int) -> Tensor:
 
 
 def attention(q_BKNc: Tensor, k_BKMc: Tensor, v_BKMc: Tensor, bias: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(c) + bias) v, in (B, K, N, c); `bias` goes with (B, K, N, M).
+    """softmax(q k^T / sqrt(c) + bias) v, in (B, K, N, c); `bias` goes with (B, K, N, M). The softmax is float32's.
 
     The plain formula: the one place where a device's fused kernel would branch off.
     """
     scores = ops.matmul(q_BKNc * q_BKNc.shape[-1] ** -0.5, k_BKMc.swapaxes(-1, -2)) + bias
-    return ops.matmul(ops.softmax(scores, axis=-1), v_BKMc)
+    return ops.matmul(ops.softmax(scores, axis=-1).astype(v_BKMc.dtype), v_BKMc)
 
 
 class Norm(nn.Cell):
     """Group normalization (Wu & He, arXiv 1803.08494), an optional scale and shift by the embedding, an optional SiLU.
 
     All of it but SiLU is one multiplication and one addition a channel, so the image is passed over once: it is read as
-    rows (B C, H W), the factors as a column.
+    rows (B C, H W), the factors as a column. Computed in float32, answered in the input's type.
     """
 
     def __init__(self, width: int, silu: bool = True) -> None:
@@ -83,7 +83,8 @@ class Norm(nn.Cell):
 
     def construct(self, x_BCHW: Tensor, scale_shift: Tensor | None = None) -> Tensor:
         B, C, H, W = x_BCHW.shape
-        rows = x_BCHW.reshape((B * self.groups, -1))
+        x = x_BCHW.astype(mstype.float32)
+        rows = x.reshape((B * self.groups, -1))
         mean = rows.mean(axis=1, keep_dims=True)
         variance = (rows * rows).mean(axis=1, keep_dims=True) - mean * mean
         per_group = (B, self.groups, C // self.groups)
@@ -93,10 +94,10 @@ class Norm(nn.Cell):
         if scale_shift is not None:
             scale, shift = ops.chunk(scale_shift, 2, 1)
             factor, offset = factor * (1.0 + scale), offset * (1.0 + scale) + shift
-        y = x_BCHW.reshape((B * C, H * W)) * factor.reshape((-1, 1)) + offset.reshape((-1, 1))
+        y = x.reshape((B * C, H * W)) * factor.reshape((-1, 1)) + offset.reshape((-1, 1))
         if self.silu:
             y = y * ops.sigmoid(y)
-        return y.reshape((B, C, H, W))
+        return y.reshape((B, C, H, W)).astype(x_BCHW.dtype)
 
 
 class ResBlock(nn.Cell):

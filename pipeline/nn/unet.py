@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mindspore import Tensor, nn, ops
+from mindspore import dtype as mstype
 
 from pipeline.config import ConfigError
 from pipeline.nn.blocks import (
@@ -109,7 +110,7 @@ class UNet(nn.Cell):
 
     def construct(self, x_BCHW: Tensor, logsnr_BT: Tensor, text_BLD: Tensor, mask_BL: Tensor) -> Tensor:
         bias_BL = (1.0 - mask_BL) * PADDING
-        text = self.text_in(self.text_norm(text_BLD))
+        text = self.text_in(self.text_norm(text_BLD)).astype(mstype.float32)
         emb = self.text_pool(text, bias_BL)
         for i, level in enumerate(self.levels):
             emb = emb + level(logsnr_BT[:, i])
@@ -125,7 +126,7 @@ class UNet(nn.Cell):
         h = self.norm(h)
         if self.stem_to_head:  # not normalized: so the low resolution keeps its contrast, and copying it is linear
             h = ops.cat((h, skips[0] * self.skip_scale), 1)
-        return channels_to_space(self.head(h), self.patch)
+        return channels_to_space(self.head(h), self.patch).astype(mstype.float32)
 
 
 Stacks = tuple[list[Stack], Stack, list[Stack]]
