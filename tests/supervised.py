@@ -9,8 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from launch.attempt import Limits
 from launch.command import LaunchConfig, Process, processes
-from launch.supervisor import Limits, supervise
+from launch.supervisor import supervise
 from launch.terminal import run
 
 
