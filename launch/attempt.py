@@ -83,10 +83,11 @@ class Attempt:
         while True:
             self.peers.tell()
             self.peers.look()
-            if not (missing := self.peers.missing()):
-                return self.peers.verdict()
+            missing = self.peers.missing()
+            if (verdict := self.peers.verdict()) or not missing:
+                return verdict
             who = f"{'node' if len(missing) == 1 else 'nodes'} {', '.join(map(str, missing))} of {self.config.nodes}"
-            if self.signals:
+            if self.signals or self.peers.stopped():
                 return Outcome(code=STOPPED, what=f"stopped while waiting for {who}; the same command goes on")
             for name, code in self.remotes.codes.items():
                 if code:
