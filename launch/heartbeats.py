@@ -1,4 +1,4 @@
-"""What the ranks write about themselves, and what follows from it.
+"""What the ranks write about themselves, and for how long they may write the same.
 
 An attempt's folder has, of each rank R on whatever node,
 
@@ -8,14 +8,14 @@ An attempt's folder has, of each rank R on whatever node,
                      `launch.worker` before it exits, as msrun and mpirun do not pass exit codes on.
     rank_R.log       what it printed
 
-A rank that was killed leaves no word: it is known by its process. One that hangs, by a heartbeat that says the same for
-longer than its phase may take: in training, 20 of its own median steps.
+A rank that was killed leaves no word: it is known by its process (`launch.ranks`). One that hangs, by a heartbeat that
+says the same for longer than its phase may take: in training, 20 of its own median steps.
 """
 
 import json
 import statistics
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from typing import Any, Literal
 PATIENCE = {"starting": 1800.0, "compiling": 7200.0, "checkpoint": 1800.0, "sampling": 7200.0, "finished": 120.0}
 HANG = 60.0  # seconds without a new step, and at least
 MEDIANS = 20  # times the median step
+PAUSES = ("checkpoint", "sampling")  # in which all others wait for the one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,45 +96,20 @@ class Pulse:
         self.trained = self.trained or beat.phase in ("training", "checkpoint", "sampling")
 
     @property
+    def phase(self) -> str:
+        return self.beat.phase if self.beat else "starting"
+
+    def pausing(self, now: float) -> bool:
+        """Whether it saves or samples, as long as that may take: the others wait for it in their next step."""
+        return self.phase in PAUSES and now - self.since < self.limit()
+
+    @property
     def pace(self) -> float:
         """Its median step, in seconds; 0 as long as there is none."""
         return statistics.median(self.seconds) if self.seconds else 0.0
 
     def limit(self, patience: Mapping[str, float] = PATIENCE, hang: float = HANG) -> float:
         """Seconds for which it may say the same."""
-        phase = self.beat.phase if self.beat else "starting"
-        if phase == "training":
+        if self.phase == "training":
             return max(hang, MEDIANS * self.pace)
-        return patience.get(phase, hang)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Failure:
-    """What ended an attempt: who, when, how, in words."""
-
-    rank: int | None
-    time: float  # Unix seconds
-    what: str
-    detail: str = ""  # traceback or last lines
-    silent: bool = False  # its process ended without a word
-
-
-NOTICED = 0.5  # seconds between a process's end and our notice, when the machine is busy
-
-
-def first(failures: Iterable[Failure], exits: Mapping[int, float]) -> Failure:
-    """Which of them came first; `exits` is when ranks' processes ended, as far as they have.
-
-    The others died of it, in one of two ways. A rank whose neighbour was killed raises an error of communication later;
-    that rank lives a little longer than its neighbour. A rank whose neighbour raised is killed by msrun or mpirun, once
-    the neighbour's process has ended. So a death without a word came before an error if the rank of the error was then
-    still alive.
-    """
-    ordered = sorted(failures, key=lambda failure: failure.time)
-    told = [failure for failure in ordered if not failure.silent]
-    silent = [failure for failure in ordered if failure.silent]
-    if not told or not silent:
-        return ordered[0]
-    cause, death = told[0], silent[0]
-    alive = cause.rank is None or death.time < exits.get(cause.rank, float("inf"))
-    return death if alive and death.time - NOTICED < cause.time else cause
+        return patience.get(self.phase, hang)

@@ -6,7 +6,8 @@
 
 Node 0 opens an attempt and the others join it: they wait for a beat that changes under their eyes, as a folder left by
 a killed job has one that stands still, and clocks differ. The first node that fails says so here and the others end
-their ranks. `over` says that no attempt follows; the decision is node 0's.
+their ranks. `over` says that no attempt follows; the decision is node 0's, whose beat changes until the nodes that it
+has started are gone, so that one that comes only then does not wait for it.
 """
 
 import contextlib
@@ -52,9 +53,9 @@ def open_attempt(
     while time.monotonic() < until and not stopping():
         number, folder = max(attempts(run).items(), default=(-1, run))
         note = read(folder / "node_0.json") or {}
-        if number == last and note.get("over"):
-            return Outcome(**note["outcome"])
         lives = "beat" in note and seen.setdefault(number, note["beat"]) != note["beat"]
+        if note.get("over") and (lives or number == last):
+            return Outcome(**note["outcome"])
         if number != last and lives and not note["outcome"]:
             return number
         time.sleep(POLL)

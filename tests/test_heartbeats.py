@@ -1,11 +1,11 @@
-"""What follows from heartbeats: how long a rank may be silent, and which failure came first."""
+"""What follows from heartbeats: how long a rank may say the same."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from launch.heartbeats import HANG, PATIENCE, Beat, Failure, Pulse, first, read_beat, read_end
+from launch.heartbeats import HANG, PATIENCE, Beat, Pulse, read_beat, read_end
 from pipeline.heartbeat import Heartbeat
 
 
@@ -60,23 +60,9 @@ def test_a_checkpoint_is_no_step() -> None:
     assert list(pulse.seconds) == [100.0]
 
 
-RAISED = Failure(rank=0, time=100.0, what="ValueError")
-KILLED = Failure(rank=1, time=100.3, what="SIGKILL", silent=True)
-
-
-def test_the_neighbour_of_a_killed_rank_is_not_the_first() -> None:
-    """It raised at nearly the same time, and was still alive when the other's end was noticed."""
-    assert first([RAISED, KILLED], {1: 100.3}) is KILLED
-    assert first([RAISED, KILLED], {1: 100.3, 0: 100.8}) is KILLED
-
-
-def test_a_rank_that_the_launcher_killed_is_not_the_first() -> None:
-    assert first([RAISED, KILLED], {1: 100.3, 0: 100.2}) is RAISED
-    assert first([RAISED, Failure(rank=1, time=103.0, what="SIGKILL", silent=True)], {1: 103.0}) is RAISED
-
-
-def test_else_the_earliest_is() -> None:
-    later = Failure(rank=1, time=101.0, what="RuntimeError")
-    assert first([later, RAISED], {}) is RAISED
-    dead = Failure(rank=2, time=99.0, what="SIGKILL", silent=True)
-    assert first([KILLED, dead], {}) is dead
+def test_one_that_saves_has_the_others_wait_for_as_long_as_that_may_take() -> None:
+    pulse = Pulse(since=0.0)
+    assert not pulse.pausing(0.0)
+    pulse.feel(beat("checkpoint", 3), 10.0)
+    assert pulse.pausing(PATIENCE["checkpoint"])
+    assert not pulse.pausing(10.0 + PATIENCE["checkpoint"])

@@ -6,6 +6,7 @@ Everything runs in processes of its own, with ranks that need no MindSpore (`tes
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -131,9 +132,11 @@ def test_the_first_rank_to_fail_is_named(supervise, name):
     faults, message = FAULTS[name]
     running = supervise(*faults)
     code, err = running.end()
-    beat = read_beat(running.attempt, int(message.split()[1]) if message.startswith("rank") else 0)
+    if message.startswith("rank"):
+        beat = read_beat(running.attempt, int(message.split()[1]))
+        message = message.replace("PID", str(beat.pid)).replace("HOST", beat.host)
     assert code == 1
-    assert err.startswith(message.replace("PID", str(beat.pid)).replace("HOST", beat.host))
+    assert err.startswith(message)
     assert err.endswith(f"logs: {running.attempt}\n")
 
 
@@ -234,6 +237,29 @@ def test_a_run_folder_in_use_is_refused_before_a_rank_starts(supervise, tmp_path
     message = f"{tmp_path}/run: in use by another run (pid {os.getpid()}); stop it or choose another folder\n"
     assert (code, err) == (2, message)
     assert not (tmp_path / "run" / "logs").exists()
+
+
+def test_of_two_jobs_with_one_run_folder_the_second_is_refused(supervise):
+    running = supervise()
+    running.steps(1)
+    code, err = supervise().end()
+    assert code == 2
+    assert f"in use by another run (pid {running.process.pid}); stop it or choose another folder\n" in err
+    assert running.end() == (0, "")
+
+
+def test_a_port_in_use_is_refused_before_a_rank_starts(supervise):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        running = supervise(port=port, restarts=3)
+        code, err = running.end()
+    assert (code, err) == (
+        2,
+        f"launch.port: {port} cannot be had here (Address already in use); give another, or leave it out for a free "
+        "one\n",
+    )
+    assert [path.name for path in (running.run / "logs").iterdir()] == ["attempt-0"]
+    assert not list(running.attempt.iterdir())
 
 
 TWO = {"nodes": 2, "master": "10.0.0.1", "node": 4.0}
