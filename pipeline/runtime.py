@@ -8,6 +8,7 @@ MS_WORKER_NUM and DEVICE_ID, `mpirun` by OMPI_COMM_WORLD_*, from which MindSpore
 """
 
 import os
+import socket
 import sys
 import tempfile
 import warnings
@@ -129,6 +130,8 @@ def start_communication() -> Job:
         from mindspore import communication
 
         if not communication.GlobalComm.INITED:
+            if "MS_SCHED_HOST" in os.environ:
+                os.environ["MS_SCHED_HOST"] = address(os.environ["MS_SCHED_HOST"])
             try:
                 communication.init("hccl" if on_ascend() else "mccl")
             except RuntimeError as error:
@@ -138,6 +141,14 @@ def start_communication() -> Job:
                     f"{os.environ.get('MS_SCHED_PORT')} ({reason}); look at their logs"
                 ) from None
     return mine
+
+
+def address(host: str) -> str:
+    """The address of `host`, as MindSpore takes no names; msrun looks them up, mpirun does not. JobError if none."""
+    try:
+        return host if ":" in host else socket.gethostbyname(host)
+    except OSError as error:
+        raise JobError(f"MS_SCHED_HOST={host}: no such host ({error}); give launch.master an address") from None
 
 
 def on_ascend() -> bool:
