@@ -207,18 +207,18 @@ def environment_of(pid: int) -> list[str]:
 def cluster() -> dict[str, Any]:
     """What a cluster's scheduler says of this node, as fields of `LaunchConfig`: nothing if there is none.
 
-    Slurm under `srun --ntasks-per-node=1`, Volcano's job with tasks named `worker`, Open MPI's `mpirun -npernode 1`
-    (which does not say where node 0 is).
+    Open MPI's `mpirun -npernode 1` (which does not say where node 0 is; within a Slurm job its numbers are the right
+    ones), Slurm's `srun --ntasks-per-node=1`, Volcano's job with tasks named `worker`.
     """
     got = os.environ
     try:
-        if {"SLURM_NODEID", "SLURM_JOB_NUM_NODES", "SLURM_LAUNCH_NODE_IPADDR"} <= got.keys():
+        if {"OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"} <= got.keys():
+            nodes, rank, master = got["OMPI_COMM_WORLD_SIZE"], got["OMPI_COMM_WORLD_RANK"], ""
+        elif {"SLURM_NODEID", "SLURM_JOB_NUM_NODES", "SLURM_LAUNCH_NODE_IPADDR"} <= got.keys():
             nodes, rank, master = got["SLURM_JOB_NUM_NODES"], got["SLURM_NODEID"], got["SLURM_LAUNCH_NODE_IPADDR"]
         elif {"VC_TASK_INDEX", "VC_WORKER_HOSTS"} <= got.keys():
             hosts = got["VC_WORKER_HOSTS"].split(",")
             nodes, rank, master = str(len(hosts)), got["VC_TASK_INDEX"], hosts[0]
-        elif {"OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"} <= got.keys():
-            nodes, rank, master = got["OMPI_COMM_WORLD_SIZE"], got["OMPI_COMM_WORLD_RANK"], ""
         else:
             return {}
         found: dict[str, Any] = {"nodes": int(nodes), "node_rank": int(rank)}

@@ -141,6 +141,7 @@ OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}
         ({**SLURM, "SLURM_NODEID": "?"}, {}),
         (VOLCANO, {"nodes": 2, "node_rank": 1, "master": "w-0.job"}),
         (OPEN_MPI, {"nodes": 2, "node_rank": 1}),
+        ({**SLURM, "SLURM_NODEID": "0", **OPEN_MPI}, {"nodes": 2, "node_rank": 1}),  # which srun started on node 1
     ],
 )
 def test_what_the_scheduler_says(
