@@ -37,7 +37,7 @@ def check_stage(path: str, overrides: Sequence[str]) -> dict[str, Any]:
 
     config, raw_launch = read_stage_config(path, overrides)
     launch = read_launch(raw_launch)
-    share(config)  # the global batch can be divided
+    share(config, world=launch.size)  # the global batch can be divided
     with no_init_parameters():  # shapes without memory: the 2B base is counted on a laptop
         network = stage_class(config.kind)(config).network
     return {

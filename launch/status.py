@@ -75,7 +75,8 @@ def lines(path: Path) -> Iterator[str]:
 def ranks(attempt: Path) -> list[dict[str, Any]]:
     """The last heartbeat of each rank, with its age in seconds."""
     found = []
-    for path in sorted(attempt.glob("rank_*.json"), key=lambda path: int(path.stem.removeprefix("rank_"))):
+    beats = [path for path in attempt.glob("rank_*.json") if not path.name.endswith(".end.json")]
+    for path in sorted(beats, key=lambda path: int(path.stem.removeprefix("rank_"))):
         try:
             beat = json.loads(path.read_text())
         except (OSError, ValueError):  # it is being replaced

@@ -8,6 +8,7 @@ MS_WORKER_NUM and DEVICE_ID, `mpirun` by OMPI_COMM_WORLD_*, from which MindSpore
 """
 
 import os
+import socket
 import sys
 import tempfile
 import warnings
@@ -131,6 +132,8 @@ def start_communication() -> Job:
         from mindspore import communication
 
         if not communication.GlobalComm.INITED:
+            if "MS_SCHED_HOST" in os.environ:
+                os.environ["MS_SCHED_HOST"] = address(os.environ["MS_SCHED_HOST"])
             try:
                 communication.init("hccl" if on_ascend() else "mccl")
             except RuntimeError as error:
@@ -140,6 +143,14 @@ def start_communication() -> Job:
                     f"{os.environ.get('MS_SCHED_PORT')} ({reason}); look at their logs"
                 ) from None
     return mine
+
+
+def address(host: str) -> str:
+    """The address of `host`, as MindSpore takes no names; msrun looks them up, mpirun does not. JobError if none."""
+    try:
+        return host if ":" in host else socket.gethostbyname(host)
+    except OSError as error:
+        raise JobError(f"MS_SCHED_HOST={host}: no such host ({error}); give launch.master an address") from None
 
 
 def on_ascend() -> bool:
@@ -202,18 +213,18 @@ def environment_of(pid: int) -> list[str]:
 def cluster() -> dict[str, Any]:
     """What a cluster's scheduler says of this node, as fields of `LaunchConfig`: nothing if there is none.
 
-    Slurm under `srun --ntasks-per-node=1`, Volcano's job with tasks named `worker`, Open MPI's `mpirun -npernode 1`
-    (which does not say where node 0 is).
+    Open MPI's `mpirun -npernode 1` (which does not say where node 0 is; within a Slurm job its numbers are the right
+    ones), Slurm's `srun --ntasks-per-node=1`, Volcano's job with tasks named `worker`.
     """
     got = os.environ
     try:
-        if {"SLURM_NODEID", "SLURM_JOB_NUM_NODES", "SLURM_LAUNCH_NODE_IPADDR"} <= got.keys():
+        if {"OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"} <= got.keys():
+            nodes, rank, master = got["OMPI_COMM_WORLD_SIZE"], got["OMPI_COMM_WORLD_RANK"], ""
+        elif {"SLURM_NODEID", "SLURM_JOB_NUM_NODES", "SLURM_LAUNCH_NODE_IPADDR"} <= got.keys():
             nodes, rank, master = got["SLURM_JOB_NUM_NODES"], got["SLURM_NODEID"], got["SLURM_LAUNCH_NODE_IPADDR"]
         elif {"VC_TASK_INDEX", "VC_WORKER_HOSTS"} <= got.keys():
             hosts = got["VC_WORKER_HOSTS"].split(",")
             nodes, rank, master = str(len(hosts)), got["VC_TASK_INDEX"], hosts[0]
-        elif {"OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"} <= got.keys():
-            nodes, rank, master = got["OMPI_COMM_WORLD_SIZE"], got["OMPI_COMM_WORLD_RANK"], ""
         else:
             return {}
         found: dict[str, Any] = {"nodes": int(nodes), "node_rank": int(rank)}

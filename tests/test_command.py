@@ -141,6 +141,7 @@ OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}
         ({**SLURM, "SLURM_NODEID": "?"}, {}),
         (VOLCANO, {"nodes": 2, "node_rank": 1, "master": "w-0.job"}),
         (OPEN_MPI, {"nodes": 2, "node_rank": 1}),
+        ({**SLURM, "SLURM_NODEID": "0", **OPEN_MPI}, {"nodes": 2, "node_rank": 1}),  # which srun started on node 1
     ],
 )
 def test_what_the_scheduler_says(
@@ -175,3 +176,10 @@ def test_check_shows_what_each_node_starts() -> None:
     assert report["nodes"][1][0]["argv"][-3:] == overrides[-3:]
     assert report["nodes"][1][0]["environment"]["CASCADE_ATTEMPT"] == "/r/logs/attempt-0"
     assert as_text(report).splitlines()[-1].startswith("node 1      CASCADE_ATTEMPT=/r/logs/attempt-0 ")
+
+
+def test_check_counts_the_ranks_of_all_nodes() -> None:
+    overrides = ["launch.launcher=msrun", "launch.workers=8", "launch.nodes=3", "launch.master=10.0.0.1"]
+    with pytest.raises(UserError) as error:
+        check(CONFIG, overrides)
+    assert str(error.value).startswith("data.global_batch: 32 is not a multiple of 24, the parts that 24 ranks and ")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import JobError
-from pipeline.runtime import PATIENCE, Job, attempt, job, prepare_environment, take_cores
+from pipeline.runtime import PATIENCE, Job, address, attempt, job, prepare_environment, take_cores
 
 MSRUN = {"MS_ROLE": "MS_WORKER", "MS_WORKER_NUM": "4", "RANK_ID": "3", "DEVICE_ID": "1"}
 MPIRUN = {"RANK": "3", "SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}
@@ -102,3 +102,10 @@ def test_the_attempts_folder_is_the_launchers() -> None:
     assert attempt() is None
     os.environ["CASCADE_ATTEMPT"] = "runs/x/logs/attempt-0"
     assert attempt() == Path("runs/x/logs/attempt-0")
+
+
+def test_a_host_name_is_looked_up() -> None:
+    assert [address(host) for host in ("10.0.0.1", "fd00::1", "localhost")] == ["10.0.0.1", "fd00::1", "127.0.0.1"]
+    with pytest.raises(JobError) as error:
+        address("no-such-host.invalid")
+    assert str(error.value).startswith("MS_SCHED_HOST=no-such-host.invalid: no such host (")

@@ -35,6 +35,7 @@ def run(tmp_path: Path) -> Path:
     for rank in range(2):
         beat = {"rank": rank, "pid": 1, "host": "here", "phase": "training", "step": 40, "time": 0.0, "error": None}
         (tmp_path / f"logs/attempt-10/rank_{rank}.json").write_text(json.dumps(beat))
+    (tmp_path / "logs/attempt-10/rank_1.end.json").write_text('{"code": 0, "error": null, "time": 0.0}')
     (tmp_path / "quarantine.jsonl").write_text("{}\n{}\n")
     return tmp_path
 
