@@ -167,6 +167,8 @@ class Attempt:
             rank.number: faults.of_rank(rank, now, clock, hang, settle, excused) for rank in self.ranks
         }
         for name, code in self.launchers.codes.items():
+            if self.signals and -code in self.signals:  # it was sent to all that this job is; msrun's ranks live on
+                continue
             found[name] = faults.of_launcher(name, code, now - self.launchers.seen[name], clock, settle)
         if any(rank.beat is None for rank in self.ranks):
             found["unborn"] = faults.unborn(self.ranks, faults.mourned(self.launchers.said), clock)

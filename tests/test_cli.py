@@ -33,6 +33,7 @@ TOOLS = {
     "agreement": "[--manifest MANIFEST] [--json] IMAGES_DIR",
     "bench": "{benches} ...",
     "bench data": "[--shards DIR] [--seconds S] [--rounds N] [--cores N [N ...]] [--memory N] [--json FILE]",
+    "bench scaling": "[--steps N] [--rounds N] [--json FILE]",
     "bench text": "[--captions N] [--rounds N] [--json FILE]",
     "cache_text": "config [key=value ...]",
     "export": "config",

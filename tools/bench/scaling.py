@@ -63,7 +63,7 @@ def measure(steps: int, rounds: int, config: Path = CONFIG) -> dict[str, Any]:
 
 def prepare(folder: Path, config: Path) -> None:
     """Shards, a text encoder and stored embeddings, by the tools that the demo uses."""
-    tool(folder, "tools.shapes", folder / "shards", "--num", 256, "--size", 64)
+    tool(folder, "tools.shapes", folder / "shards", "--num", 256, "--size", 64, "--seed", 0)
     tool(folder, "tools.tiny_t5", folder / "t5", "--captions", *sorted((folder / "shards").glob("*.tar")))
     tool(folder, "tools.cache_text", config, *common(folder, 1))
 
