@@ -1,13 +1,17 @@
 """The benchmarks' parts at a tiny size: what they tell is right; how fast anything is, no test says."""
 
+import json
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pipeline.data.shards import DataConfig, Shards
 from pipeline.errors import UserError
-from tools.bench import data, text, turns
+from tests.conftest import stage_yaml
+from tools.bench import data, scaling, text, turns
 from tools.bench.__main__ import main
 
 
@@ -80,3 +84,32 @@ def test_every_side_of_the_data_benchmark_gives_pictures(monkeypatch: pytest.Mon
     text = data.table(report)
     assert "| 64 px, 1 core | pictures/s | lowest to highest | ours is |" in text
     assert "MiB after 640 samples." in text
+
+
+def test_a_runs_reports_give_speed_stop_and_start(tmp_path: Path) -> None:
+    """Steps of 0.5 s, a checkpoint after the fourth that costs 0.25 s, slow first ones that do not count."""
+    seconds = {1: 20.0, 2: 3.0, 3: 0.5, 4: 0.5, 5: 0.75, 6: 0.5, 7: 0.5, 8: 0.5}
+    lines = [json.dumps({"step": n, "seconds": s, "images_per_second": 16 / s}) for n, s in seconds.items()]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    os.utime(tmp_path / "metrics.jsonl", (1000.0, 1000.0))
+    figures = scaling.read(tmp_path, half=4, begun=900.0)
+    assert figures == {"images_per_second": 32.0, "checkpoint": 0.25, "first_step": 100.0 - 6.25}
+
+
+def test_the_share_is_of_two_processes() -> None:
+    figures = {"one process": 30.0, "two processes": 50.0, "msrun": 45.0}
+    sides = {n: [{"images_per_second": s, "checkpoint": 0.01, "first_step": 9.0}] * 2 for n, s in figures.items()}
+    report = {"batch": 16, "steps": 60, "sides": sides, "machine": "m", "versions": {"mindspore": "2.9.0"}}
+    assert "| msrun | 45.0 | 45.0 to 45.0 | 90% | 10 ms | 9 s |" in scaling.table(report)
+
+
+@pytest.mark.launchers
+def test_the_scaling_benchmark_trains_on_every_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "which", lambda name: None)
+    config = stage_yaml("base", tmp_path / "run", tmp_path, tmp_path)
+    config["train"]["sample_every"] = 0
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(config))
+    report = scaling.measure(steps=8, rounds=1, config=tmp_path / "base.yaml")
+    assert list(report["sides"]) == ["one process", "two processes", "msrun"]
+    assert all(figures["images_per_second"] > 0 for rounds in report["sides"].values() for figures in rounds)
+    assert all(figures["first_step"] > 0 for rounds in report["sides"].values() for figures in rounds)

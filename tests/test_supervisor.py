@@ -144,14 +144,29 @@ def test_a_rank_that_waits_for_another_does_not_hang(supervise):
     assert supervise("0:sample", "1:wait").end() == (0, "")
 
 
+def launcher_of(running):
+    """Its process id."""
+    (pid,) = [pid for pid in left(running.run) if processes.stat(pid)[1] == running.process.pid and
+              "tests.fake_ranks" in Path(f"/proc/{pid}/cmdline").read_text()]  # fmt: skip
+    return pid
+
+
 def test_a_launcher_that_is_killed_is_named(supervise):
     running = supervise("0:steps:400", "1:steps:400")
     running.steps(3)
-    (launcher,) = [pid for pid in left(running.run) if processes.stat(pid)[1] == running.process.pid and
-                   "tests.fake_ranks" in Path(f"/proc/{pid}/cmdline").read_text()]  # fmt: skip
-    os.kill(launcher, signal.SIGKILL)
+    os.kill(launcher_of(running), signal.SIGKILL)
     code, err = running.end()
     assert (code, err.splitlines()[0]) == (1, "msrun_0 ended (killed by SIGKILL)")
+
+
+def test_a_launcher_that_the_signal_reaches_too_is_no_fault(supervise):
+    """As msrun does, it leaves its ranks, which save."""
+    running = supervise("0:steps:400", "1:steps:400", settle=0.1)
+    running.steps(3)
+    launcher = launcher_of(running)
+    running.process.terminate()
+    os.kill(launcher, signal.SIGTERM)
+    assert running.end() == (75, "")
 
 
 def test_a_users_mistake_is_passed_on_and_not_tried_again(supervise):

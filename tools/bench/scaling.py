@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from launch.terminal import positive
+from pipeline.config import read_yaml
 from pipeline.errors import JobError, UserError
 from tools.bench import turns
 
@@ -64,7 +65,8 @@ def measure(steps: int, rounds: int, config: Path = CONFIG) -> dict[str, Any]:
 def prepare(folder: Path, config: Path) -> None:
     """Shards, a text encoder and stored embeddings, by the tools that the demo uses."""
     tool(folder, "tools.shapes", folder / "shards", "--num", 256, "--size", 64, "--seed", 0)
-    tool(folder, "tools.tiny_t5", folder / "t5", "--captions", *sorted((folder / "shards").glob("*.tar")))
+    captions, width = sorted((folder / "shards").glob("*.tar")), read_yaml(config)["text"]["width"]
+    tool(folder, "tools.tiny_t5", folder / "t5", "--width", width, "--captions", *captions)
     tool(folder, "tools.cache_text", config, *common(folder, 1))
 
 
