@@ -72,9 +72,8 @@ def prepare_environment() -> None:
             )
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
-    if not on_ascend():
-        with suppress(JobError):  # `start_communication` says it, where an error can be shown
-            take_cores(job())
+    with suppress(JobError):  # `start_communication` says it, where an error can be shown
+        take_cores(job())
 
 
 def is_scheduler() -> bool:
