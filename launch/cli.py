@@ -89,7 +89,8 @@ def run_check(arguments: argparse.Namespace) -> int:
 
 
 def run_train(arguments: argparse.Namespace) -> int:
-    from launch.command import processes, rank_program, read_launch, remotes
+    from launch.command import NODE_LOCK, processes, rank_program, read_launch, remotes
+    from pipeline.files import holder
     from pipeline.kinds import read_stage_config
 
     config, raw = read_stage_config(arguments.path, arguments.overrides)
@@ -97,6 +98,8 @@ def run_train(arguments: argparse.Namespace) -> int:
     if launch.launcher == "none" and not launch.restarts:  # in this process: what is simple stays easy to debug
         from launch.worker import train
 
+        if pid := holder(Path(config.run), NODE_LOCK.format(0)):  # of which no rank may run at this moment
+            raise UserError(f"{config.run}: in use by another job (pid {pid}); stop it or choose another folder")
         return train(arguments.path, arguments.overrides)
     from launch.supervisor import supervise
 

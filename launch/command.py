@@ -27,6 +27,7 @@ from pipeline.config import ConfigError, build
 from pipeline.errors import UserError
 from pipeline.runtime import GATHERING, cluster
 
+NODE_LOCK = ".node-{}.lock"  # by which the supervisor of a node has the run folder
 MEETING = 300  # seconds within which all nodes have to be there
 
 

@@ -25,7 +25,7 @@ from types import FrameType
 from launch import processes
 from launch.attempt import Attempt, Limits, Plan
 from launch.children import Children
-from launch.command import LaunchConfig, Process
+from launch.command import NODE_LOCK, LaunchConfig, Process
 from launch.nodes import POLL, STOPPED, Outcome, Peers, open_attempt
 from pipeline import checkpoint
 from pipeline.errors import UserError
@@ -44,7 +44,7 @@ def supervise(
     adopts all orphans.
     """
     mark, signals = secrets.token_hex(8), list[int]()
-    with lock(run, f".node-{config.node_rank}.lock"), handling(signals), guarded(mark) as guard:
+    with lock(run, NODE_LOCK.format(config.node_rank)), handling(signals), guarded(mark) as guard:
         processes.adopt_orphans()
         (run / "logs").mkdir(exist_ok=True)
         nodes = Children(run / "logs", mark, "launch.hosts")

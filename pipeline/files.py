@@ -183,10 +183,10 @@ def lock(folder: Path, name: str = ".lock") -> Iterator[None]:
         os.close(descriptor)
 
 
-def holder(folder: Path) -> str | None:
+def holder(folder: Path, name: str = ".lock") -> str | None:
     """The process (its pid) that has `folder` by `lock`, if there is one that can be seen."""
     try:
-        descriptor = os.open(folder / ".lock", os.O_RDONLY)
+        descriptor = os.open(folder / name, os.O_RDONLY)
     except FileNotFoundError:
         return None
     try:

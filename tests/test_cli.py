@@ -4,6 +4,7 @@ import argparse
 import importlib
 import json
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -13,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from launch import cli
+from launch.command import NODE_LOCK
 from pipeline.errors import JobError
+from pipeline.files import lock
 
 ROOT = Path(__file__).parent.parent
 BASE = "configs/tiny/base64.yaml"
@@ -263,6 +266,15 @@ def test_an_interruption_has_none(capsys: pytest.CaptureFixture[str], monkeypatc
 
     monkeypatch.setattr(cli, "run_check", interrupt)
     assert run(capsys, "check", BASE) == (130, "", "interrupted\n")
+
+
+def test_a_supervised_jobs_folder_is_refused_between_its_attempts(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with lock(tmp_path / "run", NODE_LOCK.format(0)):
+        code, _, err = run(capsys, "train", BASE, f"run={tmp_path}/run")
+    assert code == 2
+    assert err == f"{tmp_path}/run: in use by another job (pid {os.getpid()}); stop it or choose another folder\n"
 
 
 def test_check_is_one_json_object(shards_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
