@@ -6,7 +6,8 @@ go on, the log folders how often it was started, and its heartbeats what each ra
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -101,11 +102,18 @@ def as_text(found: dict[str, Any]) -> str:
     if found["checkpoint"] is not None:
         parts.append(("checkpoint", f"step {found['checkpoint']:,}, written {ago(found['saved'])}"))
     parts += [("restarts", found["restarts"]), ("quarantined", f"{found['quarantined']:,}")]
-    for beat in found["ranks"]:
-        parts.append(
-            (f"rank {beat['rank']}", f"{beat['phase']}, step {beat['step']}, {beat['host']}, {ago(beat['age'])}")
-        )
-    return "\n".join(f"{name:<12}{value}" for name, value in parts)
+    near = enumerate(found["ranks"])  # neighbours on one host that do the same are one line
+    for (host, phase, _), together in groupby(near, lambda e: (e[1]["host"], e[1]["phase"], e[1]["rank"] - e[0])):
+        beats = [beat for _, beat in together]
+        numbers, steps = span([beat["rank"] for beat in beats]), span([beat["step"] for beat in beats])
+        oldest = max(beat["age"] for beat in beats)
+        parts.append((f"rank {numbers}", f"{phase}, step {steps}, {host}, {ago(oldest)}"))
+    return "\n".join(f"{name:<14}{value}" for name, value in parts)
+
+
+def span(numbers: Sequence[int]) -> str:
+    """The lowest and the highest."""
+    return "-".join(map(str, sorted({min(numbers), max(numbers)})))
 
 
 def duration(seconds: float) -> str:

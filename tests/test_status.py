@@ -56,10 +56,23 @@ def test_all_that_the_folder_tells(run: Path) -> None:
     assert [(beat["rank"], beat["phase"]) for beat in found["ranks"]] == [(0, "training"), (1, "training")]
     assert found["saved"] == pytest.approx(3600, abs=60)
     text = as_text(found)
-    assert "step        40 of 100\n" in text
+    assert "step          40 of 100\n" in text
     assert "64.0 images/s, 30 s left" in text
-    assert "checkpoint  step 30, written 1 h" in text
-    assert "rank 1      training, step 40, here, " in text
+    assert "checkpoint    step 30, written 1 h" in text
+    assert "rank 0-1      training, step 40, here, " in text
+
+
+def test_ranks_that_do_the_same_are_one_line(run: Path) -> None:
+    said = [(0, "a", "training", 40), (1, "a", "training", 41), (3, "a", "training", 41), (4, "b", "training", 40),
+            (5, "b", "checkpoint", 40)]  # fmt: skip
+    beats = [dict(zip(("rank", "host", "phase", "step"), each, strict=True)) | {"age": each[0]} for each in said]
+    lines = [line for line in as_text(status(run) | {"ranks": beats}).splitlines() if line.startswith("rank")]
+    assert lines == [
+        "rank 0-1      training, step 40-41, a, 1 s ago",
+        "rank 3        training, step 41, a, 3 s ago",
+        "rank 4        training, step 40, b, 4 s ago",
+        "rank 5        checkpoint, step 40, b, 5 s ago",
+    ]
 
 
 def test_a_run_that_is_alive(run: Path) -> None:
