@@ -295,6 +295,14 @@ def test_too_many_in_a_row_end_the_job(shards_folder, t5_folder, tmp_path, monke
     assert checkpoint.newest(run / "checkpoints").name == "step_0000004"
 
 
+def test_a_precision_that_the_device_lacks_leaves_no_folder(shards_folder, t5_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.runtime.precisions", lambda: ("float32",))
+    cls, config = config_of(tmp_path / "run", shards_folder, t5_folder, precision="bfloat16")
+    with pytest.raises(UserError, match=r"train\.precision: bfloat16"):
+        train(cls(config))
+    assert not (tmp_path / "run").exists()
+
+
 def test_in_sixteen_bits_it_is_nearly_the_same_run(trained, shards_folder, t5_folder, tmp_path):
     """The first step that moves a weight is the second: its learning rate is the first that is not 0."""
     run = tmp_path / "run"

@@ -133,13 +133,13 @@ def run(stage: Trainee, ranks: Ranks, heart: Heartbeat, stop: Callable[[], bool]
     folder, places = Path(config.run), share(config, ranks.rank, ranks.world)
     shards = Shards.open(config.data, progress=first)
     text = open_text(config.text, shards)
-    with lock(folder) if first else nullcontext():  # only now: a mistake in the data leaves no run folder behind
+    lower(stage.network, config.train.precision)
+    with lock(folder) if first else nullcontext():  # only now: a mistake leaves no run folder behind
         newest = settle(folder, config) if first else None
         meet(ranks, config, shards)  # and so, when the others go on, the run folder is there
         quarantine = folder / "quarantine.jsonl"
         loader = Loader(shards, text, config.seed, config.size, stage.window, stage.batch, quarantine, places)
         initialize(stage.network, config.seed)
-        lower(stage.network, config.train.precision)
         state = State(
             *(stage.network, config.optimizer, config.train.steps, config.train.ema_decay),
             *(ranks, config.train.shard_optimizer),
