@@ -11,7 +11,7 @@ import yaml
 from pipeline.data.shards import DataConfig, Shards
 from pipeline.errors import UserError
 from tests.conftest import stage_yaml
-from tools.bench import data, scaling, text, turns
+from tools.bench import data, scaling, text, train, turns
 from tools.bench.__main__ import main
 
 
@@ -113,3 +113,31 @@ def test_the_scaling_benchmark_trains_on_every_side(tmp_path: Path, monkeypatch:
     assert list(report["sides"]) == ["one process", "two processes", "msrun"]
     assert all(figures["images_per_second"] > 0 for rounds in report["sides"].values() for figures in rounds)
     assert all(figures["first_step"] > 0 for rounds in report["sides"].values() for figures in rounds)
+
+
+def test_a_steps_share_of_the_machine() -> None:
+    """Ours takes 2 s where the twin takes 1; 500 operations at 1,000 a second take half a second."""
+    answer = {"parameters": 2_000_000, "first": 9.0, "peak": 2**30}
+    rows = {
+        "base64/ours": [{**answer, "seconds": [2.0, 2.0, 8.0]}],
+        "base64/twin": [{**answer, "seconds": [1.0, 0.5, 1.0], "flops": 500, "matmul": 1000.0}],
+    }
+    report = {"rows": rows, "steps": 3, "machine": "m", "versions": {"torch": "1"}}
+    lines = train.table(report).splitlines()
+    assert lines[2] == "| base64/ours | 2.0M | 2.00 | 2.00 to 8.00 | 2.00 x | 25% | 9 s | 1.00 GiB |"
+    assert lines[3] == "| base64/twin | 2.0M | 1.00 | 0.50 to 1.00 | 1.00 x | 50% | 9 s | 1.00 GiB |"
+
+
+@pytest.mark.parity
+def test_both_sides_train_the_same_network() -> None:
+    pytest.importorskip("torch")
+    unet = {"kind": "adm", "channels": 16, "channel_mults": [1, 2], "num_blocks": [1, 1], "attention": ["none", "self"],
+            "head_channels": 16, "text_channels": 16}  # fmt: skip
+    case = {"unet": unet, "size": 16, "batch": 2, "channels_in": 6, "num_levels": 2}
+    report = train.measure(steps=2, rounds=1, cases={"tiny": case})
+    (ours,), (twin,) = report["rows"].values()
+    assert ours["parameters"] == twin["parameters"]
+    assert len(ours["seconds"]) == len(twin["seconds"]) == 2
+    assert min(ours["peak"], twin["peak"], twin["flops"], twin["matmul"]) > 0
+    assert list(report["ratios"]) == ["train_tiny/twin"]
+    assert report["ratios"]["train_tiny/twin"] == train.speed([ours]) / train.speed([twin])

@@ -38,6 +38,7 @@ TOOLS = {
     "bench data": "[--shards DIR] [--seconds S] [--rounds N] [--cores N [N ...]] [--memory N] [--json FILE]",
     "bench scaling": "[--steps N] [--rounds N] [--json FILE]",
     "bench text": "[--captions N] [--rounds N] [--json FILE]",
+    "bench train": "[--steps N] [--rounds N] [--json FILE]",
     "cache_text": "config [key=value ...]",
     "export": "config",
     "index": "[--weights W [W ...]] [--cache DIR] [--workers WORKERS] [--json] SHARDS [SHARDS ...]",

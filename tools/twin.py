@@ -6,18 +6,20 @@ file late: PyTorch is the extra `parity`, and nothing that trains or samples nee
 """
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.nn.unet import UNetConfig
+if TYPE_CHECKING:  # a benchmark has PyTorch alone in its process
+    from pipeline.nn.unet import UNetConfig
 
 Weights = Mapping[str, np.ndarray]  # by their names in MindSpore
 
 
-def twin(config: UNetConfig, channels_in: int, num_levels: int, text_width: int, weights: Weights) -> "UNet":
+def twin(config: "UNetConfig", channels_in: int, num_levels: int, text_width: int, weights: Weights) -> "UNet":
     """`unet(x_BCHW, logsnr_BT, text_BLD, mask_BL) -> (B, 3, H, W)`. RuntimeError if a name or shape differs."""
     network = UNet(config, channels_in, num_levels, text_width)
     network.load_state_dict({name: torch.tensor(value) for name, value in weights.items()}, strict=True)
@@ -137,7 +139,7 @@ class TextPool(nn.Module):
 
 
 class UNet(nn.Module):
-    def __init__(self, config: UNetConfig, channels_in: int, num_levels: int, text_width: int) -> None:
+    def __init__(self, config: "UNetConfig", channels_in: int, num_levels: int, text_width: int) -> None:
         super().__init__()
         emb, patch, first = 4 * config.channels, config.patch, config.channels * config.channel_mults[0]
         self.config = config
@@ -173,12 +175,12 @@ class UNet(nn.Module):
 Stacks = tuple[list[Stack], Stack, list[Stack]]
 
 
-def attend(config: UNetConfig, level: int) -> list[nn.Module]:
+def attend(config: "UNetConfig", level: int) -> list[nn.Module]:
     kind, width = config.attention[level], config.channels * config.channel_mults[level]
     return [] if kind == "none" else [Attention(width, config.head_channels, config.text_channels, kind == "cross")]
 
 
-def adm(config: UNetConfig, emb: int) -> Stacks:
+def adm(config: "UNetConfig", emb: int) -> Stacks:
     """Widths follow the picture: what a way-up block takes is its input's width and that of the skip it meets."""
     widths, depth = [config.channels * mult for mult in config.channel_mults], len(config.channel_mults)
     skips, down, up = [widths[0]], [], []  # widths of skip connections, the stem's first
@@ -199,7 +201,7 @@ def adm(config: UNetConfig, emb: int) -> Stacks:
     return down, middle, up
 
 
-def efficient(config: UNetConfig, emb: int) -> Stacks:
+def efficient(config: "UNetConfig", emb: int) -> Stacks:
     """A level's blocks: the first takes the embedding; self-attention after each, cross-attention after the last."""
     widths = [config.channels * mult for mult in config.channel_mults]
     outside = widths[:1] + widths[:-1]  # width of the picture one level up

@@ -6,9 +6,9 @@ Its docstring is the help. `add_arguments` may import nothing heavy, so that hel
 from collections.abc import Sequence
 
 from launch.terminal import Parser, run
-from tools.bench import data, scaling, text
+from tools.bench import data, scaling, text, train
 
-BENCHES = {"data": data, "scaling": scaling, "text": text}
+BENCHES = {"data": data, "scaling": scaling, "text": text, "train": train}
 
 
 def parser() -> Parser:
