@@ -37,8 +37,8 @@ class LossScale:
     """
 
     def __init__(self, precision: Precision = "float32") -> None:
-        self.value = LARGEST if precision == "float16" else 1.0
-        self.dynamic, self.good = precision == "float16", 0
+        self.dynamic = precision == "float16"
+        self.value, self.good = LARGEST if self.dynamic else 1.0, 0
 
     def after(self, finite: bool) -> bool:
         """Learns how a step went; whether it was the scale that was too large, as far as can be told."""

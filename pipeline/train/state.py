@@ -151,16 +151,20 @@ class State:
         length = bucket.size // self.shards
         return slice(self.shard * length, (self.shard + 1) * length)
 
-    def cuts(self) -> list[tuple[int, int, int, tuple[int, ...]]]:
-        """(number of a bucket, start, stop, shape) of the gradient of each of `weights`."""
-        if self.flat:
-            shares = enumerate(map(self.share, self.buckets))
-            return [(number, share.start, share.stop, (share.stop - share.start,)) for number, share in shares]
+    def pieces(self) -> list[tuple[int, int, int, Parameter]]:
+        """(number of a bucket, start, stop, parameter) of each of the network's."""
         return [
-            (number, start, stop, tuple(parameter.shape))
+            (number, start, stop, parameter)
             for number, bucket in enumerate(self.buckets)
             for parameter, (start, stop) in zip(bucket.parameters, bucket.spans, strict=True)
         ]
+
+    def cuts(self) -> list[tuple[int, int, int, Parameter]]:
+        """The same of each of `weights`, whose gradients these are."""
+        if not self.flat:
+            return self.pieces()
+        shares = zip(map(self.share, self.buckets), self.weights, strict=True)
+        return [(number, share.start, share.stop, weight) for number, (share, weight) in enumerate(shares)]
 
     def held(self) -> Iterator[tuple[str, str, Parameter, Bucket | None]]:
         """(file of a checkpoint, name in it, parameter, None), or, of what holds a share of a bucket, (file, what goes
@@ -203,8 +207,8 @@ class State:
 
         def finish(factor: Tensor, *sums: Tensor) -> Tensor:
             gradients: tuple[Tensor, ...] = ()
-            for number, start, stop, shape in cuts:
-                gradients = (*gradients, sums[number][start:stop].reshape(shape) * factor)
+            for number, start, stop, weight in cuts:
+                gradients = (*gradients, sums[number][start:stop].reshape(weight.shape) * factor)
             done = update(gradients)
             decay = ops.minimum((1.0 + ema_step) / (10.0 + ema_step), ema_decay)
             for mean, weight in zip(average, weights):  # noqa: B905
@@ -216,14 +220,10 @@ class State:
 
     def spread(self) -> Callable[..., Tensor]:
         """(vectors) -> one of them: puts them into the parameters, on a device whose memory the host does not share."""
-        spans = [
-            (number, parameter, start, stop)
-            for number, bucket in enumerate(self.buckets)
-            for parameter, (start, stop) in zip(bucket.parameters, bucket.spans, strict=True)
-        ]
+        pieces = self.pieces()
 
         def spread(*vectors: Tensor) -> Tensor:
-            for number, parameter, start, stop in spans:
+            for number, start, stop, parameter in pieces:
                 ops.assign(parameter, vectors[number][start:stop].reshape(parameter.shape))
             return vectors[0]
 
