@@ -6,6 +6,7 @@ the same command goes on. MindSpore is imported only once the command line is kn
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -92,9 +93,13 @@ def run_train(arguments: argparse.Namespace) -> int:
     from launch.command import NODE_LOCK, processes, rank_program, read_launch, remotes
     from pipeline.files import holder
     from pipeline.kinds import read_stage_config
+    from pipeline.train.resume import finished
 
     config, raw = read_stage_config(arguments.path, arguments.overrides)
     launch = read_launch(raw)
+    if finished(config):  # before any rank, or a network of billions, is made for nothing
+        print(f"{config.run}: done before, the stage is in {config.run}/stage", file=sys.stderr)
+        return 0
     if launch.launcher == "none" and not launch.restarts:  # in this process: what is simple stays easy to debug
         from launch.worker import train
 

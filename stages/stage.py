@@ -27,8 +27,8 @@ from pipeline.diffusion.schedule import SCHEDULES
 from pipeline.nn.text_encoder import TextConfig
 from pipeline.nn.unet import UNet, UNetConfig
 from pipeline.rng import generator
-from pipeline.train.loop import TrainConfig
 from pipeline.train.optimizer import OptimizerConfig
+from pipeline.train.trainee import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 from tars import jpeg, sample, tar
 
+from launch.cli import answer
 from pipeline import checkpoint
 from pipeline.checkpoint import CheckpointError
 from pipeline.config import build
@@ -28,7 +29,7 @@ from pipeline.heartbeat import Heartbeat
 from pipeline.kinds import stage_class
 from pipeline.train.collectives import Ranks
 from pipeline.train.loop import meet, share, train
-from pipeline.train.resume import resume, settle
+from pipeline.train.resume import finished, resume, settle
 from pipeline.train.state import State
 from tests.conftest import stage_yaml
 
@@ -190,6 +191,20 @@ def test_a_changed_configuration_is_refused_by_name(trained, shards_folder, t5_f
         "run folder"
     )
     assert (run / "config.yaml").read_bytes() == before
+
+
+def test_what_is_finished_is_not_started_again(trained, shards_folder, t5_folder, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "base"
+    shutil.copytree(trained / "base", run)
+    _, config = config_of(run, shards_folder, t5_folder)
+    assert finished(config)
+    assert not finished(config_of(run, shards_folder, t5_folder, steps=5)[1])
+    assert not finished(config_of(run, shards_folder, t5_folder, ema_decay=0.5)[1])  # for `settle` to refuse
+    assert not finished(config_of(tmp_path / "new", shards_folder, t5_folder)[1])
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(stage_yaml("base", run, shards_folder, t5_folder)))
+    monkeypatch.setattr("launch.supervisor.supervise", lambda *_: pytest.fail("a job was started"))
+    assert answer(["train", str(tmp_path / "base.yaml"), "launch.launcher=msrun", "launch.workers=2"]) == 0
+    assert capsys.readouterr().err == f"{run}: done before, the stage is in {run}/stage\n"
 
 
 def test_other_data_are_refused(trained, shards_folder):

@@ -1,6 +1,8 @@
 """From a run folder back into a run: which checkpoint to go on from, and whether it may be."""
 
+import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from pipeline.errors import UserError
 from pipeline.files import write_atomically
 from pipeline.train.precision import LossScale
 from pipeline.train.step import TrainStep
+from pipeline.train.trainee import Config
 
 log = logging.getLogger("cascade")
 
@@ -22,18 +25,33 @@ FREE = ("run", "train.steps", "train.checkpoint_every", "train.keep_checkpoints"
         "train.shard_optimizer", "data.workers", "data.max_damage", "data.cache", "sample.")  # fmt: skip
 
 
-def settle(run: Path, config: Any) -> Path | None:
+def changed(run: Path, config: Config) -> Iterator[tuple[str, Any, Any]]:
+    """(field, what it was when `run` was trained, what it is now) of each that may not change."""
+    saved = run / "config.yaml"
+    for field, before, now in differences(read_yaml(saved), to_dict(config)) if saved.exists() else ():
+        if not field.startswith(FREE):
+            yield field, before, now
+
+
+def finished(config: Config) -> bool:
+    """Whether its run has left the stage that this configuration trains: then there is nothing to start."""
+    run = Path(config.run)
+    try:
+        step = json.loads((run / "stage" / "stage.json").read_bytes())["step"]
+    except (FileNotFoundError, ValueError, KeyError):  # none, or a broken one that the last step will write anew
+        return False
+    return step >= config.train.steps and not list(changed(run, config))
+
+
+def settle(run: Path, config: Config) -> Path | None:
     """The checkpoint to go on from, if any, once the configuration is known to be the run's own; saves it."""
     newest = checkpoint.newest(run / "checkpoints")
-    saved = run / "config.yaml"
-    if newest and saved.exists():
-        for path, before, now in differences(read_yaml(saved), to_dict(config)):
-            if not path.startswith(FREE):
-                raise UserError(
-                    f"{path}: was {before} when {run} was trained to {newest.name} and is {now} now; take the old "
-                    "value, or another run folder"
-                )
-    write_atomically(saved, dump(config).encode())
+    for field, before, now in changed(run, config) if newest else ():
+        raise UserError(
+            f"{field}: was {before} when {run} was trained to {newest and newest.name} and is {now} now; take the old "
+            "value, or another run folder"
+        )
+    write_atomically(run / "config.yaml", dump(config).encode())
     return newest
 
 
