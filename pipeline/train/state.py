@@ -208,7 +208,8 @@ class State:
         def finish(factor: Tensor, *sums: Tensor) -> Tensor:
             gradients: tuple[Tensor, ...] = ()
             for number, start, stop, weight in cuts:
-                gradients = (*gradients, sums[number][start:stop].reshape(weight.shape) * factor)
+                piece = ops.narrow(sums[number], 0, start, stop - start)  # a CPU's [:] of a whole vector is 80 x slower
+                gradients = (*gradients, piece.reshape(weight.shape) * factor)
             done = update(gradients)
             decay = ops.minimum((1.0 + ema_step) / (10.0 + ema_step), ema_decay)
             for mean, weight in zip(average, weights):  # noqa: B905
@@ -224,7 +225,7 @@ class State:
 
         def spread(*vectors: Tensor) -> Tensor:
             for number, start, stop, parameter in pieces:
-                ops.assign(parameter, vectors[number][start:stop].reshape(parameter.shape))
+                ops.assign(parameter, ops.narrow(vectors[number], 0, start, stop - start).reshape(parameter.shape))
             return vectors[0]
 
         return spread
