@@ -152,6 +152,17 @@ def address(host: str) -> str:
         raise JobError(f"MS_SCHED_HOST={host}: no such host ({error}); give launch.master an address") from None
 
 
+def cache_folder() -> Path:
+    """Where what is made for this machine is kept for this user."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "imagen-cascade"
+
+
+def processor() -> str:
+    """What tells one kind of CPU from another: its name and the instructions it knows."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return " ".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+
+
 def on_ascend() -> bool:
     """Whether this machine has an Ascend device (its driver's device file)."""
     return Path("/dev/davinci_manager").exists()

@@ -5,12 +5,27 @@ import pytest
 from compare import assert_close, differentiate, reference
 from mindspore import Tensor
 
-from pipeline.nn import blocks
+from pipeline.nn import blocks, kernels
 from pipeline.nn.embeddings import PADDING, LevelEmbedding
 from pipeline.nn.parameters import assign, initialize
 from tools.references import LAYERS, random_weights
 
 
+@pytest.fixture(params=["kernels", "operators"])
+def both(request, monkeypatch):
+    """The cells with our kernels, and with MindSpore's operators."""
+    if request.param == "operators":
+        monkeypatch.setattr(kernels, "library", lambda: None)
+    elif kernels.library() is None:
+        pytest.skip("the kernels are not built here: no C++ compiler")
+    kernels.convolution.cache_clear()
+    kernels.normalization.cache_clear()
+    yield
+    kernels.convolution.cache_clear()
+    kernels.normalization.cache_clear()
+
+
+@pytest.mark.usefixtures("both")
 @pytest.mark.parametrize("name", LAYERS)
 def test_equals_the_reference(name):
     inputs, answers, config = reference(name)
@@ -40,6 +55,7 @@ def test_layers_start_as_the_identity(layer):
 
 @pytest.mark.parametrize(("width", "groups"), [(4, 1), (16, 4), (48, 12), (128, 32), (144, 24), (192, 32), (1024, 32)])
 @pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.usefixtures("both")
 def test_norm(width, groups, silu):
     """Against the definition in float64, also for widths that 32 does not divide."""
     stream = np.random.default_rng(width)
@@ -58,6 +74,7 @@ def test_norm(width, groups, silu):
     np.testing.assert_allclose(found, y / (1 + np.exp(-y)) if silu else y, atol=2e-4)
 
 
+@pytest.mark.usefixtures("both")
 def test_norm_of_a_constant_is_its_bias():
     """Rounding makes the variance of equal numbers negative at times; no NaN comes of it."""
     found = blocks.Norm(8, silu=False)(Tensor(np.full((1, 8, 5, 7), 1234.567, np.float32))).asnumpy()
@@ -84,10 +101,12 @@ def test_resampling():
     np.testing.assert_array_equal(mean.asnumpy()[0, 0], [[2.5, 4.5]])
 
 
+@pytest.mark.usefixtures("both")
 def test_convolutions_keep_or_divide_the_size():
     x = Tensor(np.zeros((1, 4, 6, 8), np.float32))
-    assert blocks.conv(4, 5, 3)(x).shape == blocks.conv(4, 5, 1)(x).shape == (1, 5, 6, 8)
-    assert blocks.conv(4, 5, 3, stride=2)(x).shape == (1, 5, 3, 4)
+    assert blocks.Conv(4, 5, 3)(x).shape == blocks.Conv(4, 5, 1)(x).shape == (1, 5, 6, 8)
+    assert blocks.Conv(4, 5, 3, stride=2)(x).shape == (1, 5, 3, 4)
+    assert blocks.Conv(4, 5, 3, stride=2)(x[:, :, 1:, :7]).shape == (1, 5, 3, 4)
 
 
 def test_attention_is_a_mean_of_what_it_may_look_at():

@@ -10,13 +10,22 @@ from typing import Literal
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
+from pipeline.nn import kernels
+
 GROUPS = 32  # of group normalization, as in DDPM and ADM; fewer in narrow layers
-EPSILON = 1e-5  # added to the variance
 
 
-def conv(width_in: int, width_out: int, size: int, stride: int = 1) -> nn.Conv2d:
+class Conv(nn.Conv2d):
     """A convolution that keeps the picture's size (divided by `stride`)."""
-    return nn.Conv2d(width_in, width_out, size, stride, pad_mode="pad", padding=size // 2, has_bias=True)
+
+    def __init__(self, width_in: int, width_out: int, size: int, stride: int = 1) -> None:
+        super().__init__(width_in, width_out, size, stride, pad_mode="pad", padding=size // 2, has_bias=True)
+        self.kernel = kernels.convolution(stride)
+
+    def construct(self, x_BCHW: Tensor) -> Tensor:
+        if self.kernel is not None and x_BCHW.dtype == mstype.float32:
+            return self.kernel(x_BCHW, self.weight, self.bias)
+        return super().construct(x_BCHW)
 
 
 def zeroed(cell: nn.Cell) -> nn.Cell:
@@ -80,20 +89,26 @@ class Norm(nn.Cell):
         self.silu = silu
         self.gain = Parameter(ops.ones(width))
         self.bias = Parameter(ops.zeros(width))
+        self.kernel = kernels.normalization(silu)
 
     def construct(self, x_BCHW: Tensor, scale_shift: Tensor | None = None) -> Tensor:
         B, C, H, W = x_BCHW.shape
-        x = x_BCHW.astype(mstype.float32)
-        rows = x.reshape((B * self.groups, -1))
-        mean = rows.mean(axis=1, keep_dims=True)
-        variance = (rows * rows).mean(axis=1, keep_dims=True) - mean * mean
-        per_group = (B, self.groups, C // self.groups)
-        rate = ops.rsqrt(ops.maximum(variance, 0.0) + EPSILON).reshape((B, self.groups, 1))
-        factor = (rate * self.gain.reshape((1, self.groups, -1))).reshape((B, C))
-        offset = self.bias - (ops.broadcast_to(mean.reshape((B, self.groups, 1)), per_group).reshape((B, C)) * factor)
+        x, per_group = x_BCHW.astype(mstype.float32), (B, self.groups, C // self.groups)
+        factor, offset = self.gain, self.bias
         if scale_shift is not None:
             scale, shift = ops.chunk(scale_shift, 2, 1)
             factor, offset = factor * (1.0 + scale), offset * (1.0 + scale) + shift
+        factor, offset = ops.broadcast_to(factor, (B, C)), ops.broadcast_to(offset, (B, C))
+        if self.kernel is not None:
+            y = self.kernel(x, factor.reshape(per_group), offset.reshape(per_group))
+            return y.astype(x_BCHW.dtype)
+        rows = x.reshape((B * self.groups, -1))
+        mean = rows.mean(axis=1, keep_dims=True)
+        variance = (rows * rows).mean(axis=1, keep_dims=True) - mean * mean
+        rate = ops.rsqrt(ops.maximum(variance, 0.0) + kernels.EPSILON)
+        mean, rate = (ops.broadcast_to(n.reshape((B, self.groups, 1)), per_group).reshape((B, C)) for n in (mean, rate))
+        factor = rate * factor
+        offset = offset - mean * factor
         y = x.reshape((B * C, H * W)) * factor.reshape((-1, 1)) + offset.reshape((-1, 1))
         if self.silu:
             y = y * ops.sigmoid(y)
@@ -111,11 +126,11 @@ class ResBlock(nn.Cell):
         super().__init__()
         self.resample = resample
         self.norm1 = Norm(width_in)
-        self.conv1 = conv(width_in, width, 3)
+        self.conv1 = Conv(width_in, width, 3)
         self.emb = nn.Dense(emb, 2 * width) if emb else None
         self.norm2 = Norm(width)
-        self.conv2 = zeroed(conv(width, width, 3))
-        self.skip = conv(width_in, width, 1) if width_in != width else None
+        self.conv2 = zeroed(Conv(width, width, 3))
+        self.skip = Conv(width_in, width, 1) if width_in != width else None
 
     def construct(self, x_BCHW: Tensor, emb_BE: Tensor, text_BLD: Tensor, bias_BL: Tensor) -> Tensor:
         x = x_BCHW
@@ -167,7 +182,7 @@ class Downsample(nn.Cell):
 
     def __init__(self, width_in: int, width: int) -> None:
         super().__init__()
-        self.conv = conv(width_in, width, 3, stride=2)
+        self.conv = Conv(width_in, width, 3, stride=2)
 
     def construct(self, x_BCHW: Tensor, emb_BE: Tensor, text_BLD: Tensor, bias_BL: Tensor) -> Tensor:
         return self.conv(x_BCHW)
@@ -178,7 +193,7 @@ class Upsample(nn.Cell):
 
     def __init__(self, width_in: int, width: int) -> None:
         super().__init__()
-        self.conv = conv(width_in, width, 3)
+        self.conv = Conv(width_in, width, 3)
 
     def construct(self, x_BCHW: Tensor, emb_BE: Tensor, text_BLD: Tensor, bias_BL: Tensor) -> Tensor:
         return self.conv(upsample(x_BCHW))

@@ -20,13 +20,13 @@ from mindspore import dtype as mstype
 from pipeline.config import ConfigError
 from pipeline.nn.blocks import (
     Attention,
+    Conv,
     Downsample,
     Norm,
     ResBlock,
     Stack,
     Upsample,
     channels_to_space,
-    conv,
     space_to_channels,
     zeroed,
 )
@@ -97,12 +97,12 @@ class UNet(nn.Cell):
         self.text_in = nn.Dense(text_width, config.text_channels)
         self.text_pool = TextPool(config.text_channels, emb)
         self.levels = nn.CellList([LevelEmbedding(config.channels, emb) for _ in range(num_levels)])
-        self.stem = conv(channels_in * config.patch**2, width, 3)
+        self.stem = Conv(channels_in * config.patch**2, width, 3)
         down, middle, up = (adm if config.kind == "adm" else efficient)(config, emb)
         self.down, self.middle, self.up = nn.CellList(down), middle, nn.CellList(up)
         self.stem_to_head = len(up) == len(down)  # else the last stack of the way up has taken the stem
         self.norm = Norm(width)
-        self.head = zeroed(conv(2 * width if self.stem_to_head else width, 3 * config.patch**2, 3))
+        self.head = zeroed(Conv(2 * width if self.stem_to_head else width, 3 * config.patch**2, 3))
         if config.recompute:
             for stack in [*down, middle, *up]:
                 for layer in stack.layers:

@@ -1,0 +1,151 @@
+// y = f(a (x - mean) / sqrt(variance + EPSILON) + b) by groups of channels, f the identity or SiLU; and its gradient.
+//
+// x is (B, C, H, W), a and b are (B, G, C / G): a column of factors for each image, so that a scale and shift by an
+// embedding is a and b. A group is passed over while it is in the cache; sums are kept in double precision.
+#include <cmath>
+#include <cstring>
+
+#include "pool.h"
+
+namespace {
+constexpr int64_t BLOCK = 1024;  // numbers that are summed in single precision
+
+// e^x by 2^n p(r), r in [-ln 2 / 2, ln 2 / 2]: relative error below 2e-7. A loop over it becomes vectors; NaN stays.
+inline float exponential(float x) {
+  x = x > 88.0f ? 88.0f : x;
+  x = x < -87.0f ? -87.0f : x;
+  const float shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691e-4f;
+  p = p * r + 1.3981999e-3f;
+  p = p * r + 8.3334519e-3f;
+  p = p * r + 4.1665796e-2f;
+  p = p * r + 1.6666665e-1f;
+  p = p * r + 5.0000001e-1f;
+  p = p * r * r + r + 1.0f;
+  int32_t bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, sizeof power);
+  return p * power;
+}
+
+inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+
+struct Moments {
+  float mean, rate;
+};
+
+Moments moments(const float *x, int64_t size) {
+  double total = 0, squares = 0;
+  for (int64_t start = 0; start < size; start += BLOCK) {
+    const int64_t stop = start + BLOCK < size ? start + BLOCK : size;
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = start; i < stop; i++) sum += x[i];
+    total += sum;
+  }
+  const float mean = static_cast<float>(total / size);
+  for (int64_t start = 0; start < size; start += BLOCK) {
+    const int64_t stop = start + BLOCK < size ? start + BLOCK : size;
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = start; i < stop; i++) sum += (x[i] - mean) * (x[i] - mean);
+    squares += sum;
+  }
+  return {mean, static_cast<float>(1.0 / std::sqrt(squares / size + EPSILON))};
+}
+
+struct Sizes {
+  int64_t groups, channels, pixels;  // of the batch, of a group, of a channel
+
+  Sizes(const int64_t *x, const int64_t *a) : groups(a[0] * a[1]), channels(a[2]), pixels(x[2] * x[3]) {}
+};
+
+template <bool silu>
+void forward(void **data, int64_t **shapes) {
+  const Sizes sizes(shapes[0], shapes[1]);
+  const float *x = static_cast<float *>(data[0]), *a = static_cast<float *>(data[1]), *b = static_cast<float *>(data[2]);
+  float *y = static_cast<float *>(data[3]);
+  Pool::only().parallel_for(sizes.groups, [=](int group, int) {
+    const int64_t size = sizes.channels * sizes.pixels, first = group * size;
+    const Moments found = moments(x + first, size);
+    for (int64_t c = 0; c < sizes.channels; c++) {
+      const int64_t column = group * sizes.channels + c, start = first + c * sizes.pixels;
+      const float factor = a[column] * found.rate, offset = b[column] - found.mean * factor;
+#pragma omp simd
+      for (int64_t i = start; i < start + sizes.pixels; i++) {
+        const float u = x[i] * factor + offset;
+        y[i] = silu ? u * sigmoid(u) : u;
+      }
+    }
+  });
+}
+
+template <bool silu>
+void backward(void **data, int64_t **shapes) {
+  const Sizes sizes(shapes[1], shapes[2]);
+  const float *dy = static_cast<float *>(data[0]), *x = static_cast<float *>(data[1]);
+  const float *a = static_cast<float *>(data[2]), *b = static_cast<float *>(data[3]);
+  float *dx = static_cast<float *>(data[4]), *da = static_cast<float *>(data[5]), *db = static_cast<float *>(data[6]);
+  Pool::only().parallel_for(sizes.groups, [=](int group, int) {
+    const int64_t size = sizes.channels * sizes.pixels, first = group * size;
+    const Moments found = moments(x + first, size);
+    double along = 0, whole = 0;  // sums of a du (x - mean) rate, and of a du
+    for (int64_t c = 0; c < sizes.channels; c++) {
+      const int64_t column = group * sizes.channels + c, start = first + c * sizes.pixels;
+      double towards = 0, plain = 0;
+      for (int64_t from = start; from < start + sizes.pixels; from += BLOCK) {
+        const int64_t stop = from + BLOCK < start + sizes.pixels ? from + BLOCK : start + sizes.pixels;
+        float with = 0, without = 0;
+#pragma omp simd reduction(+ : with, without)
+        for (int64_t i = from; i < stop; i++) {
+          const float z = (x[i] - found.mean) * found.rate;
+          float du = dy[i];
+          if (silu) {
+            const float u = z * a[column] + b[column], s = sigmoid(u);
+            du *= s * (1.0f + u * (1.0f - s));
+          }
+          dx[i] = du;
+          with += du * z;
+          without += du;
+        }
+        towards += with, plain += without;
+      }
+      da[column] = static_cast<float>(towards), db[column] = static_cast<float>(plain);
+      along += a[column] * towards, whole += a[column] * plain;
+    }
+    const float slope = static_cast<float>(along / size) * found.rate, mean = static_cast<float>(whole / size);
+    for (int64_t c = 0; c < sizes.channels; c++) {
+      const int64_t column = group * sizes.channels + c, start = first + c * sizes.pixels;
+#pragma omp simd
+      for (int64_t i = start; i < start + sizes.pixels; i++)
+        dx[i] = found.rate * (dx[i] * a[column] - mean - (x[i] - found.mean) * slope);
+    }
+  });
+}
+
+template <void kernel(void **, int64_t **)>
+int alone(void **data, int64_t **shapes) {
+  std::lock_guard<std::mutex> guard(Pool::only().user);
+  kernel(data, shapes);
+  return 0;
+}
+}  // namespace
+
+// What MindSpore calls: data and shapes of inputs and outputs. Here (x, a, b) -> y and (dy, x, a, b) -> dx, da, db.
+extern "C" {
+int normalize(int, void **data, int *, int64_t **shapes, const char **, void *, void *) {
+  return alone<forward<false>>(data, shapes);
+}
+int normalize_silu(int, void **data, int *, int64_t **shapes, const char **, void *, void *) {
+  return alone<forward<true>>(data, shapes);
+}
+int normalize_gradient(int, void **data, int *, int64_t **shapes, const char **, void *, void *) {
+  return alone<backward<false>>(data, shapes);
+}
+int normalize_silu_gradient(int, void **data, int *, int64_t **shapes, const char **, void *, void *) {
+  return alone<backward<true>>(data, shapes);
+}
+}

@@ -1,0 +1,49 @@
+#include "pool.h"
+
+#include <sched.h>
+#include <unistd.h>
+
+#include <thread>
+
+thread_local bool Pool::inside = false;
+
+Pool &Pool::only() {
+  static Pool *pool = new Pool;  // for ever: its threads outlive main
+  return *pool;
+}
+
+Pool::Pool() {
+  cpu_set_t cores;  // of the main thread: MindSpore may bind its others
+  threads = sched_getaffinity(getpid(), sizeof cores, &cores) ? 1 : CPU_COUNT(&cores);
+  for (int i = 1; i < threads; i++)
+    std::thread([this] {
+      for (std::unique_lock<std::mutex> lock(mutex);;) {
+        begun.wait(lock, [this] { return next < total; });
+        help(lock);
+      }
+    }).detach();
+}
+
+void Pool::parallel_for(int n, const std::function<void(int, int)> &work) {
+  if (n <= 1 || inside || threads == 1) {
+    for (int i = 0; i < n; i++) work(i, n);
+    return;
+  }
+  std::unique_lock<std::mutex> lock(mutex);
+  task = &work, total = left = n, next = 0;
+  begun.notify_all();
+  help(lock);
+  ended.wait(lock, [this] { return left == 0; });
+}
+
+void Pool::help(std::unique_lock<std::mutex> &lock) {
+  inside = true;
+  while (next < total) {
+    const int i = next++, n = total;
+    lock.unlock();
+    (*task)(i, n);
+    lock.lock();
+    if (--left == 0) ended.notify_one();
+  }
+  inside = false;
+}

@@ -1,0 +1,33 @@
+// The threads that all kernels share: as many as the process may use cores.
+#pragma once
+
+#include <condition_variable>
+#include <cstdint>
+#include <functional>
+#include <mutex>
+
+// The first functions are oneDNN's `threadpool_iface`, by the order of their declaration.
+class Pool {
+ public:
+  virtual int get_num_threads() const { return threads; }
+  virtual bool get_in_parallel() const { return inside; }
+  // work(i, n) for every i of n, in no order, the caller's thread among those that do it.
+  virtual void parallel_for(int n, const std::function<void(int, int)> &work);
+  virtual uint64_t get_flags() const { return 0; }
+  virtual void wait() {}
+  virtual ~Pool() = default;
+
+  static Pool &only();
+  std::mutex user;  // held by the kernel that runs
+
+ private:
+  Pool();
+  void help(std::unique_lock<std::mutex> &lock);
+
+  static thread_local bool inside;
+  int threads;
+  std::mutex mutex;  // of what follows
+  std::condition_variable begun, ended;
+  const std::function<void(int, int)> *task = nullptr;
+  int total = 0, next = 0, left = 0;
+};
