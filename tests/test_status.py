@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from launch.command import NODE_LOCK
 from launch.status import as_text, duration, status
 from pipeline.errors import UserError
 from pipeline.files import lock
@@ -77,6 +78,12 @@ def test_ranks_that_do_the_same_are_one_line(run: Path) -> None:
 
 def test_a_run_that_is_alive(run: Path) -> None:
     with lock(run):
+        assert (status(run)["state"], status(run)["pid"]) == ("running", str(os.getpid()))
+    assert status(run)["state"] == "stopped"
+
+
+def test_a_supervised_run_is_alive_between_its_attempts(run: Path) -> None:
+    with lock(run, NODE_LOCK.format(0)):  # and no rank has .lock
         assert (status(run)["state"], status(run)["pid"]) == ("running", str(os.getpid()))
     assert status(run)["state"] == "stopped"
 
