@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from jobs import ROOT
 
 from launch.command import NODE_LOCK
 from launch.status import as_text, duration, status
@@ -114,7 +115,7 @@ def test_no_run(tmp_path: Path) -> None:
 
 def test_the_command_needs_no_mindspore(run: Path) -> None:
     command = [sys.executable, "-X", "importtime", "-m", "launch", "status", str(run), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     assert json.loads(done.stdout)["step"] == 40
     assert "mindspore" not in {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
 
