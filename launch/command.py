@@ -102,7 +102,7 @@ class Process:
     environment: dict[str, str]
 
 
-def command(config: LaunchConfig, path: str, overrides: Sequence[str]) -> list[str]:
+def command(path: str, overrides: Sequence[str]) -> list[str]:
     """The argv of the job that trains the stage in `path`."""
     return [sys.executable, "-m", "launch", "train", path, *overrides]
 
@@ -167,7 +167,7 @@ def remotes(config: LaunchConfig, path: str, overrides: Sequence[str]) -> list[P
     """
     started = []
     for number, host in enumerate(config.hosts if config.node_rank == 0 else (), 1):
-        there = [*command(config, path, overrides), f"launch.node_rank={number}", "launch.hosts=[]"]
+        there = [*command(path, overrides), f"launch.node_rank={number}", "launch.hosts=[]"]
         line = f"cd {shlex.quote(str(Path.cwd()))} && exec {shlex.join(there)}"
         argv = ["ssh", "-o", "BatchMode=yes", "--", host, line]
         started.append(Process(name=f"ssh_{number}", argv=argv, environment={}))

@@ -18,7 +18,9 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
+from pipeline.heartbeat import Phase
 
 # Seconds in which a phase has to come to an end, or its step to change: what no sane run exceeds.
 PATIENCE = {"starting": 1800.0, "compiling": 7200.0, "checkpoint": 1800.0, "sampling": 7200.0, "finished": 120.0}
@@ -34,7 +36,7 @@ class Beat:
     rank: int
     pid: int
     host: str
-    phase: Literal["starting", "compiling", "training", "checkpoint", "sampling", "finished", "failed"]
+    phase: Phase
     step: int
     time: float
     error: str | None = None
@@ -96,7 +98,7 @@ class Pulse:
         self.trained = self.trained or beat.phase in ("training", "checkpoint", "sampling")
 
     @property
-    def phase(self) -> str:
+    def phase(self) -> Phase:
         return self.beat.phase if self.beat else "starting"
 
     def pausing(self, now: float) -> bool:

@@ -45,7 +45,7 @@ def check_stage(path: str, overrides: Sequence[str]) -> dict[str, Any]:
         "parameters": num_parameters(network),
         "memory": memory(network, config, launch.size),
         "data": data(config),
-        "argv": command(launch, path, overrides),
+        "argv": command(path, overrides),
         **({"nodes": nodes(launch, config.run, path, overrides)} if launch.launcher != "none" else {}),
     }
 

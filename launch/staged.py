@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from launch.command import command
 from launch.status import duration, status
 from pipeline.config import apply_overrides, build, read_yaml
 from pipeline.errors import UserError
@@ -44,8 +45,7 @@ def plan(path: str, overrides: Sequence[str]) -> list[Job]:
     jobs = []
     for entry in build(CascadeConfig, read_yaml(path)).stages:
         run = apply_overrides(read_yaml(entry.config), overrides).get("run")
-        argv = [sys.executable, "-m", "launch", "train", entry.config, *overrides]
-        jobs.append(Job(entry.name, argv, Path(str(run))))
+        jobs.append(Job(entry.name, command(entry.config, overrides), Path(str(run))))
     runs = [job.run for job in jobs]
     for job in jobs:
         if runs.count(job.run) > 1:

@@ -1,10 +1,12 @@
 """What `cascade status` says of a run: everything that its folder tells, without MindSpore and while it runs.
 
-The lock tells whether the run is alive, metrics.jsonl how far and how fast it is, the checkpoints from where it would
-go on, the log folders how often it was started, and its heartbeats what each rank does.
+The locks tell whether the run is alive (its supervisor's between two attempts too), metrics.jsonl how far and how fast
+it is, the checkpoints from where it would go on, the log folders how often it was started, and its heartbeats what each
+rank does.
 """
 
 import json
+import re
 import time
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -12,6 +14,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from launch.command import NODE_LOCK
+from launch.heartbeats import read_beat
+from launch.nodes import attempts
 from pipeline import checkpoint
 from pipeline.config import read_yaml
 from pipeline.errors import UserError
@@ -31,8 +36,8 @@ def status(run: Path) -> dict[str, Any]:
     steps, total = last.get("step", 0), config["train"]["steps"]
     seconds = median(report["seconds"] for report in reports[-RECENT:]) if reports else None
     saved = checkpoint.steps(run / "checkpoints")
-    attempts = sorted((run / "logs").glob("attempt-*"), key=lambda path: int(path.name.removeprefix("attempt-")))
-    pid = holder(run)
+    folders = list(attempts(run).values())
+    pid = holder(run, NODE_LOCK.format(0)) or holder(run)
     finished = (run / "stage" / "stage.json").exists() and steps >= total
     return {
         "run": str(run),
@@ -46,9 +51,9 @@ def status(run: Path) -> dict[str, Any]:
         "reported": age(run / "metrics.jsonl"),
         "checkpoint": saved[-1] if saved else None,
         "saved": age(run / "checkpoints" / f"step_{saved[-1]:07d}") if saved else None,
-        "restarts": max(0, len(attempts) - 1),
+        "restarts": max(0, len(folders) - 1),
         "quarantined": sum(1 for _ in lines(run / "quarantine.jsonl")),
-        "ranks": ranks(attempts[-1]) if attempts else [],
+        "ranks": ranks(folders[-1]) if folders else [],
     }
 
 
@@ -75,14 +80,12 @@ def lines(path: Path) -> Iterator[str]:
 
 def ranks(attempt: Path) -> list[dict[str, Any]]:
     """The last heartbeat of each rank, with its age in seconds."""
+    names = (re.fullmatch(r"rank_(\d+)\.json", path.name) for path in attempt.iterdir())
     found = []
-    beats = [path for path in attempt.glob("rank_*.json") if not path.name.endswith(".end.json")]
-    for path in sorted(beats, key=lambda path: int(path.stem.removeprefix("rank_"))):
-        try:
-            beat = json.loads(path.read_text())
-        except (OSError, ValueError):  # it is being replaced
-            continue
-        found.append({name: beat.get(name) for name in ("rank", "host", "phase", "step")} | {"age": age(path)})
+    for number in sorted(int(name[1]) for name in names if name):
+        if beat := read_beat(attempt, number):
+            said = {name: getattr(beat, name) for name in ("rank", "host", "phase", "step")}
+            found.append(said | {"age": age(attempt / f"rank_{number}.json")})
     return found
 
 

@@ -3,11 +3,16 @@
 import pipeline  # noqa: F401  (first: it prepares the environment for MindSpore)
 
 # isort: split
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from jobs import QUICK, Running, leaving_nothing
 
 from pipeline.data.shards import DataConfig, Shards
 from pipeline.data.text import load_encoder, recipe
@@ -84,3 +89,24 @@ def trained(shards_folder: Path, t5_folder: Path, tmp_path_factory: pytest.TempP
         assert train(cls(build(cls.Config, raw)))
     export({name: folder / name / "stage" for name in ("base", "sr32", "sr64")}, t5_folder, folder / "cascade")
     return folder
+
+
+@pytest.fixture(params=["msrun", "mpirun"])
+def launcher(request: pytest.FixtureRequest) -> str:
+    """Each of the two that is here."""
+    if request.param == "mpirun" and not shutil.which("mpirun"):
+        pytest.skip("there is no mpirun here; install openmpi-bin")
+    return request.param
+
+
+@pytest.fixture
+def supervise(tmp_path: Path) -> Iterator[Callable[..., Running]]:
+    """Starts supervisors on one run folder; at the end nothing may be left of them."""
+    run = tmp_path / "run"
+    with leaving_nothing(run) as start:
+
+        def started(*faults: str, **options: object) -> Running:
+            argv = [sys.executable, "-m", "tests.supervised", str(run), json.dumps(QUICK | options), *faults]
+            return Running(run, start(argv))
+
+        yield started

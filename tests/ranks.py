@@ -1,7 +1,7 @@
-"""A rank of a real job, started by msrun from test_ranks.py: `python ranks.py JOB`, a JSON file of runs in their order.
+"""A rank of a real job, started by msrun from test_ranks.py: `python -m tests.ranks JOB`, with a JSON file of runs.
 
-Each run is {"name", "raw": a stage's configuration, "stop": [rank, step] or null, "nan": [rank, step] or null}. Leaves
-JOB's folder/NAME.rank_R.json: what `train` answered, or the error, and a digest of the weights.
+Each of them, in their order, is {"name", "raw": a stage's configuration, "stop": [rank, step] or null, "nan": [rank,
+step] or null}. Leaves JOB's folder/NAME.rank_R.json: what `train` answered, or the error, and a digest of the weights.
 """
 
 import json

@@ -2,8 +2,7 @@
 
 import io
 import tarfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -61,11 +60,3 @@ def with_header(data: bytes, place: int, field: slice, value: bytes) -> bytes:
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
     return data[:place] + bytes(header) + data[place + BLOCK :]
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
-    """Returns when it holds; fails when it does not in time."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)

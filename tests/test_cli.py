@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from jobs import ROOT
 
 from launch import cli
 from launch.command import NODE_LOCK
 from pipeline.errors import JobError
 from pipeline.files import lock
 
-ROOT = Path(__file__).parent.parent
 BASE = "configs/tiny/base64.yaml"
 
 # What scripts may rely on. A change here is a change for the users.

@@ -75,7 +75,7 @@ def test_mpirun(node: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_other_nodes_by_ssh() -> None:
     config = LaunchConfig(launcher="msrun", hosts=("n1",), **TWO)
-    words = [*command(config, CONFIG, OVERRIDES)[:-1], "'run=/runs/a b'", "launch.node_rank=1", "'launch.hosts=[]'"]
+    words = [*command(CONFIG, OVERRIDES)[:-1], "'run=/runs/a b'", "launch.node_rank=1", "'launch.hosts=[]'"]
     line = f"cd {Path.cwd()} && exec {' '.join(words)}"
     argv = ["ssh", "-o", "BatchMode=yes", "--", "n1", line]
     assert remotes(config, CONFIG, OVERRIDES) == [Process(name="ssh_1", argv=argv, environment={})]

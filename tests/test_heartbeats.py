@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from launch.heartbeats import HANG, PATIENCE, Beat, Pulse, read_beat, read_end
-from pipeline.heartbeat import Heartbeat
+from pipeline.heartbeat import Heartbeat, Phase
 
 
-def beat(phase: str, step: int) -> Beat:
-    return Beat(rank=0, pid=1, host="h", phase=phase, step=step, time=0.0)  # type: ignore[arg-type]
+def beat(phase: Phase, step: int) -> Beat:
+    return Beat(rank=0, pid=1, host="h", phase=phase, step=step, time=0.0)
 
 
 def test_what_ranks_write_is_read(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import tarfile
 import zlib
@@ -11,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jobs import WAIT, leaving_nothing, until
 from pictures import html, png_bomb
-from tars import BLOCK, Members, flipped, headers, jpeg, link, sample, tar, wait_for, with_header
+from tars import BLOCK, Members, flipped, headers, jpeg, link, sample, tar, with_header
 
 from pipeline.data import index as index_module
 from pipeline.data import tar as module
@@ -369,22 +369,14 @@ def test_processes_share_the_work_and_take_over_from_the_dead(tmp_path: Path) ->
     paths = [str(tmp_path / f"{number}.tar") for number in range(3)]
     for path in paths:
         Path(path).write_bytes(THREE)
-    processes: list[subprocess.Popen[bytes]] = []
-
-    def start(seconds: str) -> None:
-        command = [sys.executable, "-W", "error", "-c", SLOW, seconds, *paths]
-        processes.append(subprocess.Popen(command, cwd=Path(__file__).parent.parent))
-
-    try:
-        start("600")
-        wait_for(lambda: list(tmp_path.glob(".0.*.lock")))
-        start("0")
-        wait_for(lambda: (tmp_path / "2.index.safetensors").exists())
-        processes[0].kill()
-        assert processes[1].wait(timeout=60) == 0
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait(timeout=60)
+    command = [sys.executable, "-W", "error", "-c", SLOW]
+    with leaving_nothing(tmp_path) as start:
+        slow = start([*command, "600", *paths])
+        until(lambda: list(tmp_path.glob(".0.*.lock")), "a claim")
+        fast = start([*command, "0", *paths])
+        until((tmp_path / "2.index.safetensors").exists, "the last index")
+        slow.kill()
+        slow.wait(WAIT)
+        assert fast.wait(WAIT) == 0
     assert all(read_index(index_path(path, None), path) for path in paths)
     assert not list(tmp_path.glob(".*"))

@@ -2,64 +2,36 @@
 
 import json
 import os
-import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from test_supervisor import ROOT, left, until
+from jobs import WAIT, Process, leaving_nothing, left, until, until_step
 
-from launch import processes
 from launch.heartbeats import read_beat
 
 pytestmark = pytest.mark.launchers
-WAIT = 240.0  # seconds for what takes 30
 FOUND = 10.0  # seconds in which a rank that died has to be found
 
 
-@pytest.fixture(params=["msrun", "mpirun"])
-def start(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+@pytest.fixture
+def start(launcher: str, tmp_path: Path) -> Iterator[Callable[..., Process]]:
     """Starts a supervised job in tmp_path/run; at the end nothing may be left of it."""
-    if request.param == "mpirun" and not shutil.which("mpirun"):
-        pytest.skip("there is no mpirun here; install openmpi-bin")
-    run, started = tmp_path / "run", []
+    run = tmp_path / "run"
+    with leaving_nothing(run) as begin:
 
-    def job(*words: str, **options: object) -> subprocess.Popen[str]:
-        given = json.dumps({"launcher": request.param, **options})
-        argv = [sys.executable, "-m", "tests.supervised", str(run), given, *words]
-        process = subprocess.Popen(argv, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        started.append(process)
-        return process
+        def job(*words: str, **options: object) -> Process:
+            given = json.dumps({"launcher": launcher, **options})
+            return begin([sys.executable, "-m", "tests.supervised", str(run), given, *words])
 
-    yield job
-    ended = all(process.poll() is not None for process in started)
-    for process in started:
-        process.kill()
-        process.communicate()
-    try:
-        assert ended
-        until(lambda: not left(run), "a process was left behind")
-    finally:
-        processes.send(left(run), signal.SIGKILL)
+        yield job
 
 
 def facts(run: Path, rank: int) -> dict[str, float]:
     return json.loads((run / "logs" / "attempt-0" / f"sum_{rank}.json").read_text())
-
-
-def summing(run: Path, process: subprocess.Popen[str]) -> None:
-    """Returns when both ranks have made three steps."""
-    end = time.monotonic() + WAIT
-    while time.monotonic() < end and process.poll() is None:
-        beats = [read_beat(run / "logs" / "attempt-0", rank) for rank in (0, 1)]
-        if all(beat and beat.step >= 3 for beat in beats):
-            return
-        time.sleep(0.1)
-    raise AssertionError(process.communicate()[1] if process.poll() is not None else "no sum")
 
 
 def test_two_ranks_sum_on_cores_of_their_own(start, tmp_path):
@@ -75,7 +47,7 @@ def test_a_killed_rank_is_found_and_the_job_starts_again(start, tmp_path):
     """The second attempt is one that SIGTERM ends."""
     run = tmp_path / "run"
     process = start("100000", restarts=1, backoff=0.2)
-    summing(run, process)
+    until_step(3, run / "logs" / "attempt-0", (0, 1), [process])
     beat = read_beat(run / "logs" / "attempt-0", 1)
     os.kill(beat.pid, signal.SIGKILL)
     begun = time.monotonic()
@@ -100,7 +72,7 @@ def test_an_error_is_named_with_its_traceback(start, tmp_path):
 
 def test_a_supervisor_that_is_killed_leaves_nothing(start, tmp_path):
     process = start("100000")
-    summing(tmp_path / "run", process)
+    until_step(3, tmp_path / "run" / "logs" / "attempt-0", (0, 1), [process])
     process.kill()
     process.wait(WAIT)
     until(lambda: not left(tmp_path / "run"), "a process was left behind")

@@ -1,9 +1,6 @@
 """Batches by step: the same whoever asks; what cannot be used is replaced, written down, and not lost in silence."""
 
 import json
-import os
-import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Sequence
@@ -12,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from jobs import WAIT, leaving_nothing, until
 from tars import jpeg, sample, tar
 
 from pipeline.config import build
@@ -159,22 +157,19 @@ with open(folder / f"seen-{world}-{rank}", "w", buffering=1) as file:
 
 def run_ranks(world: int, start: int, steps: int, crawl: Path, folder: Path) -> dict[int, list[int]]:
     """The samples of each step, as `world` processes saw them before they were killed with -9 somewhere."""
-    command = [sys.executable, "-W", "error", "-c", RANK]
-    ranks = [
-        subprocess.Popen([*command, *map(str, (rank, world, start, folder, crawl))], cwd=Path(__file__).parent.parent)
-        for rank in range(world)
-    ]
     files = [folder / f"seen-{world}-{rank}" for rank in range(world)]
-    try:
-        for _ in range(600):
-            if all(file.exists() and file.read_text().count("\n") >= steps for file in files):
-                break
+    with leaving_nothing(folder) as begin:
+        given = [map(str, (rank, world, start, folder, crawl)) for rank in range(world)]
+        ranks = [begin([sys.executable, "-W", "error", "-c", RANK, *words]) for words in given]
+
+        def seen_enough() -> bool:
             assert all(rank.poll() is None for rank in ranks)
-            threading.Event().wait(0.1)
-    finally:
+            return all(file.exists() and file.read_text().count("\n") >= steps for file in files)
+
+        until(seen_enough, f"{steps} steps")
         for rank in ranks:
-            os.kill(rank.pid, signal.SIGKILL)
-            rank.wait(timeout=60)
+            rank.kill()
+            rank.wait(WAIT)
     seen: dict[int, list[int]] = {}
     for file in files:
         for line in file.read_text().splitlines(keepends=True)[:steps]:

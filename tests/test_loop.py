@@ -5,15 +5,14 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
+from jobs import WAIT, leaving_nothing, until
 from PIL import Image
 from safetensors.numpy import load_file
 from tars import jpeg, sample, tar
@@ -32,8 +31,6 @@ from pipeline.train.loop import meet, share, train
 from pipeline.train.resume import finished, resume, settle
 from pipeline.train.state import State
 from tests.conftest import stage_yaml
-
-PATIENCE = 240  # seconds for what takes a few: the machine may be busy
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -94,19 +91,6 @@ def test_a_finished_run_is_left_as_it_is(trained, shards_folder, t5_folder, tmp_
 # Resuming. Real processes, as a user starts them.
 
 
-def start(config: Path, log: Path) -> subprocess.Popen[bytes]:
-    with log.open("ab") as file:
-        return subprocess.Popen([sys.executable, "-m", "launch", "train", str(config)], stdout=file, stderr=file)
-
-
-def end(process: subprocess.Popen[bytes]) -> int:
-    try:
-        return process.wait(PATIENCE)
-    finally:
-        process.kill()
-        process.wait()
-
-
 @pytest.fixture(scope="module")
 def interrupted(trained, shards_folder, t5_folder, tmp_path_factory) -> tuple[Path, Path, list[int]]:
     """An uninterrupted run of 12 steps; one that was killed, stopped and continued; the exit codes of its attempts.
@@ -121,21 +105,24 @@ def interrupted(trained, shards_folder, t5_folder, tmp_path_factory) -> tuple[Pa
         raw["train"] |= {"steps": 12, "checkpoint_every": 3, "sample_every": 4, "keep_checkpoints": 9}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(raw))
         runs[name] = folder / name
-    whole = start(folder / "whole.yaml", folder / "whole.log")
-    codes = []
-    for number, steps in ((signal.SIGKILL, 4), (signal.SIGTERM, 8)):
-        process = start(folder / "pieces.yaml", folder / "pieces.log")
-        path, deadline = runs["pieces"] / "metrics.jsonl", time.monotonic() + PATIENCE
-        try:
-            while process.poll() is None and time.monotonic() < deadline:
-                if path.exists() and len(path.read_bytes().splitlines()) >= steps:
-                    os.kill(process.pid, number)
-                    break
-                time.sleep(0.01)
-        finally:
-            codes.append(end(process))
-    codes.append(end(start(folder / "pieces.yaml", folder / "pieces.log")))
-    assert end(whole) == 0, (folder / "whole.log").read_text()
+    command, reports = [sys.executable, "-m", "launch", "train"], runs["pieces"] / "metrics.jsonl"
+    with leaving_nothing(folder) as start:
+        whole = start([*command, str(folder / "whole.yaml")])
+
+        def pieces(number: int = 0, steps: int = 0) -> int:
+            """The exit code of a process that gets the signal, if any, once so many steps are reported."""
+            process = start([*command, str(folder / "pieces.yaml")])
+
+            def far_enough() -> bool:
+                reported = len(reports.read_bytes().splitlines()) if reports.exists() else 0
+                return process.poll() is not None or reported >= steps
+
+            until(far_enough, f"step {steps}")
+            process.send_signal(number)
+            return process.wait(WAIT)
+
+        codes = [pieces(signal.SIGKILL, 4), pieces(signal.SIGTERM, 8), pieces()]
+        assert whole.wait(WAIT) == 0, whole.communicate()[1]
     return runs["whole"], runs["pieces"], codes
 
 

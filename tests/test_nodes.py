@@ -6,23 +6,20 @@ msrun and mpirun start one rank in each, under a supervisor of its own; `make te
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from test_launchers import WAIT, facts
-from test_supervisor import ROOT, left, until
+from jobs import WAIT, Process, leaving_nothing, until_step
+from test_launchers import facts
 
-from launch import processes
 from launch.heartbeats import read_beat
 
 pytestmark = pytest.mark.launchers
 ADDRESSES = ("10.213.0.1", "10.213.0.2")
-Nodes = list[subprocess.Popen[str]]
+Nodes = list[Process]
 
 
 def ip(*words: str) -> None:
@@ -54,31 +51,22 @@ def namespaces() -> Iterator[list[str]]:
             subprocess.run(["ip", "netns", "del", name], timeout=30)
 
 
-@pytest.fixture(params=["msrun", "mpirun"])
-def start(request: pytest.FixtureRequest, namespaces: list[str], tmp_path: Path) -> Iterator[Callable[..., Nodes]]:
+@pytest.fixture
+def start(launcher: str, namespaces: list[str], tmp_path: Path) -> Iterator[Callable[..., Nodes]]:
     """Starts a job's two supervisors, which share tmp_path/run; at the end nothing may be left of them."""
-    if request.param == "mpirun" and not shutil.which("mpirun"):
-        pytest.skip("there is no mpirun here; install openmpi-bin")
-    run, started = tmp_path / "run", Nodes()
+    run = tmp_path / "run"
+    with leaving_nothing(run) as begin:
 
-    def job(*words: str) -> Nodes:
-        given = {"launcher": request.param, "workers": 1, "nodes": 2, "master": ADDRESSES[0]}
-        for node, name in enumerate(namespaces):  # `ip` becomes what it starts, so that the id is the supervisor's
-            options = json.dumps({**given, "node_rank": node})
-            argv = ["ip", "netns", "exec", name, sys.executable, "-m", "tests.supervised", str(run), options, *words]
-            started.append(subprocess.Popen(argv, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
-        return started
+        def job(*words: str) -> Nodes:
+            given = {"launcher": launcher, "workers": 1, "nodes": 2, "master": ADDRESSES[0]}
+            nodes = Nodes()
+            for node, name in enumerate(namespaces):  # `ip` becomes what it starts, so that the id is the supervisor's
+                options = json.dumps({**given, "node_rank": node})
+                program = [sys.executable, "-m", "tests.supervised", str(run), options, *words]
+                nodes.append(begin(["ip", "netns", "exec", name, *program]))
+            return nodes
 
-    yield job
-    ended = all(process.poll() is not None for process in started)
-    for process in started:
-        process.kill()
-        process.communicate()
-    try:
-        assert ended
-        until(lambda: not left(run), "a process was left behind")
-    finally:
-        processes.send(left(run), signal.SIGKILL)
+        yield job
 
 
 def ending(nodes: Nodes) -> tuple[list[int], list[str]]:
@@ -106,11 +94,7 @@ def test_a_rank_that_is_killed_is_named_on_both_nodes(start, tmp_path):
 def test_a_signal_to_node_1_stops_both(start, tmp_path):
     attempt = tmp_path / "run" / "logs" / "attempt-0"
     nodes = start("100000")
-    end = time.monotonic() + WAIT
-    while not all((beat := read_beat(attempt, rank)) and beat.step >= 3 for rank in (0, 1)):
-        assert time.monotonic() < end
-        assert all(process.poll() is None for process in nodes), ending(nodes)
-        time.sleep(0.1)
+    until_step(3, attempt, (0, 1), nodes)
     nodes[1].terminate()
     codes, said = ending(nodes)
     assert codes == [75, 75], said

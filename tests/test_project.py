@@ -5,13 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
+from jobs import ROOT
 
 from launch.report import check
 from pipeline.cascade import CascadeConfig
 from pipeline.config import build, read_yaml
 from pipeline.kinds import read_stage_config
-
-ROOT = Path(__file__).parent.parent
 
 # Ground floor first. A room imports from itself and from the floors before its own.
 FLOORS = (

@@ -2,22 +2,21 @@
 
 import json
 import os
-import shutil
 import signal
-import socket
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from jobs import leaving_nothing, until
 from safetensors.numpy import load_file
 
+from launch.command import LaunchConfig, find_port, processes
 from launch.status import status
 from pipeline.config import build
 from pipeline.kinds import stage_class
+from pipeline.runtime import child_environment
 from pipeline.train.loop import train
 from tests.conftest import stage_yaml
 
@@ -25,40 +24,24 @@ pytestmark = pytest.mark.launchers
 
 PATIENCE = 1500  # seconds for a job of seven runs, each of which compiles: nine minutes on a busy machine
 STEPS, STOP, BAD = 50, 5, 3
-ROOT = Path(__file__).parent.parent
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 def msrun(folder: Path, runs: list[dict[str, Any]]) -> None:
     """Runs them one after the other in one job of two ranks, whose logs are then in `folder`."""
     folder.mkdir()
     (folder / "job.json").write_text(json.dumps([{"stop": None, "nan": None, **run} for run in runs]))
-    options = {"worker_num": 2, "local_worker_num": 2, "master_port": free_port(), "log_dir": folder, "join": True}
-    argv = [str(Path(sys.executable).with_name("msrun")), *(f"--{name}={value}" for name, value in options.items())]
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # msrun starts the `python` that it finds
-    env = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "CASCADE_ATTEMPT": str(folder)}
-    with (folder / "msrun.log").open("wb") as file:
-        process = subprocess.Popen(
-            [*argv, str(ROOT / "tests" / "ranks.py"), str(folder / "job.json")], stdout=file, stderr=file, env=env
-        )
-        try:
-            end = time.monotonic() + PATIENCE
-            while (code := process.poll()) is None and not list(folder.glob("crash.*")):  # msrun would wait on
-                assert time.monotonic() < end
-                time.sleep(0.2)
-        finally:
-            process.kill()
-            process.wait()
-    assert code == 0, "".join(f"\n== {log.name}\n{log.read_text()[-4000:]}" for log in sorted(folder.glob("*.log")))
+    config = LaunchConfig(launcher="msrun", workers=2)
+    (job,) = processes(config, ["-m", "tests.ranks", str(folder / "job.json")], folder, find_port(config))
+    with (folder / "msrun.log").open("wb") as log, leaving_nothing(folder) as start:
+        process = start(job.argv, env=child_environment(job.environment), stdout=log, stderr=log)
+        # After a crash msrun would wait on.
+        until(lambda: process.poll() is not None or list(folder.glob("crash.*")), "the end of the job", PATIENCE)
+        said = "".join(f"\n== {log.name}\n{log.read_text()[-4000:]}" for log in sorted(folder.glob("*.log")))
+        assert process.poll() == 0, said
 
 
 @pytest.fixture(scope="module")
@@ -166,29 +149,23 @@ def test_each_says_what_it_does(job: Path) -> None:
         assert (said["rank"], said["phase"], said["step"], said["error"]) == (rank, "finished", STOP, None)
 
 
-@pytest.mark.parametrize("launcher", ["msrun", "mpirun"])
 def test_a_job_whose_rank_is_killed_ends_as_if_it_were_not(launcher: str, job: Path, raw: Any, tmp_path: Path) -> None:
     """`cascade train` as a user starts it, and a rank killed with SIGKILL at a step that nobody chose."""
-    if not shutil.which(launcher, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"):
-        pytest.skip(f"there is no {launcher} here; install openmpi-bin")
     whole, config = Path(raw("whole")["run"]), raw(launcher)
     run = Path(config["run"])
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(config))
     options = [f"launch.launcher={launcher}", "launch.workers=2", "launch.restarts=1"]
     argv = [sys.executable, "-m", "launch", "train", str(tmp_path / "base.yaml"), *options]
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(argv, stdout=log, stderr=log, cwd=ROOT)
-    try:
-        end = time.monotonic() + PATIENCE
-        while not (run / "metrics.jsonl").exists() or len(metrics(run)) < 12:
+    with (tmp_path / "log").open("wb") as log, leaving_nothing(run) as start:
+        process = start(argv, stdout=log, stderr=log)
+
+        def trained() -> bool:
             assert process.poll() is None, (tmp_path / "log").read_text()
-            assert time.monotonic() < end
-            time.sleep(0.05)
+            return (run / "metrics.jsonl").exists() and len(metrics(run)) >= 12
+
+        until(trained, "12 steps", PATIENCE)
         os.kill(json.loads((run / "logs" / "attempt-0" / "rank_1.json").read_text())["pid"], signal.SIGKILL)
         code = process.wait(PATIENCE)
-    finally:
-        process.terminate()
-        process.wait(120)
     said = (tmp_path / "log").read_text()
     assert code == 0, said
     assert "): killed by SIGKILL\n" in said

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Self
 
 import pytest
-from test_supervisor import ROOT, TWO, left, supervise, until  # noqa: F401  (supervise is a fixture)
+from jobs import ROOT, TWO, left, until
 
 CLIENT = """#!{python}
 import json, socket, sys
@@ -91,7 +91,7 @@ LONG = tuple(f"{rank}:steps:400" for rank in range(4))
 SSH = TWO | {"hosts": ["n1"]}
 
 
-def test_node_0_starts_the_other(supervise, machines, tmp_path):  # noqa: F811
+def test_node_0_starts_the_other(supervise, machines, tmp_path):
     running = supervise(**SSH)
     assert running.end() == (0, "")
     assert machines.codes == {"n1": 0}
@@ -102,7 +102,7 @@ def test_node_0_starts_the_other(supervise, machines, tmp_path):  # noqa: F811
     assert not left(tmp_path / "run")
 
 
-def test_what_ssh_says_is_the_reason(supervise, machines):  # noqa: F811
+def test_what_ssh_says_is_the_reason(supervise, machines):
     machines.refused = "n1"
     begun = time.monotonic()
     code, err = supervise(**SSH | {"meet": 600.0}).end()
@@ -111,7 +111,7 @@ def test_what_ssh_says_is_the_reason(supervise, machines):  # noqa: F811
     assert time.monotonic() - begun < 60
 
 
-def test_a_node_that_is_there_does_not_wait_for_one_that_cannot_come(supervise, machines):  # noqa: F811
+def test_a_node_that_is_there_does_not_wait_for_one_that_cannot_come(supervise, machines):
     machines.refused = "n1"
     code, err = supervise(**SSH | {"nodes": 3, "hosts": ["n1", "n2"], "meet": 600.0}).end()
     assert (code, err[:26]) == (1, "ssh_1 ended (exit code 255")
@@ -119,13 +119,13 @@ def test_a_node_that_is_there_does_not_wait_for_one_that_cannot_come(supervise, 
     assert machines.codes == {"n2": 1}
 
 
-def test_there_is_no_ssh(supervise, monkeypatch, tmp_path):  # noqa: F811
+def test_there_is_no_ssh(supervise, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     message = "launch.hosts: ssh cannot be started (No such file or directory); install it, or give another value\n"
     assert supervise(**SSH).end() == (2, message)
 
 
-def test_a_signal_to_node_0_stops_the_others(supervise, machines):  # noqa: F811
+def test_a_signal_to_node_0_stops_the_others(supervise, machines):
     running = supervise(*LONG, **SSH)
     running.steps(3)
     running.steps(3, rank=3)
@@ -134,7 +134,7 @@ def test_a_signal_to_node_0_stops_the_others(supervise, machines):  # noqa: F811
     assert machines.codes == {"n1": 75}
 
 
-def test_a_node_that_comes_when_all_is_over_is_told_so(supervise, machines):  # noqa: F811
+def test_a_node_that_comes_when_all_is_over_is_told_so(supervise, machines):
     machines.delay = 4.0
     running = supervise(*LONG, **SSH | {"meet": 600.0})
     until((running.attempt / "node_0.json").exists, "an attempt")
@@ -143,7 +143,7 @@ def test_a_node_that_comes_when_all_is_over_is_told_so(supervise, machines):  # 
     assert machines.codes == {"n1": 75}
 
 
-def test_a_node_0_that_is_killed_is_missed(supervise, machines, tmp_path):  # noqa: F811
+def test_a_node_0_that_is_killed_is_missed(supervise, machines, tmp_path):
     """Its guard ends its own ranks and ssh; the other node ends by itself, with no one to say so to."""
     running = supervise(*LONG, **SSH)
     running.steps(3)

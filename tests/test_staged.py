@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from jobs import ROOT
 
 from launch.staged import Job, plan, train_all
 from pipeline.errors import UserError
 
-ROOT = Path(__file__).parent.parent
 CONFIG = yaml.safe_dump({"train": {"steps": 3}, "data": {"global_batch": 4}})
 
 

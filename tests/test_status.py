@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import yaml
+from jobs import ROOT
 
+from launch.command import NODE_LOCK
 from launch.status import as_text, duration, status
 from pipeline.errors import UserError
 from pipeline.files import lock
@@ -81,6 +83,12 @@ def test_a_run_that_is_alive(run: Path) -> None:
     assert status(run)["state"] == "stopped"
 
 
+def test_a_supervised_run_is_alive_between_its_attempts(run: Path) -> None:
+    with lock(run, NODE_LOCK.format(0)):  # and no rank has .lock
+        assert (status(run)["state"], status(run)["pid"]) == ("running", str(os.getpid()))
+    assert status(run)["state"] == "stopped"
+
+
 def test_the_speed_is_that_of_the_last_reports(run: Path) -> None:
     (run / "metrics.jsonl").write_text("".join(report(step, 9.0 if step < 3000 else 0.25) for step in range(1, 3030)))
     assert status(run)["images_per_second"] == 128.0
@@ -107,7 +115,7 @@ def test_no_run(tmp_path: Path) -> None:
 
 def test_the_command_needs_no_mindspore(run: Path) -> None:
     command = [sys.executable, "-X", "importtime", "-m", "launch", "status", str(run), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     assert json.loads(done.stdout)["step"] == 40
     assert "mindspore" not in {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
 

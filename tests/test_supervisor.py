@@ -7,95 +7,15 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from jobs import TWO, WAIT, left, until
 
 from launch import processes
 from launch.heartbeats import read_beat
 from pipeline.files import lock
-from pipeline.runtime import environment_of
-
-ROOT = Path(__file__).parent.parent
-WAIT = 90.0  # seconds for what takes a few: the machine may be busy
-QUICK = {"hang": 4.0, "settle": 1.0, "stop": 3.0, "end": 1.0, "backoff": 0.2, "meet": 60.0}
-
-
-def left(run: Path) -> list[int]:
-    """The processes that know this run's folder, by their arguments or their environment."""
-    found = []
-    for pid in [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]:
-        try:
-            words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
-        except OSError:
-            continue
-        if (str(run) in words or any(str(run) in word for word in environment_of(pid))) and processes.alive(pid):
-            found.append(pid)
-    return found
-
-
-def until(true: Callable[[], object], what: str) -> None:
-    end = time.monotonic() + WAIT
-    while not true():
-        assert time.monotonic() < end, what
-        time.sleep(0.05)
-
-
-@dataclass
-class Running:
-    """A supervisor at work."""
-
-    run: Path
-    process: subprocess.Popen[str]
-    codes: list[int] = field(default_factory=list)
-
-    @property
-    def attempt(self) -> Path:
-        return self.run / "logs" / "attempt-0"
-
-    def steps(self, number: int, rank: int = 0) -> None:
-        """Waits until `rank` has made `number` steps."""
-
-        def made() -> bool:
-            assert self.process.poll() is None, self.process.communicate()
-            beat = read_beat(self.attempt, rank)
-            return beat is not None and beat.step >= number
-
-        until(made, f"{number} steps")
-
-    def end(self) -> tuple[int, str]:
-        """The exit code, and what it said on stderr but for the ranks' steps."""
-        out, err = self.process.communicate(timeout=WAIT)
-        assert out == ""
-        return self.process.returncode, "".join(line for line in err.splitlines(True) if " step " not in line[:20])
-
-
-@pytest.fixture
-def supervise(tmp_path: Path) -> Iterator[Callable[..., Running]]:
-    """Starts supervisors on one run folder; at the end nothing may be left of them."""
-    started: list[Running] = []
-
-    def start(*faults: str, **options: object) -> Running:
-        argv = [sys.executable, "-m", "tests.supervised", str(tmp_path / "run"), json.dumps(QUICK | options), *faults]
-        process = subprocess.Popen(argv, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        started.append(Running(tmp_path / "run", process))
-        return started[-1]
-
-    yield start
-    ended = all(running.process.poll() is not None for running in started)
-    for running in started:
-        running.process.kill()
-        running.process.communicate()
-    try:
-        assert ended
-        until(lambda: not left(tmp_path / "run"), "a process was left behind")
-    finally:
-        processes.send(left(tmp_path / "run"), signal.SIGKILL)
 
 
 def test_a_job_that_goes_well(supervise, tmp_path):
@@ -275,9 +195,6 @@ def test_a_port_in_use_is_refused_before_a_rank_starts(supervise):
     )
     assert [path.name for path in (running.run / "logs").iterdir()] == ["attempt-0"]
     assert not list(running.attempt.iterdir())
-
-
-TWO = {"nodes": 2, "master": "10.0.0.1", "node": 4.0}
 
 
 def test_two_nodes(supervise):

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from jobs import WAIT, leaving_nothing, until
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from tars import sample, tar, wait_for
+from tars import sample, tar
 
 from pipeline.config import build
 from pipeline.data import text_store as module
@@ -212,25 +213,18 @@ print(t.TextStore(t.opened(Path(sys.argv[1])), t.RECIPE).build(Slow, progress=Fa
 """
 
 
-def start(folder: Path, seconds: float) -> subprocess.Popen[str]:
-    command = [sys.executable, "-W", "error", "-c", WORKER, str(folder), str(seconds)]
-    return subprocess.Popen(command, cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, text=True)
-
-
 def test_processes_share_the_work_and_take_over_from_the_dead(folder: Path) -> None:
     """Each shard is encoded once, by one of them; the one that is killed in its work leaves it to the others."""
     opened(folder)
-    workers = [start(folder, 600)]
-    try:
-        wait_for(lambda: list(folder.glob(".0.*.lock")))
-        workers += [start(folder, 0.2), start(folder, 0.2)]
-        wait_for(lambda: len(list(folder.glob("[12].text-*"))) == 2)
-        workers[0].kill()
-        written = [int(worker.communicate(timeout=60)[0]) for worker in workers[1:]]
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.communicate(timeout=60)
+    command = [sys.executable, "-W", "error", "-c", WORKER, str(folder)]
+    with leaving_nothing(folder) as start:
+        slow = start([*command, "600"])
+        until(lambda: list(folder.glob(".0.*.lock")), "a claim")
+        others = [start([*command, "0.2"]) for _ in range(2)]
+        until(lambda: len(list(folder.glob("[12].text-*"))) == 2, "the other shards")
+        slow.kill()
+        slow.wait(WAIT)
+        written = [int(other.communicate(timeout=WAIT)[0]) for other in others]
     assert sum(written) == 3
     assert list(TextStore(opened(folder), RECIPE).faults()) == []
     assert not list(folder.glob(".*"))

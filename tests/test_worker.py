@@ -6,10 +6,9 @@ import sys
 from pathlib import Path
 
 import yaml
+from jobs import ROOT
 
 from tests.conftest import stage_yaml
-
-ROOT = Path(__file__).parent.parent
 
 
 def train(config: Path, *overrides: str) -> subprocess.CompletedProcess[str]:

@@ -21,7 +21,6 @@ A file's type is told by its bytes, not by its name. What becomes of what crawls
 
 import io
 import struct
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -35,10 +34,11 @@ from PIL.ImageFile import ImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from pipeline.data.png import is_whole_png, seems_short, still_png
+
 MAX_SIDE = 65_535  # of a JPEG
 MAX_PIXELS = 89_000_000  # a larger header is a mistake or an attack: 270 MB decoded, and Pillow begins to warn
 FORMATS = "JPEG, PNG, WEBP, GIF, BMP"  # what crawled files turn out to be; Pillow's others run more foreign code
-ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))  # of PNG
 NUM_SCALES = 8  # a JPEG can be decoded at 1/8, 2/8, ... of its size
 
 
@@ -110,7 +110,7 @@ def decode(data: bytes, size: int) -> Picture:
     if not _is_jpeg(data):
         image = _open(data)
         orientation = _orientation(image.info.get("exif", b""))
-        if image.format == "PNG" and _seems_short(image) and not _is_whole_png(data):
+        if image.format == "PNG" and seems_short(image) and not is_whole_png(data):
             raise BadImage("its compressed data end before its last pixel")
         return Picture(np.asarray(_rgb(image)), image.height, image.width, orientation)
     height, width, colours = _jpeg_header(data)
@@ -185,7 +185,7 @@ def _open(data: bytes) -> ImageFile:
     image: ImageFile
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         animated = data.find(b"acTL", 0, data.find(b"IDAT")) >= 0
-        image = PngImageFile(io.BytesIO(_still_png(data)) if animated else file)
+        image = PngImageFile(io.BytesIO(still_png(data)) if animated else file)
     elif data.startswith(b"RIFF") and data.startswith(b"WEBP", 8):
         image = WebPImageFile(file)
     elif data.startswith((b"GIF87a", b"GIF89a")):
@@ -197,44 +197,6 @@ def _open(data: bytes) -> ImageFile:
         raise BadImage(f"is none of {FORMATS}")
     _check_size(image.height, image.width)
     return image
-
-
-def _still_png(data: bytes) -> bytes:
-    """An animated PNG without its animation, of which Pillow warns where it is damaged."""
-    place, kept = 8, [data[:8]]
-    while place < len(data):
-        end = place + 12 + int.from_bytes(data[place : place + 4], "big")
-        if data[place + 4 : place + 8] not in (b"acTL", b"fcTL", b"fdAT"):
-            kept.append(data[place:end])
-        place = end
-    return b"".join(kept)
-
-
-def _seems_short(image: ImageFile) -> bool:
-    """Whether a row at the end is all zero, as Pillow leaves those for which a PNG's sound data did not suffice."""
-    end = np.asarray(image.crop((0, max(0, image.height - 2), *image.size)))
-    return "interlace" in image.info or not end.reshape(len(end), -1).any(axis=1).all()
-
-
-def _is_whole_png(data: bytes) -> bool:
-    """Whether the compressed data have a byte for each that the header asks for. Counts them, and keeps none."""
-    width, height, bits, colours, *_, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
-    bits *= {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colours]
-    passes = [(-(-(height - y) // down), -(-(width - x) // across)) for x, y, across, down in ADAM7]
-    missing = sum(
-        rows * (1 + -(-columns * bits // 8))
-        for rows, columns in (passes if interlaced else [(height, width)])
-        if columns
-    )
-    place, inflate = 8, zlib.decompressobj()
-    while place < len(data):
-        end = place + 8 + int.from_bytes(data[place : place + 4], "big")
-        tail = data[place + 8 : end] if data.startswith(b"IDAT", place + 4) else b""
-        while tail and missing > 0:
-            missing -= len(inflate.decompress(tail, 2**16))
-            tail = inflate.unconsumed_tail
-        place = end + 4
-    return missing <= 0
 
 
 def _gif_size(data: bytes) -> tuple[int, int]:
