@@ -12,8 +12,8 @@ import socket
 import sys
 import tempfile
 import warnings
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -200,6 +200,18 @@ def compile(function):  # type: ignore[no-untyped-def]
     import mindspore as ms
 
     return ms.jit(function)
+
+
+@contextmanager
+def keeping_graphs(folder: Path) -> Iterator[None]:
+    """The one graph that is compiled inside is loaded from `folder`, or stored there."""
+    import mindspore as ms
+
+    ms.set_context(enable_compile_cache=True, compile_cache_path=str(folder))
+    try:
+        yield
+    finally:
+        ms.set_context(enable_compile_cache=False)
 
 
 def child_environment(more: Mapping[str, str]) -> dict[str, str]:

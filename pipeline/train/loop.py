@@ -29,6 +29,7 @@ from pipeline.log import RunLog
 from pipeline.manifest import write_stage
 from pipeline.nn.parameters import initialize, num_parameters
 from pipeline.train.collectives import Ranks
+from pipeline.train.graphs import Graphs
 from pipeline.train.precision import LossScale, lower
 from pipeline.train.resume import facts, resume, settle
 from pipeline.train.state import State
@@ -70,19 +71,20 @@ def run(stage: Trainee, ranks: Ranks, heart: Heartbeat, stop: Callable[[], bool]
         quarantine = folder / "quarantine.jsonl"
         loader = Loader(shards, text, config.seed, config.size, stage.window, stage.batch, quarantine, places)
         initialize(stage.network, config.seed)
+        graphs = Graphs(folder, ranks.rank, stage, f"{ranks.world} ranks\n{dump(config)}")
         state = State(
             *(stage.network, config.optimizer, config.train.steps, config.train.ema_decay),
-            *(ranks, config.train.shard_optimizer),
+            *(ranks, config.train.shard_optimizer, graphs),
         )
         scale = LossScale(config.train.precision)
-        trainer = TrainStep(stage.loss, state, config.optimizer.clip, config.train.accumulate, scale)
+        trainer = TrainStep(stage.loss, state, config.optimizer.clip, config.train.accumulate, scale, graphs)
         done, skipped = resume(newest, trainer, shards)
         log.info(
             "%s: %.2fM parameters, %d samples in %d shards, %s, %d ranks, step %d of %d",
             *(folder, num_parameters(stage.network) / 1e6, len(shards), len(shards.indexes), shards.account()),
             *(ranks.world, done, config.train.steps),
         )
-        finished = done >= config.train.steps or steps(stage, loader, trainer, heart, done, skipped, stop)
+        finished = done >= config.train.steps or steps(stage, loader, trainer, graphs, heart, done, skipped, stop)
         average = state.average() if finished else {}
         if finished and first:
             write_stage(folder / "stage", manifest(stage, text.recipe.encoder, max(done, config.train.steps)), average)
@@ -94,6 +96,7 @@ def steps(
     stage: Trainee,
     loader: Loader,
     trainer: TrainStep,
+    graphs: Graphs,
     heart: Heartbeat,
     done: int,
     skipped: int,
@@ -101,7 +104,7 @@ def steps(
 ) -> bool:
     """From step `done`, of which `skipped` were not taken, to the last; False if stopped before."""
     config, folder, first = stage.config.train, Path(stage.config.run), trainer.state.ranks.rank == 0
-    log.info("compiling the training step, once a run")
+    log.info("%s the training step", "loading" if graphs.warm else "compiling")
     heart.beat("compiling", done)
     with (
         RunLog(folder, done, config.steps, enabled=first) as report,
@@ -110,6 +113,8 @@ def steps(
         since, last, in_a_row = time.perf_counter(), done, 0
         for step, parts in enumerate(trainer.ahead(loader.batches(done, config.steps)), done + 1):
             outcome = trainer(parts, stop)
+            if outcome.taken:
+                graphs.keep()
             heart.beat("training", step)
             writer.check()
             skipped += not outcome.taken

@@ -18,6 +18,7 @@ from pipeline.errors import JobError, UserError
 from pipeline.nn.parameters import put
 from pipeline.train.buckets import Bucket, buckets
 from pipeline.train.collectives import Ranks
+from pipeline.train.graphs import Graphs
 from pipeline.train.optimizer import OptimizerConfig, learning_rate, optimizer
 
 FILES = ("model", "ema", "optimizer")  # of a checkpoint
@@ -36,6 +37,7 @@ class State:
         ranks: all of which have the same network.
         shard: whether optimizer and average are divided among them, ZeRO's first stage (Rajbhandari et al., arXiv
             1910.02054): each keeps an equal share, makes the step of that share, and all gather the weights.
+        graphs: what compiles.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class State:
         ema_decay: float,
         ranks: Ranks | None = None,
         shard: bool = False,
+        graphs: Graphs | None = None,
     ) -> None:
         if shard and config.kind != "adamw":
             raise ConfigError(
@@ -67,7 +70,9 @@ class State:
         self.ema_step = Parameter(Tensor(0.0, mstype.float32), name="ema_step", requires_grad=False)
         own = {p.name for p in self.weights}
         self.moments = [*(p for p in self.optimizer.get_parameters() if p.name not in own), self.ema_step]
-        self._finish, self._spread = map(runtime.compile, (self.finish(ema_decay), self.spread()))
+        graphs, changed = graphs or Graphs(), [*self.weights, *self.ema, *self.moments]
+        self._finish = graphs.compile(self.finish(ema_decay), changed)
+        self._spread = graphs.compile(self.spread(), self.parameters)
 
     def update(self, sums: Sequence[Tensor], factor: float) -> None:
         """A step of the optimizer along `factor` times the gradient `sums`, a vector for each bucket."""

@@ -14,6 +14,7 @@ from mindspore import Tensor, ops, value_and_grad
 from mindspore import dtype as mstype
 
 from pipeline import runtime
+from pipeline.train.graphs import Graphs
 from pipeline.train.precision import LossScale
 from pipeline.train.state import State
 
@@ -42,6 +43,7 @@ class TrainStep:
         clip: largest norm of the mean gradient; a longer one is shortened to it.
         accumulate: how many parts a rank's batch is cut into.
         scale: by which the loss is multiplied while its gradient is taken.
+        graphs: what compiles.
     """
 
     def __init__(
@@ -51,9 +53,10 @@ class TrainStep:
         clip: float,
         accumulate: int = 1,
         scale: LossScale | None = None,
+        graphs: Graphs | None = None,
     ) -> None:
         self.state, self.clip, self.accumulate, self.scale = state, clip, accumulate, scale or LossScale()
-        self.gradient = runtime.compile(self.part(loss))
+        self.gradient = (graphs or Graphs()).compile(self.part(loss), state.parameters)
 
     def part(self, loss: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
         """(loss scale, batch) -> the scaled loss, and its gradient as a vector for each bucket."""
