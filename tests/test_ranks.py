@@ -17,6 +17,7 @@ from launch.status import status
 from pipeline.config import build
 from pipeline.kinds import stage_class
 from pipeline.runtime import child_environment
+from pipeline.train.graphs import KEPT
 from pipeline.train.loop import train
 from tests.conftest import stage_yaml
 
@@ -103,10 +104,15 @@ def test_their_weights_are_the_same_bit_for_bit(job: Path, name: str) -> None:
 
 def test_what_a_run_leaves_is_written_once(job: Path, alone: Path, raw: Any) -> None:
     found, expected = (
-        {str(path.relative_to(run)) for path in run.rglob("*") if "tensorboard/" not in str(path)}
+        {
+            str(path.relative_to(run))
+            for path in run.rglob("*")
+            if path.relative_to(run).parts[0] not in ("tensorboard", KEPT)
+        }
         for run in (Path(raw("whole")["run"]), alone)
     )
     assert found == expected
+    assert sorted(path.name[-2:] for path in (Path(raw("whole")["run"]) / KEPT).iterdir()) == ["-0", "-1"]
 
 
 def test_a_signal_to_one_stops_both_after_the_same_step(job: Path) -> None:
