@@ -60,7 +60,7 @@ SIDES = ("ours", "twin", "imagen_pytorch", "if")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=positive, default=8, metavar="N", help="of each process (%(default)s)")
+    parser.add_argument("--steps", type=positive, default=5, metavar="N", help="of each process (%(default)s)")
     parser.add_argument("--rounds", type=positive, default=3, metavar="N", help="of all sides (%(default)s)")
 
 
