@@ -44,8 +44,7 @@ def fake_python(place: Path, script: str) -> Path:
 def test_a_peer_that_does_not_install_is_told_and_ours_goes_on() -> None:
     report = text.measure(num=4, rounds=2, width=16)
     assert {name: len(rounds) for name, rounds in report["rows"].items()} == {"text/ours": 2}
-    assert report["failed"].keys() == {"text/transformers"}
-    assert report["failed"]["text/transformers"].endswith("protobuf==7.36.2: ERROR: no torch")
+    assert report["failed"] == {"text/transformers": "not installed: ERROR: no torch"}
     assert report["ratios"] == {}
     assert report["tokens"] > text.SHORTEST
     assert "mindspore" in report["versions"]
@@ -72,7 +71,7 @@ def test_a_half_made_environment_is_not_taken_for_a_whole_one(tmp_path: Path, mo
     log = tmp_path / "log"
     killed = f"echo pip >>{log}; test $(wc -l <{log}) -gt 1 || kill -9 $$"
     monkeypatch.setattr(peers.venv, "create", lambda place, **_: fake_python(place, killed))
-    with pytest.raises(JobError, match=r"not installed: .*torch==.*code -9"):
+    with pytest.raises(JobError, match="not installed: pip ended with -9"):
         peers.python("twin")
     assert peers.python("twin") == peers.python("twin") == peers.folder() / "bin" / "python"
     assert log.read_text() == "pip\n" * 2

@@ -72,10 +72,12 @@ def pip(interpreter: Path, *arguments: str) -> None:
     try:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=LIMIT, check=False, env=turns.environment())
     except subprocess.TimeoutExpired:
-        raise JobError(f"not installed: {' '.join(argv)}: not done in {LIMIT} s") from None
+        raise JobError(f"not installed: pip was not done in {LIMIT} s") from None
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [f"code {done.returncode}"]
-        raise JobError(f"not installed: {' '.join(arguments)}: {said[-1]}")
+        said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [
+            f"pip ended with {done.returncode}"
+        ]
+        raise JobError(f"not installed: {said[-1]}")
 
 
 def ask(failed: dict[str, str], name: str, peer: str, side: str, *arguments: object) -> dict[str, Any] | None:
