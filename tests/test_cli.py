@@ -34,11 +34,11 @@ COMMANDS = {
 }
 TOOLS = {
     "agreement": "[--manifest MANIFEST] [--json] IMAGES_DIR",
-    "bench": "{benches} ...",
-    "bench data": "[--shards DIR] [--seconds S] [--rounds N] [--cores N [N ...]] [--memory N] [--json FILE]",
-    "bench scaling": "[--steps N] [--rounds N] [--json FILE]",
-    "bench text": "[--captions N] [--rounds N] [--json FILE]",
-    "bench train": "[--steps N] [--rounds N] [--json FILE]",
+    "bench": "all|{benches} ...",
+    "bench data": "[--shards DIR] [--seconds S] [--rounds N] [--cores N [N ...]] [--memory N] [--json]",
+    "bench scaling": "[--steps N] [--rounds N] [--json]",
+    "bench text": "[--captions N] [--rounds N] [--json]",
+    "bench train": "[--steps N] [--rounds N] [--json]",
     "cache_text": "config [key=value ...]",
     "export": "config",
     "index": "[--weights W [W ...]] [--cache DIR] [--workers WORKERS] [--json] SHARDS [SHARDS ...]",

@@ -12,6 +12,7 @@ folder of tars whose pictures have at least 1024 px.
 
 import argparse
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -23,60 +24,61 @@ from tools.bench import turns
 
 SIDE, QUALITY = 1024, 87  # 4:2:0, about 180 kB a picture
 DISTINCT, SHARDS = 32, 8  # pictures, which come again and again; tars
-TASKS = {"64 px": (64, 64), "256 px": (256, 256), "256-px crops of 1024": (SIDE, 256)}  # decoded for; given
-SIDES = {"webdataset": "webdataset, pilrgb and Pillow", "decode": "simplejpeg and Pillow alone", "ours": "ours"}
+TASKS = {"64px": (64, 64), "256px": (256, 256), "256px_of_1024": (SIDE, 256)}  # decoded for; given
+SIDES = ("webdataset", "decode", "ours")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shards", type=Path, metavar="DIR", help="tars to read instead of those made here")
-    parser.add_argument("--seconds", type=positive, default=8, metavar="S", help="of each measurement (%(default)s)")
+    parser.add_argument("--seconds", type=positive, default=4, metavar="S", help="of each measurement (%(default)s)")
     parser.add_argument("--rounds", type=positive, default=3, metavar="N", help="of all sides (%(default)s)")
     parser.add_argument("--cores", type=positive, nargs="+", default=[1, 2], metavar="N", help="processors (1 2)")
     parser.add_argument(
-        "--memory", type=positive, default=50_000, metavar="N", help="samples that memory is watched over (%(default)s)"
+        "--memory", type=positive, default=20_000, metavar="N", help="samples that memory is watched over (%(default)s)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")
 
 
-def run(arguments: argparse.Namespace) -> None:
-    turns.place(arguments.json)
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.shards and not list(arguments.shards.glob("*.tar")):
         raise UserError(f"--shards {arguments.shards}: no *.tar there; `python -m tools.shapes` makes some")
-    report = measure(arguments.seconds, arguments.rounds, arguments.cores, arguments.memory, shards=arguments.shards)
-    print(table(report))
-    turns.save(report, arguments.json)
+    return measure(arguments.seconds, arguments.rounds, arguments.cores, arguments.memory, shards=arguments.shards)
 
 
 def measure(
     seconds: int, rounds: int, cores: list[int], memory: int, samples: int = 1024, shards: Path | None = None
 ) -> dict[str, Any]:
-    """Pictures a second by task, cores, side and round; resident memory over `memory` samples."""
+    """`rows`: pictures in how many seconds, by task, cores, side and round; resident memory over `memory` samples."""
     from tqdm import tqdm
 
     from pipeline.data.shards import DataConfig, Shards
 
-    speeds: dict[str, dict[str, list[float]]] = {}
+    rows: turns.Rows = {}
     with TemporaryDirectory() as made:
         folder = shards or Path(made)
         if not shards:
             write(folder, samples)
         plan = [(task, num, side) for task in TASKS for num in cores for side in SIDES] * rounds
         for task, num, side in (bar := tqdm(plan, unit="process")):
-            bar.set_description(f"{task}, {num} cores, {side}")
-            answer = turns.ask("tools.bench.data_side", side, folder, *TASKS[task], num, seconds)
-            found = speeds.setdefault(f"{task}, {num} core{'s' if num > 1 else ''}", {})
-            found.setdefault(side, []).append(answer["pictures"] / answer["seconds"])
-        resident = turns.ask("tools.bench.data_side", "memory", folder, *TASKS["64 px"], max(cores), memory)["resident"]
+            row = f"data_{task}_{num}core{'s' if num > 1 else ''}/{side}"
+            bar.set_description(row)
+            answer = turns.ours("tools.bench.data_side", side, folder, *TASKS[task], num, seconds)
+            rows.setdefault(row, []).append(answer)
+        last = ("tools.bench.data_side", "memory", folder, *TASKS["64px"], max(cores), memory)
+        resident = turns.ours(*last)["resident"]
         indexes = Shards.open(DataConfig(shards=f"{folder}/*.tar"), progress=False).indexes
         size = float(np.mean(np.concatenate([index.column("size")[:, 0] for index in indexes])))
     return {
-        "pictures_per_second": speeds,
+        **turns.report(rows, of_a_picture, {}, "webdataset", "simplejpeg", "pillow", "numpy"),
         "resident": resident,
         "rounds": rounds,
         "seconds": seconds,
         "kilobytes": size / 1000,
-        **turns.about("webdataset", "simplejpeg", "pillow", "numpy"),
     }
+
+
+def of_a_picture(rounds: list[dict[str, Any]]) -> float:
+    """Median seconds."""
+    return median(answer["seconds"] / answer["pictures"] for answer in rounds)
 
 
 def picture(number: int) -> np.ndarray:
@@ -108,11 +110,12 @@ def write(folder: Path, samples: int) -> None:
 
 def table(report: dict[str, Any]) -> str:
     """Markdown: the speeds of each task, and memory."""
-    lines = []
-    for name, found in report["pictures_per_second"].items():
-        named = {SIDES[side]: rounds for side, rounds in found.items()}
-        headings = (name, "pictures/s", "lowest to highest", "ours is")
-        lines += [*turns.speeds(named, SIDES["ours"], headings), ""]
+    lines: list[str] = []
+    for case in dict.fromkeys(row.partition("/")[0] for row in report["rows"]):
+        rows = {side: report["rows"][f"{case}/{side}"] for side in SIDES}
+        speeds = {side: [each["pictures"] / each["seconds"] for each in rounds] for side, rounds in rows.items()}
+        headings = (case, "pictures/s", "lowest to highest", "ours is")
+        lines += [*turns.speeds(speeds, "ours", headings), ""]
     resident = ", ".join(f"{size / 2**20:.0f} MiB after {number:,}" for number, size in report["resident"])
     measured = (
         f"Medians of {report['rounds']} rounds of {report['seconds']} s; pictures of {report['kilobytes']:.0f} kB"

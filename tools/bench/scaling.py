@@ -34,32 +34,31 @@ LIMIT = 1800.0  # seconds for one measurement
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=positive, default=60, metavar="N", help="of each run (%(default)s)")
     parser.add_argument("--rounds", type=positive, default=2, metavar="N", help="of all sides (%(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")
 
 
-def run(arguments: argparse.Namespace) -> None:
-    turns.place(arguments.json)
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if len(os.sched_getaffinity(0)) < 2:
         raise UserError("bench scaling: this process may use one core, and two ranks want one each; start it on two")
-    report = measure(arguments.steps, arguments.rounds)
-    print(table(report))
-    turns.save(report, arguments.json)
+    return measure(arguments.steps, arguments.rounds)
 
 
 def measure(steps: int, rounds: int, config: Path = CONFIG) -> dict[str, Any]:
-    """Figures by side and round, and what they were measured on."""
+    """`rows`: figures by side and round; `ratios`: the time of a launcher's ranks over that of two processes."""
     from tqdm import tqdm
 
-    sides = ["one process", "two processes", "msrun", *(["mpirun"] if which("mpirun") else [])]
-    found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
-    with TemporaryDirectory() as folder, tqdm(total=rounds * len(sides), unit="job") as bar:
+    launchers = ["msrun", *(["mpirun"] if which("mpirun") else [])]
+    rows: turns.Rows = {f"scaling/{side}": [] for side in ("one_process", "two_processes", *launchers)}
+    with TemporaryDirectory() as folder, tqdm(total=rounds * len(rows), unit="job") as bar:
         prepare(Path(folder), config)
         for number in range(rounds):
-            for side in sides:
-                bar.set_description(side)
-                found[side].append(job(Path(folder), config, side, number, steps))
+            for row, found in rows.items():
+                bar.set_description(row)
+                found.append(job(Path(folder), config, row.partition("/")[2], number, steps))
                 bar.update()
-    return {"batch": BATCH, "steps": steps, "sides": found, **turns.about("mindspore")}
+    speeds = {side: median(each["images_per_second"] for each in found) for side, found in rows.items()}
+    most = speeds["scaling/two_processes"]
+    ratios = {f"scaling_{launcher}/two_processes": most / speeds[f"scaling/{launcher}"] for launcher in launchers}
+    return {**turns.about("mindspore"), "rows": rows, "ratios": ratios, "batch": BATCH, "steps": steps}
 
 
 def prepare(folder: Path, config: Path) -> None:
@@ -98,8 +97,8 @@ def job(folder: Path, config: Path, side: str, number: int, steps: int) -> dict[
     cores = sorted(os.sched_getaffinity(0))[:2]
     runs, started = [], []
     try:
-        for core in cores if side == "two processes" else cores[:1]:
-            runs.append(folder / f"{side.replace(' ', '-')}-{number}-{core}")
+        for core in cores if side == "two_processes" else cores[:1]:
+            runs.append(folder / f"{side}-{number}-{core}")
             words = [*common(folder, ranks), *more, f"run={runs[-1]}"]
             with confined([core] if ranks == 1 else cores), runs[-1].with_suffix(".log").open("wb") as log:
                 argv = [sys.executable, "-m", "launch", "train", str(config), *words]
@@ -154,9 +153,9 @@ def table(report: dict[str, Any]) -> str:
     """The medians as Markdown; efficiency is against two processes at once."""
     found = {
         side: {name: [figures[name] for figures in rounds] for name in rounds[0]}
-        for side, rounds in report["sides"].items()
+        for side, rounds in report["rows"].items()
     }
-    most = median(found["two processes"]["images_per_second"])
+    most = median(found["scaling/two_processes"]["images_per_second"])
     lines = [
         "| | images/s | lowest to highest | of two processes | a checkpoint stops training | first step done after |",
         "|---|---|---|---|---|---|",
@@ -167,7 +166,6 @@ def table(report: dict[str, Any]) -> str:
             f"| {side} | {speed:.1f} | {turns.spread(figures['images_per_second'])} | {speed / most:.0%} | "
             f"{1000 * median(figures['checkpoint']):.0f} ms | {median(figures['first_step']):.0f} s |"
         )
-    measured = (
-        f"Medians of {len(report['sides']['msrun'])} rounds of {report['steps']} steps, {report['batch']} images a core"
-    )
+    rounds = len(report["rows"]["scaling/msrun"])
+    measured = f"Medians of {rounds} rounds of {report['steps']} steps, {report['batch']} images a core"
     return "\n".join([*lines, "", turns.footer(report, measured)])

@@ -1,28 +1,29 @@
 """One side of `python -m tools.bench text`: seconds to encode the captions, as JSON on the last line of stdout.
 
-PyTorch's side does not import `pipeline`: its environment is MindSpore's, and would bind PyTorch's oneDNN to AVX2.
+PyTorch's side runs where this project is not installed, see peers.py.
 """
 
 import json
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 BATCH = 8  # of `transformers`: of 8, 16, 32 and 64 the fastest on two cores, as it has the least padding
 
 
-def ours(folder: str, captions: list[str], length: int) -> tuple[dict[str, float], int]:
+def ours(folder: str, captions: list[str], length: int) -> dict[str, Any]:
     from pipeline.nn.text_encoder import TextEncoder
 
     encoder = TextEncoder.load(folder, folder, length)
     encoder.encode_ragged(captions)  # compiles every shape
     seconds, (_, counts_N) = timed(lambda: encoder.encode_ragged(captions))
-    return {"ours": seconds}, int(counts_N.sum())
+    return {"seconds": {"ours": seconds}, "tokens": int(counts_N.sum()), "versions": {}}
 
 
-def theirs(folder: str, captions: list[str], length: int) -> tuple[dict[str, float], int]:
+def theirs(folder: str, captions: list[str], length: int) -> dict[str, Any]:
     import torch
     from transformers import AutoTokenizer, T5EncoderModel
 
@@ -47,7 +48,11 @@ def theirs(folder: str, captions: list[str], length: int) -> tuple[dict[str, flo
     encode(True)
     longest, tokens = timed(lambda: encode(True))
     whole, _ = timed(lambda: encode("max_length"))
-    return {"transformers, to the longest": longest, "transformers, to the length": whole}, tokens
+    return {
+        "seconds": {"transformers": longest, "transformers_padded": whole},
+        "tokens": tokens,
+        "versions": {name: version(name) for name in ("transformers", "torch")},
+    }
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:
@@ -58,5 +63,5 @@ def timed(run: Callable[[], Any]) -> tuple[float, Any]:
 
 if __name__ == "__main__":
     side, folder, words, length = sys.argv[1:]
-    seconds, tokens = {"ours": ours, "torch": theirs}[side](folder, Path(words).read_text().splitlines(), int(length))
-    print(json.dumps({"seconds": seconds, "tokens": tokens}))
+    run = {"ours": ours, "transformers": theirs}[side]
+    print(json.dumps(run(folder, Path(words).read_text().splitlines(), int(length))))

@@ -1,22 +1,23 @@
-"""Seconds of a training step beside the PyTorch twin: the same networks, weights, batch and optimizer.
+"""Seconds of a training step beside the PyTorch twin, imagen-pytorch's `Unet` and diffusers' U-Net of DeepFloyd IF.
 
 A step is loss, gradient, clip, AdamW and EMA, in float32, from a batch that is in memory. The twin (tools/twin.py) has
-the same arithmetic in PyTorch's own operators: what it takes is the limit that the machine shows. Also told: seconds to
-the first step, peak memory, and which share of the machine's matrix products a step reaches, its multiplications and
-additions counted by PyTorch. Each measurement is a process of its own, the two in turns.
+the same networks and arithmetic in PyTorch's own operators: what it takes is the limit that the machine shows. The
+other two have about our number of parameters, by their width, and attend to the text at the same sizes. Also told:
+seconds to the first step, peak memory, multiplications and additions as PyTorch counts them, and which share of the
+machine's matrix products they are. Each measurement is a process of its own, the sides in turns.
+
+PyTorch and the other libraries are installed apart, once, in the user's cache; a peer that does not run is told so.
 """
 
 import argparse
 import json
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from launch.terminal import positive
-from pipeline.errors import UserError
-from tools.bench import turns
+from tools.bench import peers, turns
 
 TEXT = {"text_width": 512, "length": 32}
 CASES: dict[str, dict[str, Any]] = {
@@ -34,6 +35,8 @@ CASES: dict[str, dict[str, Any]] = {
         "batch": 8,
         "channels_in": 3,
         "num_levels": 1,
+        "imagen_pytorch": {"dim": 64, "cond_dim": 128},
+        "if": {"channels": 64},
     },
     "sr256": {
         "unet": {
@@ -49,42 +52,44 @@ CASES: dict[str, dict[str, Any]] = {
         "batch": 2,
         "channels_in": 6,
         "num_levels": 2,
+        "imagen_pytorch": {"dim": 24, "attn_dim_head": 32},
+        "if": {"channels": 24},
     },
 }
-SIDES = ("ours", "twin")
+SIDES = ("ours", "twin", "imagen_pytorch", "if")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=positive, default=8, metavar="N", help="of each process (%(default)s)")
-    parser.add_argument("--rounds", type=positive, default=3, metavar="N", help="of both sides (%(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")
+    parser.add_argument("--steps", type=positive, default=5, metavar="N", help="of each process (%(default)s)")
+    parser.add_argument("--rounds", type=positive, default=3, metavar="N", help="of all sides (%(default)s)")
 
 
-def run(arguments: argparse.Namespace) -> None:
-    turns.place(arguments.json)
-    if find_spec("torch") is None:
-        raise UserError("torch: not installed; the comparison needs the extra: pip install 'imagen-cascade[parity]'")
-    report = measure(arguments.steps, arguments.rounds)
-    print(table(report))
-    turns.save(report, arguments.json)
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    return measure(arguments.steps, arguments.rounds)
 
 
-def measure(steps: int, rounds: int, cases: dict[str, dict[str, Any]] = CASES) -> dict[str, Any]:
-    """`rows`: what each side of each case answered, by round; `ratios`: ours over the twin, of median seconds."""
+def measure(
+    steps: int, rounds: int, cases: dict[str, dict[str, Any]] = CASES, sides: tuple[str, ...] = SIDES
+) -> dict[str, Any]:
+    """`rows`: what each side of each case answered, by round; `failed`: why a peer did not."""
     from tqdm import tqdm
 
-    rows: dict[str, list[dict[str, Any]]] = {f"{case}/{side}": [] for case in cases for side in SIDES}
+    rows: turns.Rows = {f"train_{case}/{side}": [] for case in cases for side in sides}
+    failed: dict[str, str] = {}
     with TemporaryDirectory() as folder, tqdm(total=rounds * len(rows), unit="process") as bar:
         for name, case in cases.items():
-            Path(folder, name).write_text(json.dumps({**TEXT, **case, "steps": steps}))
+            Path(folder, f"train_{name}").write_text(json.dumps({**TEXT, **case, "steps": steps}))
         for _ in range(rounds):
-            for row in rows:
+            for row, found in rows.items():
                 bar.set_description(row)
-                name, side = row.split("/")
-                rows[row].append(turns.ask("tools.bench.train_side", side, Path(folder, name)))
+                case_name, side = row.split("/")
+                file = Path(folder, case_name)
+                if side == "ours":
+                    found.append(turns.ours("tools.bench.train_side", side, file))
+                elif answer := peers.ask(failed, row, side, "train_side.py", side, file):
+                    found.append(answer)
                 bar.update()
-    ratios = {f"train_{name}/twin": speed(rows[f"{name}/ours"]) / speed(rows[f"{name}/twin"]) for name in cases}
-    return {"rows": rows, "ratios": ratios, "steps": steps, **turns.about("mindspore", "torch")}
+    return {**turns.report(rows, speed, failed, "mindspore"), "steps": steps}
 
 
 def speed(rounds: list[dict[str, Any]]) -> float:
@@ -93,22 +98,38 @@ def speed(rounds: list[dict[str, Any]]) -> float:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The medians as Markdown."""
-    lines = [
-        "| | parameters | s a step | lowest to highest | over the twin | of matrix products | first after | peak |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row, rounds in report["rows"].items():
-        name = row.split("/")[0]
-        twin = report["rows"][f"{name}/twin"][0]
+    """The medians as Markdown; our operations are the twin's."""
+    rows = report["rows"]
+    headings = (
+        "",
+        "parameters",
+        "s a step",
+        "lowest to highest",
+        "ours takes",
+        "10^9 operations",
+        "of matrix products",
+        "first after",
+        "peak",
+    )
+    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
+    peak = max((answer["matmul"] for rounds in rows.values() for answer in rounds if "matmul" in answer), default=0)
+    for row, rounds in rows.items():
+        counted = rows.get(row.replace("/ours", "/twin"), [{}])[0].get("flops")
         seconds = [each for answer in rounds for each in answer["seconds"]]
-        lines.append(
-            f"| {row} | {rounds[0]['parameters'] / 1e6:.1f}M | {speed(rounds):.2f} | {min(seconds):.2f} to "
-            f"{max(seconds):.2f} | {speed(rounds) / speed(report['rows'][f'{name}/twin']):.2f} x | "
-            f"{twin['flops'] / speed(rounds) / twin['matmul']:.0%} | "
-            f"{median(answer['first'] for answer in rounds):.0f} s | "
-            f"{median(answer['peak'] for answer in rounds) / 2**30:.2f} GiB |"
+        cells = (
+            row,
+            f"{rounds[0]['parameters'] / 1e6:.1f}M",
+            f"{speed(rounds):.2f}",
+            f"{min(seconds):.2f} to {max(seconds):.2f}",
+            f"{report['ratios'].get(row, 1):.2f} x",
+            f"{counted / 1e9:.0f}" if counted else "not counted",
+            f"{counted / speed(rounds) / peak:.0%}" if counted else "not counted",
+            f"{median(answer['first'] for answer in rounds):.0f} s",
+            f"{median(answer['peak'] for answer in rounds) / 2**30:.2f} GiB",
         )
-    rounds = next(iter(report["rows"].values()))
-    measured = f"Medians of {len(rounds)} rounds of {report['steps']} steps after the first"
-    return "\n".join([*lines, "", turns.footer(report, measured)])
+        lines.append(f"| {' | '.join(cells)} |")
+    measured = (
+        f"Medians of {max(map(len, rows.values()))} rounds of {report['steps']} steps after the first; matrix products "
+        f"of {peak / 1e9:.0f} x 10^9 operations a second"
+    )
+    return "\n".join([*lines, *turns.missing(report, len(headings)), "", turns.footer(report, measured)])

@@ -5,28 +5,67 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import distributions, version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from pipeline.errors import JobError, UserError
-from pipeline.files import write_atomically
+from pipeline.errors import JobError
 
 LIMIT = 900  # seconds a process may take
 
 
-def ask(module: str, *arguments: object) -> dict[str, Any]:
-    """What `python -m MODULE ARGUMENTS` prints as JSON on its last line."""
-    argv = [sys.executable, "-m", module, *map(str, arguments)]
+Rows = dict[str, list[dict[str, Any]]]  # by CASE/SIDE: what each round answered
+
+
+def environment() -> dict[str, str]:
+    """Variables as this process was started with. Importing `pipeline` has since added MindSpore's to `os.environ`,
+    which bind PyTorch's oneDNN to AVX2 and tokenizers to one thread; a side of ours imports it again."""
+    entries = Path("/proc/self/environ").read_bytes().split(b"\0")
+    return dict(os.fsdecode(entry).split("=", 1) for entry in entries if b"=" in entry)
+
+
+def ask(python: str | Path, *arguments: object) -> dict[str, Any]:
+    """What `PYTHON ARGUMENTS` prints as JSON on its last line."""
+    argv = [str(python), *map(str, arguments)]
     try:
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=LIMIT, check=False)
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=LIMIT, check=False, env=environment())
     except subprocess.TimeoutExpired:
         raise JobError(f"{' '.join(argv)}: no answer in {LIMIT} s; ask for less") from None
     if done.returncode:
         raise RuntimeError(f"{' '.join(argv)} ended with {done.returncode}: {done.stderr}")
     return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def ours(module: str, *arguments: object) -> dict[str, Any]:
+    """What this side of a bench, a module, answers here."""
+    return ask(sys.executable, "-m", module, *arguments)
+
+
+def ratios(rows: Rows, seconds: Callable[[list[dict[str, Any]]], float]) -> dict[str, float]:
+    """Ours over each peer in time, by the peer's row: 2 where ours takes twice as long."""
+    sides = [name.rpartition("/") for name in rows if not name.endswith("/ours")]
+    return {
+        f"{case}/{side}": seconds(rows[f"{case}/ours"]) / seconds(rows[f"{case}/{side}"]) for case, _, side in sides
+    }
+
+
+def report(
+    rows: Rows, seconds: Callable[[list[dict[str, Any]]], float], failed: dict[str, str], *packages: str
+) -> dict[str, Any]:
+    """What every bench answers: `rows` and `ratios` of those that ran, `failed` with the reason of those that did not,
+    the machine, and versions of these packages and of what the sides used."""
+    ran = {name: rounds for name, rounds in rows.items() if name not in failed}
+    used = {name: number for rounds in ran.values() for name, number in rounds[0].get("versions", {}).items()}
+    known = about(*packages)
+    versions = {**known["versions"], **used}
+    return {**known, "versions": versions, "rows": ran, "ratios": ratios(ran, seconds), "failed": failed}
+
+
+def missing(report: dict[str, Any], columns: int) -> list[str]:
+    """Lines of a Markdown table: peers that did not run, and why."""
+    return [f"| {name} | did not run: {why}{' |' * (columns - 1)}" for name, why in report["failed"].items()]
 
 
 def about(*packages: str) -> dict[str, Any]:
@@ -50,25 +89,10 @@ def spread(found: Sequence[float]) -> str:
     return f"{min(found):.1f} to {max(found):.1f}"
 
 
-def speeds(found: dict[str, Sequence[float]], ours: str, headings: Sequence[str]) -> list[str]:
+def speeds(found: Mapping[str, Sequence[float]], ours: str, headings: Sequence[str]) -> list[str]:
     """Lines of a Markdown table: each side's median and range, and how many times faster `ours` is."""
     fastest = median(found[ours])
     lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     for name, rounds in found.items():
         lines.append(f"| {name} | {median(rounds):.1f} | {spread(rounds)} | {fastest / median(rounds):.2f} x |")
     return lines
-
-
-def place(path: Path | None) -> None:
-    """UserError if there is no folder for the report: said before minutes of measuring."""
-    if path and not path.parent.is_dir():
-        raise UserError(f"--json {path}: {path.parent} is no folder; make it or name another file")
-
-
-def save(report: dict[str, Any], path: Path | None) -> None:
-    """All figures, as JSON."""
-    if path:
-        try:
-            write_atomically(path, json.dumps(report, indent=2).encode() + b"\n")
-        except OSError as error:
-            raise UserError(f"--json {path}: cannot be written: {error.strerror}; name another file") from None
