@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 from pipeline.errors import JobError
@@ -62,14 +63,15 @@ def prepare_environment() -> None:
         defaults |= {"MS_NODE_TIMEOUT": str(PATIENCE), "MS_TOPO_TIMEOUT": str(GATHERING)}
         # Else the main thread waits for a graph by spinning: of two cores that takes one from the graph.
         defaults["MS_DEV_HOST_BLOCKING_RUN"] = "1"
-        # oneDNN 3.10 runs 3x3 convolutions in its reference code on machines with AVX-512: 70 times slower.
-        defaults["ONEDNN_MAX_CPU_ISA"] = "AVX2"
-        if "mindspore" in sys.modules and "ONEDNN_MAX_CPU_ISA" not in os.environ:
-            warnings.warn(
-                "mindspore was imported before pipeline, so ONEDNN_MAX_CPU_ISA=AVX2 comes too late and convolutions "
-                "may be many times slower; import pipeline first or set it in the environment",
-                stacklevel=3,
-            )
+        if not which("g++"):  # and so, perhaps, none of the kernels that take the place of MindSpore's own
+            # oneDNN 3.10 runs its 3x3 convolutions in reference code on machines with AVX-512: 70 times slower.
+            defaults["ONEDNN_MAX_CPU_ISA"] = "AVX2"
+            if "mindspore" in sys.modules and "ONEDNN_MAX_CPU_ISA" not in os.environ:
+                warnings.warn(
+                    "mindspore was imported before pipeline, so ONEDNN_MAX_CPU_ISA=AVX2 comes too late and "
+                    "convolutions may be many times slower; import pipeline first or set it in the environment",
+                    stacklevel=3,
+                )
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     with suppress(JobError):  # `start_communication` says it, where an error can be shown

@@ -48,7 +48,11 @@ def library() -> Path | None:
         ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
-        log.warning("convolutions and normalizations take about twice their time: kernels not built (%s)", reason)
+        log.warning(
+            "kernels not built (%s): networks take twice their time, and many times it on a CPU with AVX-512 unless "
+            "ONEDNN_MAX_CPU_ISA=AVX2 is set; install g++",
+            reason,
+        )
         return None
     return path
 
