@@ -22,7 +22,7 @@ from pipeline.diffusion.guidance import guide, threshold
 from pipeline.diffusion.loss import DiffusionConfig
 from pipeline.diffusion.loss import loss as score  # in a compiled method `loss` would be the method itself
 from pipeline.diffusion.process import add_noise, x_from
-from pipeline.diffusion.sampler import SamplerConfig, levels, sample
+from pipeline.diffusion.sampler import TERMS, SamplerConfig, combine, levels, sample
 from pipeline.diffusion.schedule import SCHEDULES
 from pipeline.nn.text_encoder import TextConfig
 from pipeline.nn.unet import UNet, UNetConfig
@@ -66,7 +66,7 @@ class Stage:
     def __init__(self, config: StageConfig) -> None:
         self.config = config
         self.network = UNet(config.unet, self.channels_in, self.num_levels, config.text.width)
-        self._plain, self._guided = map(runtime.compile, (self.predict, self.predict_guided))
+        self.graphs: dict[tuple[Any, ...], Callable[..., tuple[Tensor, Tensor]]] = {}  # of sampling, see `advance`
 
     @classmethod
     def from_config(cls, raw: dict[str, Any]) -> "Stage":
@@ -140,23 +140,37 @@ class Stage:
         """
         shape, condition = self.condition(low, seed, numbers, config.augment)
         fixed = [Tensor(np.asarray(array, np.float32)) for array in (text_BLD, mask_BL, *condition)]
-        weight = Tensor(np.float32(config.guidance))
+        weight, compiled = Tensor(np.float32(config.guidance)), self.advance(config)
 
-        def denoise(z: Tensor, level: float) -> Tensor:
+        def advance(level: float, factors: tuple[float, ...], *tensors: Tensor) -> tuple[Tensor, Tensor]:
             logsnr_B = Tensor(np.full(len(numbers), level, np.float32))
-            if config.guidance == 1.0:
-                output = self._plain(z, logsnr_B, *fixed)
-            else:
-                output = self._guided(weight, z, logsnr_B, *fixed)
+            z, x = compiled(weight, Tensor(np.array(factors, np.float32)), logsnr_B, *tensors, *fixed)
             progress()
-            x = x_from(self.config.diffusion.prediction, output, z, logsnr_B)
-            return threshold(x, config.threshold, config.percentile)
+            return z, x
 
         def noise(step: int) -> Tensor:
             return Tensor(sampling_noise(seed, numbers, shape, step))
 
         logsnrs = levels(self.config.diffusion.schedule, config.steps)
-        return to_uint8(sample(denoise, noise, config.sampler, logsnrs).asnumpy())
+        return to_uint8(sample(advance, noise, config.sampler, logsnrs).asnumpy())
+
+    def advance(self, config: SamplerConfig) -> Callable[..., tuple[Tensor, Tensor]]:
+        """(weight, numbers, logsnr_B, z, terms and what `predict` takes) -> z', x: a step of sampling as one graph.
+
+        Compiled once for whatever agrees in all that shapes it. See `diffusion.sampler.sample`.
+        """
+        guided, num = config.guidance != 1.0, len(TERMS[config.sampler])
+        kind, percentile, prediction = config.threshold, config.percentile, self.config.diffusion.prediction
+
+        def advance(
+            weight: Tensor, numbers: Tensor, logsnr_B: Tensor, z: Tensor, *rest: Tensor
+        ) -> tuple[Tensor, Tensor]:
+            terms, fixed = rest[:num], rest[num:]
+            output = self.predict_guided(weight, z, logsnr_B, *fixed) if guided else self.predict(z, logsnr_B, *fixed)
+            x = threshold(x_from(prediction, output, z, logsnr_B), kind, percentile)
+            return combine(numbers, z, x, *terms), x
+
+        return self.graphs.setdefault((guided, num, kind, percentile), runtime.compile(advance))
 
     # What a kind decides.
 

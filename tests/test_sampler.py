@@ -9,7 +9,7 @@ from mindspore import Tensor
 
 from pipeline.config import ConfigError
 from pipeline.diffusion.process import eps_from_x, target, x_from
-from pipeline.diffusion.sampler import SAMPLERS, SamplerConfig, Step, ddim, ddpm, levels, sample
+from pipeline.diffusion.sampler import SAMPLERS, SamplerConfig, Step, by, ddim, ddpm, levels, sample
 from pipeline.diffusion.schedule import SCHEDULES
 
 PREDICTIONS = ("eps", "x0", "v")
@@ -136,9 +136,9 @@ TWO = Data(-0.6, 0.6, std=0.3)
 @pytest.mark.parametrize("steps", [2, 3, 10])
 def test_dpm_solver_is_the_papers(schedule, steps):
     logsnrs = levels(schedule, steps)
-    found = sample(TWO.denoise, lambda i: NOISE, "dpm_solver++", logsnrs[:-1])
+    found = sample(by(TWO.denoise), lambda i: NOISE, "dpm_solver++", logsnrs[:-1])
     np.testing.assert_allclose(found, dpm_solver_2m(TWO.denoise, NOISE, logsnrs[:-1]), rtol=1e-9)
-    whole = sample(TWO.denoise, lambda i: NOISE, "dpm_solver++", logsnrs)
+    whole = sample(by(TWO.denoise), lambda i: NOISE, "dpm_solver++", logsnrs)
     np.testing.assert_allclose(whole, TWO.denoise(found, logsnrs[-2]), rtol=1e-9)
 
 
@@ -153,7 +153,8 @@ def test_order_of_convergence_to_the_flow(sampler, order, logsnrs, data):
     ends = logsnrs(1)
     exact = data.integrate(NOISE, *ends)
     errors = [
-        np.abs(sample(data.denoise, lambda i: NOISE, sampler, logsnrs(steps)) - exact).max() for steps in (40, 80, 160)
+        np.abs(sample(by(data.denoise), lambda i: NOISE, sampler, logsnrs(steps)) - exact).max()
+        for steps in (40, 80, 160)
     ]
     assert errors[-1] < {1: 0.01, 2: 5e-4}[order]
     np.testing.assert_allclose(np.divide(errors[:-1], errors[1:]), 2**order, rtol=0.15)
@@ -172,7 +173,7 @@ def test_gaussian_data_come_back_with_their_mean_and_variance(sampler, schedule)
         offset = ONE.denoise(0.0, logsnr)
         return offset * constant + (ONE.denoise(1.0, logsnr) - offset) * z
 
-    image = sample(denoise, lambda i: noises[i], sampler, logsnrs)
+    image = sample(by(denoise), lambda i: noises[i], sampler, logsnrs)
     known = (alpha * ONE.std) ** 2 / ((alpha * ONE.std) ** 2 + sigma**2)  # the last answer is a mean: what it can tell
     assert image[0] == pytest.approx(mean, abs=0.02)
     assert (image[1:] ** 2).sum() == pytest.approx(known * ONE.std**2, rel=0.02)
@@ -200,7 +201,7 @@ def test_a_perfect_network_gives_its_image(sampler, steps, schedule, prediction)
     draws = np.random.default_rng(1).standard_normal((steps + 1, 2, 1, 3, 3)).astype(np.float32)
     x = np.tanh(draws[-1])
     logsnrs = levels(schedule, steps)
-    found = sample(perfect(prediction, Tensor(x)), lambda i: Tensor(draws[i]), sampler, logsnrs)
+    found = sample(by(perfect(prediction, Tensor(x))), lambda i: Tensor(draws[i]), sampler, logsnrs)
     assert isinstance(found, Tensor)
     assert found.asnumpy().dtype == np.float32
     np.testing.assert_allclose(found.asnumpy(), x, atol=1e-6 / (rates(logsnrs[-2])[0] if prediction == "eps" else 1))
@@ -214,8 +215,8 @@ def test_tensors_as_arrays(sampler):
     def denoise(z, logsnr):
         return Tensor(TWO.denoise(z.asnumpy(), logsnr).astype(np.float32))
 
-    found = sample(denoise, lambda i: Tensor(draws[i]), sampler, logsnrs).asnumpy()
-    np.testing.assert_allclose(found, sample(TWO.denoise, lambda i: draws[i], sampler, logsnrs), atol=1e-5)
+    found = sample(by(denoise), lambda i: Tensor(draws[i]), sampler, logsnrs).asnumpy()
+    np.testing.assert_allclose(found, sample(by(TWO.denoise), lambda i: draws[i], sampler, logsnrs), atol=1e-5)
 
 
 @pytest.mark.parametrize(("sampler", "asked"), [("ddpm", [0, 1, 2, 3, 4]), ("ddim", [0]), ("dpm_solver++", [0])])
@@ -231,7 +232,7 @@ def test_what_is_asked_of_noise_and_network(sampler, asked):
         return z
 
     logsnrs = levels("cosine", 5)
-    sample(denoise, noise, sampler, logsnrs)
+    sample(by(denoise), noise, sampler, logsnrs)
     assert noises == asked
     assert calls == logsnrs[:-1].tolist()
     assert {type(logsnr) for logsnr in calls} == {float}

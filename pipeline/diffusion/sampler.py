@@ -9,7 +9,7 @@ The final step goes to logsnr = infinity, where z' = x for each of them.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -98,28 +98,47 @@ def levels(schedule: ScheduleName, steps: int) -> np.ndarray:
     return np.append(SCHEDULES[schedule](np.linspace(1, 0, steps + 1)[:-1]), np.inf)
 
 
-def sample(
-    denoise: Callable[[Tensor, float], Tensor],
-    noise: Callable[[int], Tensor],
-    sampler: SamplerName,
-    logsnrs: np.ndarray,
-) -> Tensor:
+# Which of z' = ... + c_last x_last + c_noise noise a sampler's steps have.
+TERMS: dict[SamplerName, tuple[str, ...]] = {"ddpm": ("noise",), "ddim": (), "dpm_solver++": ("x_last",)}
+
+Advance = Callable[..., tuple[Tensor, Tensor]]
+
+
+def by(denoise: Callable[[Tensor, float], Tensor]) -> Advance:
+    """`advance` of a network (z, logsnr) -> x that has its guidance and thresholding: the formula above."""
+
+    def advance(logsnr: float, numbers: tuple[float, ...], z: Tensor, *terms: Tensor) -> tuple[Tensor, Tensor]:
+        x = denoise(z, logsnr)
+        return combine(numbers, z, x, *terms), x
+
+    return advance
+
+
+def combine(numbers: Sequence[float] | Tensor, z: Tensor, x: Tensor, *terms: Tensor) -> Tensor:
+    """z', of the numbers of z, of x and of each of `terms`."""
+    z = numbers[0] * z + numbers[1] * x
+    for i, term in enumerate(terms):
+        z = z + numbers[2 + i] * term
+    return z
+
+
+def sample(advance: Advance, noise: Callable[[int], Tensor], sampler: SamplerName, logsnrs: np.ndarray) -> Tensor:
     """The image at the end of `logsnrs`.
 
     Args:
-        denoise: (z, logsnr) -> x, the network with its guidance and thresholding.
+        advance: (logsnr, numbers, z, *terms) -> z', x: the network at z, then `combine`. There is a term for each of
+            the sampler's `TERMS`; where a step has none, its number is 0.
         noise: step -> unit noise of z's shape; `noise(0)` is where sampling starts, and only a sampler that adds noise
             asks for `noise(i)`, i >= 1, in step i - 1.
         logsnrs: rising levels, one more than there are steps.
     """
-    z, last, x_last = noise(0), None, 0.0
+    z, last, x_last = noise(0), None, None
     for i, (now, following) in enumerate(pairwise(logsnrs.tolist())):
-        x = denoise(z, now)
         step = SAMPLERS[sampler](last, now, following)
-        z = step.z * z + step.x * x
-        if step.x_last:
-            z = z + step.x_last * x_last
-        if step.noise:
-            z = z + step.noise * noise(i + 1)
-        last, x_last = now, x
+        known = {"x_last": z if x_last is None else x_last}
+        if "noise" in TERMS[sampler]:
+            known["noise"] = noise(i + 1) if step.noise else z
+        numbers = (step.z, step.x, *(getattr(step, term) for term in TERMS[sampler]))
+        z, x_last = advance(now, numbers, z, *(known[term] for term in TERMS[sampler]))
+        last = now
     return z
