@@ -12,7 +12,7 @@ import yaml
 from pipeline.data.shards import DataConfig, Shards
 from pipeline.errors import JobError, UserError
 from tests.conftest import stage_yaml
-from tools.bench import data, peers, scaling, text, train, turns
+from tools.bench import data, peers, sample, scaling, text, train, turns
 from tools.bench.__main__ import ALL, BENCHES, main
 
 
@@ -99,6 +99,22 @@ def test_both_sides_encode_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> N
     report = text.measure(num=4, rounds=1, width=16)
     assert len({rounds[0]["tokens"] for rounds in report["rows"].values()}) == 1
     assert report["ratios"].keys() == {"text/transformers", "text/transformers_padded"}
+
+
+def test_sampling_is_told_by_stage_and_through_all(tmp_path: Path) -> None:
+    configs = []
+    for kind in ("base", "sr32"):
+        raw = stage_yaml(kind, tmp_path / kind, tmp_path, tmp_path)
+        configs.append(tmp_path / f"{kind}.yaml")
+        configs[-1].write_text(yaml.safe_dump(raw))
+    report = sample.measure(rounds=1, batches=2, configs=tuple(configs))
+    stages = [f"sample_{name}" for name in ("base", "sr32", "cascade")]
+    assert report["rows"].keys() == {f"{name}/{side}" for name in stages for side in ("ours", "network")}
+    assert report["ratios"].keys() == {f"{name}/network" for name in stages}
+    one, other, whole = (report["rows"][f"{name}/ours"][0] for name in stages)
+    assert whole["seconds"] == [(a + b) / 4 for a, b in zip(one["seconds"], other["seconds"], strict=True)]
+    assert (len(one["seconds"]), one["steps"], one["batch"]) == (2, 3, 4)
+    assert sample.table(report).splitlines()[2].startswith("| base | 0.22M | 3 | 4 | ")
 
 
 def test_ratios_are_of_medians_and_in_time() -> None:

@@ -36,6 +36,7 @@ TOOLS = {
     "agreement": "[--manifest MANIFEST] [--json] IMAGES_DIR",
     "bench": "all|{benches} ...",
     "bench data": "[--shards DIR] [--seconds S] [--rounds N] [--cores N [N ...]] [--memory N] [--json]",
+    "bench sample": "[--rounds N] [--batches N] [--json]",
     "bench scaling": "[--steps N] [--rounds N] [--json]",
     "bench text": "[--captions N] [--rounds N] [--json]",
     "bench train": "[--steps N] [--rounds N] [--json]",

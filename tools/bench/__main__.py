@@ -9,10 +9,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from launch.terminal import Parser, run
-from tools.bench import data, scaling, text, train
+from tools.bench import data, sample, scaling, text, train
 
-BENCHES = {"data": data, "scaling": scaling, "text": text, "train": train}
-ALL = ("train", "text", "data")  # what `all` runs; scaling, of many minutes, wants a machine where nothing else runs
+BENCHES = {"data": data, "sample": sample, "scaling": scaling, "text": text, "train": train}
+ALL = (
+    "train",
+    "sample",
+    "text",
+    "data",
+)  # what `all` runs; scaling, of many minutes, wants a machine where nothing else runs
 MERGED = ("versions", "rows", "ratios", "failed")
 
 

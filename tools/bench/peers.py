@@ -7,13 +7,13 @@ is never taken for a whole one.
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import venv
 from pathlib import Path
 from typing import Any
 
+from pipeline import runtime
 from pipeline.errors import JobError, UserError
 from pipeline.files import lock
 from tools.bench import turns
@@ -36,9 +36,8 @@ ALONE = {"imagen_pytorch": "imagen-pytorch==2.1.0"}
 
 
 def folder() -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     pins = json.dumps([NEEDS, ALONE, sys.version_info[:2]])
-    return cache / "imagen-cascade" / f"peers-{hashlib.sha256(pins.encode()).hexdigest()[:12]}"
+    return runtime.cache_folder() / f"peers-{hashlib.sha256(pins.encode()).hexdigest()[:12]}"
 
 
 def python(peer: str) -> Path:

@@ -1,0 +1,72 @@
+"""Our side of `python -m tools.bench sample`: what it took, as JSON on the last line of stdout."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from mindspore import Tensor
+
+from pipeline import runtime
+from pipeline.cascade import Cascade, Sampler
+from pipeline.kinds import read_stage_config, stage_class
+from pipeline.nn.parameters import initialize, num_parameters
+from pipeline.nn.text_encoder import TextEncoder
+from tools.bench.train_side import timed
+
+PROMPT = "a small red circle on white"
+
+
+def cascade(configs: list[str], encoder: str) -> Cascade:
+    """Of these stages, with the weights that a training starts from."""
+    stages: dict[str, Sampler] = {}
+    for path in configs:
+        config, _ = read_stage_config(path, [f"text.encoder={encoder}"])
+        stages[Path(path).stem] = stage_class(config.kind)(config)
+        initialize(stages[Path(path).stem].network, 0)
+    return Cascade({}, stages, TextEncoder.load(encoder, encoder, config.text.length))
+
+
+def sides(whole: Cascade, name: str, low: np.ndarray | None) -> dict[str, Callable[[], object]]:
+    """A batch of pictures of stage `name`: by the orchestrator, text and all, and its network's calls alone."""
+    stage: Any = whole.stages[name]
+    config, numbers = stage.config.sample, range(stage.config.sample.batch)
+
+    def ours() -> np.ndarray:
+        text, mask = whole.text.encode([PROMPT] * config.batch)
+        return whole.run(name, text, mask, 0, numbers, low, {})
+
+    shape, condition = stage.condition(low, 0, numbers, config.augment)
+    inputs = [np.zeros((config.batch, *shape)), np.zeros(config.batch), *whole.text.encode([PROMPT] * config.batch)]
+    weight = [] if config.guidance == 1.0 else [config.guidance]
+    call = runtime.compile(stage.predict_guided if weight else stage.predict)
+    tensors = [Tensor(np.asarray(array, np.float32)) for array in (*weight, *inputs, *condition)]
+
+    def network() -> None:
+        for _ in range(config.steps):
+            call(*tensors).asnumpy()
+
+    return {"ours": ours, "network": network}
+
+
+def measure(whole: Cascade, rounds: int) -> dict[str, Any]:
+    """Of each stage and side: seconds a batch, in turns."""
+    found: dict[str, Any] = {}
+    low = None
+    for name, stage in whole.stages.items():
+        config: Any = stage.config.sample
+        runs = sides(whole, name, None if low is None else low[:1].repeat(config.batch, 0))
+        told = {"steps": config.steps, "batch": config.batch, "parameters": num_parameters(stage.network)}
+        for side, run in runs.items():
+            found[f"{name}/{side}"] = {**timed(run, 0), **told}
+        for side, run in list(runs.items()) * rounds:
+            found[f"{name}/{side}"]["seconds"].append(timed(run, 0)["first"])
+        low = cast(np.ndarray, runs["ours"]())
+    return found
+
+
+if __name__ == "__main__":
+    rounds, encoder, *configs = sys.argv[1:]
+    print(json.dumps(measure(cascade(configs, encoder), int(rounds))))
