@@ -12,7 +12,7 @@ import yaml
 from pipeline.data.shards import DataConfig, Shards
 from pipeline.errors import JobError, UserError
 from tests.conftest import stage_yaml
-from tools.bench import data, peers, sample, scaling, text, train, turns
+from tools.bench import data, peers, sample, scaling, steps, text, train, turns
 from tools.bench.__main__ import ALL, BENCHES, main
 
 
@@ -115,6 +115,15 @@ def test_sampling_is_told_by_stage_and_through_all(tmp_path: Path) -> None:
     assert whole["seconds"] == [(a + b) / 4 for a, b in zip(one["seconds"], other["seconds"], strict=True)]
     assert (len(one["seconds"]), one["steps"], one["batch"]) == (2, 3, 4)
     assert sample.table(report).splitlines()[2].startswith("| base | 0.22M | 3 | 4 | ")
+
+
+def test_steps_are_told_by_stage_and_sampler(trained: Path) -> None:
+    report = steps.measure(trained / "cascade", 2, 1, {"ddim": (3, 2), "ddpm": (2,)}, ("ddim", 3))
+    ways = ("ddim_3", "ddim_2", "ddpm_2")
+    assert list(report["rows"]) == [f"steps_{name}/{way}" for name in ("base", "sr32", "sr64") for way in ways]
+    assert [report["rows"][f"steps_base/{way}"][0]["distance"] > 0 for way in ways] == [False, True, True]
+    assert [rounds[0]["images"] for rounds in report["rows"].values()] == [2] * 3 + [1] * 6
+    assert steps.table(report).splitlines()[2].startswith("| base/ddim_3 | 0.00 % | ")
 
 
 def test_ratios_are_of_medians_and_in_time() -> None:

@@ -38,6 +38,7 @@ TOOLS = {
     "bench data": "[--shards DIR] [--seconds S] [--rounds N] [--cores N [N ...]] [--memory N] [--json]",
     "bench sample": "[--rounds N] [--batches N] [--json]",
     "bench scaling": "[--steps N] [--rounds N] [--json]",
+    "bench steps": "[--images N] [--large N] [--json] CASCADE",
     "bench text": "[--captions N] [--rounds N] [--json]",
     "bench train": "[--steps N] [--rounds N] [--json]",
     "cache_text": "config [key=value ...]",

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from launch.terminal import Parser, run
-from tools.bench import data, sample, scaling, text, train
+from tools.bench import data, sample, scaling, steps, text, train
 
-BENCHES = {"data": data, "sample": sample, "scaling": scaling, "text": text, "train": train}
+BENCHES = {"data": data, "sample": sample, "scaling": scaling, "steps": steps, "text": text, "train": train}
 ALL = (
     "train",
     "sample",
