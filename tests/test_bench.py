@@ -12,7 +12,7 @@ import yaml
 from pipeline.data.shards import DataConfig, Shards
 from pipeline.errors import JobError, UserError
 from tests.conftest import stage_yaml
-from tools.bench import data, peers, sample, scaling, steps, text, train, turns
+from tools.bench import compile, data, peers, sample, scaling, steps, text, train, turns
 from tools.bench.__main__ import ALL, BENCHES, main
 
 
@@ -256,6 +256,19 @@ def test_a_steps_share_of_the_machine() -> None:
 TINY = {"unet": {"kind": "adm", "channels": 16, "channel_mults": [1, 2], "num_blocks": [1, 1],
                  "attention": ["none", "self"], "head_channels": 16, "text_channels": 16},
         "size": 16, "batch": 2, "channels_in": 6, "num_levels": 2}  # fmt: skip
+
+
+def test_compilation_is_told_with_and_without_the_kept_graphs(tmp_path: Path) -> None:
+    stage = tmp_path / "base.yaml"
+    stage.write_text(yaml.safe_dump(stage_yaml("base", tmp_path / "run", tmp_path, tmp_path)))
+    report = compile.measure(rounds=1, cases={"tiny": TINY}, stages={"base": stage})
+    assert report["rows"].keys() == {"compile_tiny/compiled", "compile_tiny/ours", "compile_base/gradient"}
+    assert report["rows"]["compile_base/gradient"][0]["nodes"] > 100
+    assert report["ratios"]["compile_tiny/compiled"] > 0
+    assert [line.split(" |")[0] for line in compile.table(report).splitlines() if line] == [
+        *("|", "|---|---|---|---|---|", "| tiny", "| gradient of one picture", "|---|---|---|---|", "| base"),
+        compile.table(report).splitlines()[-1],
+    ]
 
 
 @pytest.mark.usefixtures("no_peers")

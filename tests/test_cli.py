@@ -35,6 +35,7 @@ COMMANDS = {
 TOOLS = {
     "agreement": "[--manifest MANIFEST] [--json] IMAGES_DIR",
     "bench": "all|{benches} ...",
+    "bench compile": "[--rounds N] [--json]",
     "bench data": "[--shards DIR] [--seconds S] [--rounds N] [--cores N [N ...]] [--memory N] [--json]",
     "bench sample": "[--rounds N] [--batches N] [--json]",
     "bench scaling": "[--steps N] [--rounds N] [--json]",

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from launch.terminal import Parser, run
-from tools.bench import data, sample, scaling, steps, text, train
+from tools.bench import compile, data, sample, scaling, steps, text, train
 
-BENCHES = {"data": data, "sample": sample, "scaling": scaling, "steps": steps, "text": text, "train": train}
+MODULES = (compile, data, sample, scaling, steps, text, train)
+BENCHES = {module.__name__.rpartition(".")[2]: module for module in MODULES}
 ALL = (
     "train",
     "sample",

@@ -36,6 +36,7 @@ def ours(case: dict[str, Any]) -> Answer:
     from pipeline.config import build
     from pipeline.nn.parameters import initialize, num_parameters
     from pipeline.nn.unet import UNet, UNetConfig
+    from pipeline.train.graphs import Graphs
     from pipeline.train.optimizer import OptimizerConfig
     from pipeline.train.state import State
     from pipeline.train.step import TrainStep
@@ -48,9 +49,13 @@ def ours(case: dict[str, Any]) -> Answer:
         difference = network(x, logsnr, text, mask) - eps
         return (difference * difference).mean((1, 2, 3))
 
-    step = TrainStep(loss, State(network, OptimizerConfig(warmup_steps=1), 1000, 0.9999), clip=1.0)
+    graphs = Graphs(Path(case["graphs"]), 0, network) if "graphs" in case else Graphs()
+    state = State(network, OptimizerConfig(warmup_steps=1), 1000, 0.9999, graphs=graphs)
+    step = TrainStep(loss, state, clip=1.0, graphs=graphs)
     batch = step.parts(tuple(arrays(case).values()))
-    return {"parameters": num_parameters(network), **timed(lambda: step(batch), case["steps"]), "versions": {}}
+    taken = timed(lambda: step(batch), case["steps"])
+    graphs.keep()
+    return {"parameters": num_parameters(network), **taken, "versions": {}}
 
 
 def twin(case: dict[str, Any]) -> Answer:
