@@ -28,8 +28,8 @@ SamplerName = Literal["ddpm", "ddim", "dpm_solver++"]
 class SamplerConfig:
     """How a stage is sampled unless the call says otherwise."""
 
-    sampler: SamplerName = "ddpm"
-    steps: int = 256
+    sampler: SamplerName = "dpm_solver++"  # shows what 250 ancestral steps show, see docs/speed.md
+    steps: int = 25
     batch: int = 8  # pictures a call of the network; fewer are filled up, so that there is one graph to compile
     guidance: float = 1.0  # weight of classifier-free guidance; 1 is none
     threshold: Threshold = "dynamic"
