@@ -126,10 +126,18 @@ def test_built_once_and_kept(tmp_path, monkeypatch):
     assert built.stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("lacking", ["compiler", "folder", "library"])
-def test_without_them_it_is_said_and_the_answer_is_none(lacking, tmp_path, monkeypatch, caplog):
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch, caplog):
     (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / ("file" if lacking == "folder" else "cache")))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(kernels, "mkdtemp", lambda prefix: str(tmp_path))
+    assert kernels.library.__wrapped__().parent == tmp_path
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("lacking", ["compiler", "library"])
+def test_without_them_it_is_said_and_the_answer_is_none(lacking, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(kernels, "mkdtemp", lambda prefix: str(tmp_path / "own"))
     if lacking == "compiler":
         monkeypatch.setenv("PATH", "")
     if lacking == "library":

@@ -5,13 +5,15 @@ another device, `convolution` and `normalization` answer None, and the cells tha
 operators. All tensors are float32.
 """
 
+import atexit
 import ctypes
 import logging
+import shutil
 import subprocess
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 
 import mindspore
 from mindspore import Tensor, ops
@@ -36,16 +38,15 @@ def library() -> Path | None:
     sources = sorted(here.glob("*.cc"))
     made_of = [path.read_bytes() for path in (*sources, *sorted(here.glob("*.h")))]
     made_of += map(str.encode, (*FLAGS, str(onednn), mindspore.__version__, runtime.processor()))
-    path = runtime.cache_folder() / f"kernels-{blake2b(b' '.join(made_of), digest_size=8).hexdigest()}.so"
+    name = f"kernels-{blake2b(b' '.join(made_of), digest_size=8).hexdigest()}.so"
+    inputs = [*map(str, sources), str(onednn), f"-Wl,-rpath,{onednn.parent}"]
     try:
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with TemporaryDirectory(dir=path.parent) as folder:  # ranks may build at once: each its own, any may stay
-                new = Path(folder, path.name)
-                argv = ["g++", *FLAGS, *map(str, sources), str(onednn), f"-Wl,-rpath,{onednn.parent}", "-o", str(new)]
-                subprocess.run(argv, check=True, capture_output=True, text=True, timeout=300)
-                new.replace(path)
-        ctypes.CDLL(str(path))
+        return built(runtime.cache_folder() / name, inputs)
+    except (OSError, RuntimeError, subprocess.SubprocessError):  # a home that is not there, or cannot be written?
+        own = mkdtemp(prefix="imagen-cascade-")
+        atexit.register(shutil.rmtree, own, ignore_errors=True)
+    try:
+        return built(Path(own, name), inputs)
     except (OSError, subprocess.SubprocessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
         log.warning(
@@ -54,6 +55,18 @@ def library() -> Path | None:
             reason,
         )
         return None
+
+
+def built(path: Path, inputs: list[str]) -> Path:
+    """`path`, compiled from `inputs` if it is not there, and loaded."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=path.parent) as folder:  # ranks may build at once: each its own, any may stay
+            new = Path(folder, path.name)
+            argv = ["g++", *FLAGS, *inputs, "-o", str(new)]
+            subprocess.run(argv, check=True, capture_output=True, text=True, timeout=300)
+            new.replace(path)
+    ctypes.CDLL(str(path))
     return path
 
 
