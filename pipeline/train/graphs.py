@@ -67,9 +67,12 @@ class Graphs:
             return
         Graphs.taken = True
         digest = blake2b(shaped_by.encode(), digest_size=8)
-        for sources in (Path(runtime.__file__).parent, Path(getfile(type(stage))).parent):
-            for path in sorted(sources.rglob("*.py")):
-                digest.update(path.read_bytes())
+        mine = Path(getfile(type(stage)))
+        beside = (
+            mine.parent.rglob("*.py") if "." in type(stage).__module__ else [mine]
+        )  # a package's, or a module alone
+        for path in (*sorted(Path(runtime.__file__).parent.rglob("*.py")), *sorted(beside)):
+            digest.update(path.read_bytes())
         for known in (version("mindspore"), version("mindformers"), str(kernels.library())):
             digest.update(known.encode())
         target = run / KEPT / f"{digest.hexdigest()}-{rank}"

@@ -16,7 +16,8 @@ Pool::Pool() {
   cpu_set_t cores;  // of the main thread: MindSpore may bind its others
   threads = sched_getaffinity(getpid(), sizeof cores, &cores) ? 1 : CPU_COUNT(&cores);
   for (int i = 1; i < threads; i++)
-    std::thread([this] {
+    std::thread([this, cores] {
+      sched_setaffinity(0, sizeof cores, &cores);
       for (std::unique_lock<std::mutex> lock(mutex);;) {
         begun.wait(lock, [this] { return next < total; });
         help(lock);
