@@ -216,6 +216,11 @@ def keeping_graphs(folder: Path) -> Iterator[None]:
         ms.set_context(enable_compile_cache=False)
 
 
+def write_graphs(folder: str) -> None:
+    """Every graph that is compiled from now on is also written to `folder` as text, as it is once it is optimized."""
+    os.environ.update(MS_DEV_SAVE_GRAPHS="1", MS_DEV_DUMP_IR_PASSES="validate", MS_DEV_SAVE_GRAPHS_PATH=folder)
+
+
 def child_environment(more: Mapping[str, str]) -> dict[str, str]:
     """This process's environment for one that is to be a rank or to start ranks, with `more`.
 
@@ -224,6 +229,11 @@ def child_environment(more: Mapping[str, str]) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN) and name not in STALE}
     path = f"{Path(sys.executable).parent}{os.pathsep}{kept.get('PATH', os.defpath)}"
     return kept | {"PATH": path, "PYTHONUNBUFFERED": "1"} | dict(more)
+
+
+def first_environment() -> dict[str, str]:
+    """What this process was started with, before `prepare_environment` added to it."""
+    return dict(entry.split("=", 1) for entry in environment_of(os.getpid()) if "=" in entry)
 
 
 def environment_of(pid: int) -> list[str]:

@@ -1,6 +1,7 @@
 """The CPU's own kernels: against the definitions in float64, at sizes that blocks and threads do not divide."""
 
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -65,6 +66,8 @@ def assert_gradients(definition, arrays, gradients, direction):
         ((3, 5, 7, 10), 8, 1, 1),
         ((2, 16, 8, 9), 24, 3, 2),
         ((1, 3, 1, 1), 4, 3, 1),
+        ((1, 3, 1, 7), 4, 3, 2),
+        ((2, 4, 5, 2), 3, 3, 2),
         ((4, 64, 16, 16), 64, 3, 1),
     ],
 )
@@ -126,6 +129,20 @@ def test_built_once_and_kept(tmp_path, monkeypatch):
     assert built.stat().st_mtime_ns == before
 
 
+def test_one_that_cannot_be_loaded_is_built_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    built = tmp_path / "imagen-cascade" / kernels.library().name
+    built.parent.mkdir()
+    built.touch()
+    assert kernels.library.__wrapped__() == built
+    assert built.stat().st_size == kernels.library().stat().st_size
+
+
+def test_other_strides_are_refused():
+    with pytest.raises(ValueError, match="stride 3: 1 and 2 are known"):
+        kernels.convolution(3)
+
+
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch, caplog):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
@@ -134,15 +151,20 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch, c
     assert not caplog.text
 
 
-@pytest.mark.parametrize("lacking", ["compiler", "library"])
-def test_without_them_it_is_said_and_the_answer_is_none(lacking, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize(
+    ("lacking", "said"),
+    [("compiler", "install g\\+\\+"), ("library", "cannot open"), ("version", "is oneDNN 3.10, not")],
+)
+def test_without_them_it_is_said_and_the_answer_is_none(lacking, said, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(kernels, "mkdtemp", lambda prefix: str(tmp_path / "own"))
     if lacking == "compiler":
         monkeypatch.setenv("PATH", "")
     if lacking == "library":
         monkeypatch.setattr(kernels.mindspore, "__file__", str(tmp_path / "mindspore" / "__init__.py"))
+    if lacking == "version":
+        monkeypatch.setattr(kernels, "ONEDNN", (3, 9))
     with caplog.at_level(logging.WARNING, "cascade"):
         assert kernels.library.__wrapped__() is None
-    assert "kernels not built (" in caplog.text
+    assert re.search(rf"kernels not built \(.*{said}", caplog.text)
     assert not list(tmp_path.rglob("*.so"))

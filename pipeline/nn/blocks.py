@@ -23,9 +23,10 @@ class Conv(nn.Conv2d):
         self.kernel = kernels.convolution(stride)
 
     def construct(self, x_BCHW: Tensor) -> Tensor:
-        if self.kernel is not None and x_BCHW.dtype == mstype.float32:
-            return self.kernel(x_BCHW, self.weight, self.bias)
-        return super().construct(x_BCHW)
+        if self.kernel is None:
+            return super().construct(x_BCHW)
+        weight, bias = self.weight.astype(mstype.float32), self.bias.astype(mstype.float32)
+        return self.kernel(x_BCHW.astype(mstype.float32), weight, bias).astype(x_BCHW.dtype)
 
 
 def zeroed(cell: nn.Cell) -> nn.Cell:

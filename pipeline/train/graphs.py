@@ -67,13 +67,15 @@ class Graphs:
             return
         Graphs.taken = True
         digest = blake2b(shaped_by.encode(), digest_size=8)
-        mine = Path(getfile(type(stage)))
+        mine, *others = (Path(getfile(cls)) for cls in type(stage).__mro__[:-1])
         beside = (
             mine.parent.rglob("*.py") if "." in type(stage).__module__ else [mine]
         )  # a package's, or a module alone
-        for path in (*sorted(Path(runtime.__file__).parent.rglob("*.py")), *sorted(beside)):
+        for path in (*sorted(Path(runtime.__file__).parent.rglob("*.py")), *sorted(beside), *others):
             digest.update(path.read_bytes())
-        for known in (version("mindspore"), version("mindformers"), str(kernels.library())):
+        library = kernels.library()
+        device = "Ascend" if runtime.on_ascend() else library.name if library else "CPU"
+        for known in (version("mindspore"), version("mindformers"), device):
             digest.update(known.encode())
         target = run / KEPT / f"{digest.hexdigest()}-{rank}"
         for other in (run / KEPT).glob(f"*-{rank}"):

@@ -13,19 +13,16 @@ from tools.bench import compile, data, sample, scaling, steps, text, train
 
 MODULES = (compile, data, sample, scaling, steps, text, train)
 BENCHES = {module.__name__.rpartition(".")[2]: module for module in MODULES}
-ALL = (
-    "train",
-    "sample",
-    "text",
-    "data",
-)  # what `all` runs; scaling, of many minutes, wants a machine where nothing else runs
+ALL = ("train", "sample", "text", "data")  # what `all` runs
 MERGED = ("versions", "rows", "ratios", "failed")
 
 
 def parser() -> Parser:
     whole = Parser(prog="python -m tools.bench", description="Measure beside others, on this machine.")
     names = whole.add_subparsers(required=True, metavar="|".join(("all", *BENCHES)), dest="bench")
-    everything = f"{', '.join(ALL)}, one after the other as they are by default; not scaling, which takes too long."
+    everything = (
+        f"{', '.join(ALL)}, one after the other as they are by default; the others want a trained cascade, or long."
+    )
     added = {"all": names.add_parser("all", help=everything, description=f"Run {everything}")}
     for name, module in BENCHES.items():
         doc = str(module.__doc__)

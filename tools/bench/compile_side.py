@@ -4,7 +4,6 @@ Its network has shapes and no values, so that the base of two billion parameters
 """
 
 import json
-import os
 import re
 import sys
 import time
@@ -16,6 +15,7 @@ import numpy as np
 from mindspore import ParameterTuple, Tensor, nn, value_and_grad
 from mindspore.nn.utils import no_init_parameters
 
+from pipeline import runtime
 from pipeline.kinds import read_stage_config, stage_class
 from pipeline.nn.parameters import num_parameters
 
@@ -30,7 +30,7 @@ def inputs(stage: Any) -> list[Tensor]:
 
 def measure(path: str, folder: str) -> dict[str, Any]:
     """Seconds, nodes of the optimized graph, parameters."""
-    os.environ.update(MS_DEV_SAVE_GRAPHS="1", MS_DEV_DUMP_IR_PASSES="validate", MS_DEV_SAVE_GRAPHS_PATH=folder)
+    runtime.write_graphs(folder)
     config, _ = read_stage_config(path, [])
     with no_init_parameters():
         stage = stage_class(config.kind)(config)

@@ -69,7 +69,9 @@ def pip(interpreter: Path, *arguments: str) -> None:
         *arguments,
     ]
     try:
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=LIMIT, check=False, env=turns.environment())
+        done = subprocess.run(
+            argv, capture_output=True, text=True, timeout=LIMIT, check=False, env=runtime.first_environment()
+        )
     except subprocess.TimeoutExpired:
         raise JobError(f"not installed: pip was not done in {LIMIT} s") from None
     if done.returncode:

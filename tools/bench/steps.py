@@ -50,7 +50,7 @@ def measure(
     low: Any = None
     with tqdm(total=len(cascade.stages) * len(ways), unit="way") as bar:
         for name in cascade.stages:
-            said = prompts[: images if low is None else large]
+            said = prompts[: images if low is None else min(images, large)]
             text, mask = cascade.text.encode(said)
             exact: Any = None
             for sampler, steps in ways:
@@ -71,7 +71,7 @@ def measure(
                     }
                 ]
                 bar.update()
-            low = exact[:large]
+            low = exact[: min(images, large)]
     return {**turns.about("mindspore"), "rows": rows, "ratios": {}}
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from pipeline import runtime
 from pipeline.errors import JobError
 
 LIMIT = 900  # seconds a process may take
@@ -19,18 +20,14 @@ LIMIT = 900  # seconds a process may take
 Rows = dict[str, list[dict[str, Any]]]  # by CASE/SIDE: what each round answered
 
 
-def environment() -> dict[str, str]:
-    """Variables as this process was started with. Importing `pipeline` has since added MindSpore's to `os.environ`,
-    which bind PyTorch's oneDNN to AVX2 and tokenizers to one thread; a side of ours imports it again."""
-    entries = Path("/proc/self/environ").read_bytes().split(b"\0")
-    return dict(os.fsdecode(entry).split("=", 1) for entry in entries if b"=" in entry)
-
-
 def ask(python: str | Path, *arguments: object) -> dict[str, Any]:
-    """What `PYTHON ARGUMENTS` prints as JSON on its last line."""
-    argv = [str(python), *map(str, arguments)]
+    """What `PYTHON ARGUMENTS` prints as JSON on its last line.
+
+    It starts as this process did: MindSpore's variables bind PyTorch too, and a side of ours sets them again.
+    """
+    argv, environment = [str(python), *map(str, arguments)], runtime.first_environment()
     try:
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=LIMIT, check=False, env=environment())
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=LIMIT, check=False, env=environment)
     except subprocess.TimeoutExpired:
         raise JobError(f"{' '.join(argv)}: no answer in {LIMIT} s; ask for less") from None
     if done.returncode:

@@ -10,19 +10,22 @@ import ctypes
 import logging
 import shutil
 import subprocess
+from contextlib import suppress
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
-from tempfile import TemporaryDirectory, mkdtemp
+from tempfile import mkdtemp
 
 import mindspore
 from mindspore import Tensor, ops
 
 from pipeline import runtime
+from pipeline.files import replacing
 
 log = logging.getLogger("cascade")
 
 EPSILON = 1e-5  # added to the variance of a group
+ONEDNN = (3, 10)  # whose interface the sources declare
 FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"),
     *("-shared", "-fPIC", "-pthread", "-Wl,--no-undefined", f"-DEPSILON={EPSILON}"),
@@ -41,38 +44,54 @@ def library() -> Path | None:
     name = f"kernels-{blake2b(b' '.join(made_of), digest_size=8).hexdigest()}.so"
     inputs = [*map(str, sources), str(onednn), f"-Wl,-rpath,{onednn.parent}"]
     try:
-        return built(runtime.cache_folder() / name, inputs)
-    except (OSError, RuntimeError, subprocess.SubprocessError):  # a home that is not there, or cannot be written?
-        own = mkdtemp(prefix="imagen-cascade-")
-        atexit.register(shutil.rmtree, own, ignore_errors=True)
-    try:
-        return built(Path(own, name), inputs)
+        check_version(onednn)
+        try:
+            return built(runtime.cache_folder() / name, inputs)
+        except (OSError, RuntimeError):  # a home that is not there, or cannot be written?
+            own = mkdtemp(prefix="imagen-cascade-")
+            atexit.register(shutil.rmtree, own, ignore_errors=True)
+            return built(Path(own, name), inputs)
     except (OSError, subprocess.SubprocessError) as error:
-        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
+        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         log.warning(
             "kernels not built (%s): networks take twice their time, and many times it on a CPU with AVX-512 unless "
-            "ONEDNN_MAX_CPU_ISA=AVX2 is set; install g++",
-            reason,
+            "ONEDNN_MAX_CPU_ISA=AVX2 is set%s",
+            next((line for line in said if "error" in line), said[-1]),
+            "; install g++" if isinstance(error, FileNotFoundError) else "",
         )
         return None
 
 
+def check_version(onednn: Path) -> None:
+    """OSError unless this is the oneDNN whose interface the sources declare."""
+    version = ctypes.CDLL(str(onednn)).dnnl_version
+    version.restype = ctypes.POINTER(ctypes.c_int * 2)
+    if (found := tuple(version().contents)) != ONEDNN:
+        raise OSError(f"{onednn} is oneDNN {'.'.join(map(str, found))}, not {'.'.join(map(str, ONEDNN))}")
+
+
 def built(path: Path, inputs: list[str]) -> Path:
-    """`path`, compiled from `inputs` if it is not there, and loaded."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=path.parent) as folder:  # ranks may build at once: each its own, any may stay
-            new = Path(folder, path.name)
-            argv = ["g++", *FLAGS, *inputs, "-o", str(new)]
-            subprocess.run(argv, check=True, capture_output=True, text=True, timeout=300)
-            new.replace(path)
+    """`path`, compiled from `inputs` if it is not there or is no library, and loaded."""
+    if path.exists():
+        with suppress(OSError):
+            ctypes.CDLL(str(path))
+            return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as side:  # ranks may build at once: each its own, any may stay
+        argv = ["g++", *FLAGS, *inputs, "-o", str(side)]
+        subprocess.run(argv, check=True, capture_output=True, text=True, timeout=300)
     ctypes.CDLL(str(path))
     return path
 
 
 @cache
 def convolution(stride: int) -> ops.Custom | None:
-    """(x_BCHW, weight, bias) -> the convolution that keeps the picture's size, divided by `stride` and rounded up."""
+    """(x_BCHW, weight, bias) -> the convolution that keeps the picture's size, divided by `stride` and rounded up.
+
+    ValueError for a stride but 1 and 2: the kernel tells it by the sizes.
+    """
+    if stride not in (1, 2):
+        raise ValueError(f"stride {stride}: 1 and 2 are known")
     if library() is None:
         return None
     towards_x = ops.Custom(f"{library()}:convolve_input", lambda dy, x, w: x, lambda dy, x, w: dy, "aot")

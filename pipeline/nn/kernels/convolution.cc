@@ -2,7 +2,7 @@
 //
 // MindSpore's own kernel gives it pictures as they lie in memory, (B, C, H, W): for those oneDNN has im2col alone. Here
 // it says which blocks of channels it wants, and pictures and weights are brought into them and back. oneDNN's headers
-// do not come with MindSpore: what is used of its C interface, which is stable within version 3, is declared below.
+// do not come with MindSpore: what is used of the interface of the version that does is declared below and in pool.h.
 #include <array>
 #include <cstdlib>
 #include <map>
@@ -18,6 +18,7 @@ struct dnnl_argument {
 };
 int dnnl_engine_create(handle *, int kind, size_t index);
 int dnnl_threadpool_interop_stream_create(handle *, handle engine, void *pool);
+int dnnl_threadpool_interop_set_max_concurrency(int threads);
 int dnnl_stream_wait(handle);
 int dnnl_memory_desc_create_with_strides(handle *, int ndims, const int64_t *dims, int type, const int64_t *strides);
 int dnnl_memory_desc_create_with_tag(handle *, int ndims, const int64_t *dims, int type, int tag);
@@ -45,7 +46,7 @@ int dnnl_primitive_execute(handle, handle stream, int number, const dnnl_argumen
 }
 
 namespace {
-enum { SUCCESS = 0, FLOAT32 = 3, ANY_LAYOUT = 1, CPU = 1, TRAINING = 64, DIRECT = 1 };
+enum { SUCCESS = 0, OUT_OF_MEMORY = 1, FLOAT32 = 3, ANY_LAYOUT = 1, CPU = 1, TRAINING = 64, DIRECT = 1 };
 // Names of operands, each with the query for the layout that is wanted of it.
 struct Name {
   int argument, query;
@@ -141,8 +142,10 @@ struct Plan {
     static size_t size = 0;
     if (bytes > size) {
       std::free(found);
-      found = static_cast<char *>(std::aligned_alloc(64, size = bytes));
-      if (!found) throw 1;
+      size = 0;
+      found = static_cast<char *>(std::aligned_alloc(64, bytes));
+      if (!found) throw OUT_OF_MEMORY;
+      size = bytes;
     }
     return found;
   }
@@ -152,7 +155,8 @@ enum Kind { FORWARD, INPUT, WEIGHT };
 
 // x, w, y: shapes of picture, weights and answer. The padding is what keeps the picture's size.
 Plan plan(Kind kind, const int64_t *x, const int64_t *w, const int64_t *y) {
-  const int64_t stride = (x[2] + y[2] - 1) / y[2], left[] = {w[2] / 2, w[3] / 2};
+  const int longer = x[3] > x[2] ? 3 : 2;
+  const int64_t stride = (x[longer] + y[longer] - 1) / y[longer], left[] = {w[2] / 2, w[3] / 2};
   const int64_t strides[] = {stride, stride}, dilates[] = {0, 0};
   const int64_t right[] = {(y[2] - 1) * stride + w[2] - x[2] - left[0], (y[3] - 1) * stride + w[3] - x[3] - left[1]};
   handle bias = plain(1, w), forward, desc;
@@ -185,9 +189,10 @@ Plan plan(Kind kind, const int64_t *x, const int64_t *w, const int64_t *y) {
 
 // oneDNN's status, which MindSpore tells if it is not 0.
 int run(Kind kind, std::vector<void *> data, const int64_t *x, const int64_t *w, const int64_t *y) {
-  Pool &pool = Pool::only();
-  std::lock_guard<std::mutex> guard(pool.user);
   try {
+    Pool &pool = Pool::only();
+    std::lock_guard<std::mutex> guard(pool.user);
+    check(dnnl_threadpool_interop_set_max_concurrency(pool.get_num_threads()));  // of this thread, for plans
     if (!stream) {
       check(dnnl_engine_create(&engine, CPU, 0));
       check(dnnl_threadpool_interop_stream_create(&stream, engine, &pool));
@@ -201,6 +206,8 @@ int run(Kind kind, std::vector<void *> data, const int64_t *x, const int64_t *w,
     return SUCCESS;
   } catch (int status) {
     return status;
+  } catch (...) {
+    return OUT_OF_MEMORY;
   }
 }
 }  // namespace

@@ -128,9 +128,13 @@ void backward(void **data, int64_t **shapes) {
 
 template <void kernel(void **, int64_t **)>
 int alone(void **data, int64_t **shapes) {
-  std::lock_guard<std::mutex> guard(Pool::only().user);
-  kernel(data, shapes);
-  return 0;
+  try {
+    std::lock_guard<std::mutex> guard(Pool::only().user);
+    kernel(data, shapes);
+    return 0;
+  } catch (...) {
+    return 1;
+  }
 }
 }  // namespace
 

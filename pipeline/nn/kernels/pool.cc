@@ -3,6 +3,7 @@
 #include <sched.h>
 #include <unistd.h>
 
+#include <system_error>
 #include <thread>
 
 thread_local bool Pool::inside = false;
@@ -14,15 +15,18 @@ Pool &Pool::only() {
 
 Pool::Pool() {
   cpu_set_t cores;  // of the main thread: MindSpore may bind its others
-  threads = sched_getaffinity(getpid(), sizeof cores, &cores) ? 1 : CPU_COUNT(&cores);
-  for (int i = 1; i < threads; i++)
-    std::thread([this, cores] {
-      sched_setaffinity(0, sizeof cores, &cores);
-      for (std::unique_lock<std::mutex> lock(mutex);;) {
-        begun.wait(lock, [this] { return next < total; });
-        help(lock);
-      }
-    }).detach();
+  const int wanted = sched_getaffinity(getpid(), sizeof cores, &cores) ? 1 : CPU_COUNT(&cores);
+  try {
+    for (; threads < wanted; threads++)
+      std::thread([this, cores] {
+        sched_setaffinity(0, sizeof cores, &cores);
+        for (std::unique_lock<std::mutex> lock(mutex);;) {
+          begun.wait(lock, [this] { return next < total; });
+          help(lock);
+        }
+      }).detach();
+  } catch (const std::system_error &) {  // no more threads to be had: as many as there are
+  }
 }
 
 void Pool::parallel_for(int n, const std::function<void(int, int)> &work) {

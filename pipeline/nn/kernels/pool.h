@@ -25,7 +25,7 @@ class Pool {
   void help(std::unique_lock<std::mutex> &lock);
 
   static thread_local bool inside;
-  int threads;
+  int threads = 1;
   std::mutex mutex;  // of what follows
   std::condition_variable begun, ended;
   const std::function<void(int, int)> *task = nullptr;
