@@ -8,10 +8,10 @@ folder is whole or not there.
 """
 
 import logging
+import sys
 from collections.abc import Callable, Iterable
 from hashlib import blake2b
 from importlib.metadata import version
-from inspect import getfile
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,9 @@ class Graphs:
             return
         Graphs.taken = True
         digest = blake2b(shaped_by.encode(), digest_size=8)
-        mine, *others = (Path(getfile(cls)) for cls in type(stage).__mro__[:-1])
+        modules = (sys.modules.get(cls.__module__) for cls in type(stage).__mro__)
+        files = (str(getattr(module, "__file__", "")) for module in modules)
+        mine, *others = (Path(file) for file in files if file.endswith(".py"))
         beside = (
             mine.parent.rglob("*.py") if "." in type(stage).__module__ else [mine]
         )  # a package's, or a module alone
