@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn
 
-from pipeline import runtime
+from pipeline import device
 from pipeline.config import ConfigError
 from pipeline.nn.parameters import initialize
 from pipeline.train import precision
@@ -63,7 +63,7 @@ def test_convolutions_and_products_are_lowered() -> None:
 
 
 def test_what_the_device_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "precisions", lambda: ("float32", "float16"))
+    monkeypatch.setattr(device, "precisions", lambda: ("float32", "float16"))
     with pytest.raises(ConfigError) as error:
         lower(Small(), "bfloat16")
     assert str(error.value) == (

@@ -14,7 +14,7 @@ from pipeline.kinds import read_stage_config
 
 # Ground floor first. A room imports from itself and from the floors before its own.
 FLOORS = (
-    ("pipeline.errors",),
+    ("pipeline.errors", "pipeline.device"),
     ("pipeline.config", "pipeline.files", "pipeline.rng", "pipeline.runtime"),
     ("pipeline.log", "pipeline.checkpoint", "pipeline.heartbeat"),
     ("pipeline.diffusion", "pipeline.nn"),

@@ -9,7 +9,7 @@ from mindspore import Tensor
 
 from pipeline.config import ConfigError
 from pipeline.diffusion.process import eps_from_x, target, x_from
-from pipeline.diffusion.sampler import SAMPLERS, SamplerConfig, Step, by, ddim, ddpm, levels, sample
+from pipeline.diffusion.sampler import SAMPLERS, SamplerConfig, Step, combine, ddim, ddpm, levels, sample
 from pipeline.diffusion.schedule import SCHEDULES
 
 PREDICTIONS = ("eps", "x0", "v")
@@ -17,6 +17,16 @@ PAIRS = [(-20, -19.9), (-20, -5), (-3, -2.5), (-1, 1), (0, 0.01), (2, 3), (-20, 
 
 every_sampler = pytest.mark.parametrize("sampler", SAMPLERS)
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES)
+
+
+def by(denoise):
+    """The steps of a network (z, logsnr) -> x."""
+
+    def advance(logsnr, numbers, z, *terms):
+        x = denoise(z, logsnr)
+        return combine(numbers, z, x, *terms), x
+
+    return advance
 
 
 def rates(logsnr):

@@ -104,16 +104,6 @@ TERMS: dict[SamplerName, tuple[str, ...]] = {"ddpm": ("noise",), "ddim": (), "dp
 Advance = Callable[..., tuple[Tensor, Tensor]]
 
 
-def by(denoise: Callable[[Tensor, float], Tensor]) -> Advance:
-    """`advance` of a network (z, logsnr) -> x that has its guidance and thresholding: the formula above."""
-
-    def advance(logsnr: float, numbers: tuple[float, ...], z: Tensor, *terms: Tensor) -> tuple[Tensor, Tensor]:
-        x = denoise(z, logsnr)
-        return combine(numbers, z, x, *terms), x
-
-    return advance
-
-
 def combine(numbers: Sequence[float] | Tensor, z: Tensor, x: Tensor, *terms: Tensor) -> Tensor:
     """z', of the numbers of z, of x and of each of `terms`."""
     z = numbers[0] * z + numbers[1] * x

@@ -17,7 +17,7 @@ from typing import Any
 
 from mindspore import Parameter, ParameterTuple, Tensor, nn
 
-from pipeline import runtime
+from pipeline import device, runtime
 from pipeline.files import remove_folder, replace_folder
 from pipeline.nn import kernels
 
@@ -41,9 +41,9 @@ class Graph(nn.Cell):
         return self.function(*tensors)
 
     def __call__(self, *tensors: Tensor) -> Any:
-        folder, self.folder = self.folder, None
-        if folder is None:
+        if self.folder is None:
             return self.graph(self, *tensors)
+        folder, self.folder = self.folder, None
         with runtime.keeping_graphs(folder):
             return self.graph(self, *tensors)
 
@@ -70,14 +70,12 @@ class Graphs:
         modules = (sys.modules.get(cls.__module__) for cls in type(stage).__mro__)
         files = (str(getattr(module, "__file__", "")) for module in modules)
         mine, *others = (Path(file) for file in files if file.endswith(".py"))
-        beside = (
-            mine.parent.rglob("*.py") if "." in type(stage).__module__ else [mine]
-        )  # a package's, or a module alone
+        beside = mine.parent.rglob("*.py") if "." in type(stage).__module__ else [mine]  # one without a package
         for path in (*sorted(Path(runtime.__file__).parent.rglob("*.py")), *sorted(beside), *others):
             digest.update(path.read_bytes())
         library = kernels.library()
-        device = "Ascend" if runtime.on_ascend() else library.name if library else "CPU"
-        for known in (version("mindspore"), version("mindformers"), device):
+        kind = "Ascend" if device.on_ascend() else library.name if library else "CPU"
+        for known in (version("mindspore"), version("mindformers"), kind):
             digest.update(known.encode())
         target = run / KEPT / f"{digest.hexdigest()}-{rank}"
         for other in (run / KEPT).glob(f"*-{rank}"):

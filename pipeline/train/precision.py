@@ -9,7 +9,7 @@ from typing import Literal
 from mindspore import dtype as mstype
 from mindspore import nn
 
-from pipeline import runtime
+from pipeline import device
 from pipeline.config import ConfigError
 
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -19,10 +19,10 @@ LARGEST = 2.0**16  # where it starts, too
 
 def lower(network: nn.Cell, precision: Precision) -> None:
     """Lets convolutions and dense layers of `network` compute in `precision`. ConfigError if the device does not."""
-    if precision not in runtime.precisions():
+    if precision not in device.precisions():
         raise ConfigError(
             f"train.precision: {precision} is nothing that this device computes in; give one of "
-            f"{', '.join(runtime.precisions())}"
+            f"{', '.join(device.precisions())}"
         )
     if precision != "float32":
         for _, cell in network.cells_and_names():

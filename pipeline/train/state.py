@@ -12,7 +12,7 @@ import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from mindspore import dtype as mstype
 
-from pipeline import runtime
+from pipeline import device
 from pipeline.config import ConfigError
 from pipeline.errors import JobError, UserError
 from pipeline.nn.parameters import put
@@ -197,7 +197,7 @@ class State:
                 put(parameter, weight.asnumpy())
             return
         vectors = [self.whole(weight, bucket) for weight, bucket in zip(weights, self.buckets, strict=True)]
-        if runtime.on_ascend():
+        if device.on_ascend():
             self._spread(*vectors).asnumpy()
             return
         for bucket, vector in zip(self.buckets, vectors, strict=True):

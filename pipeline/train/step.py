@@ -13,7 +13,7 @@ import numpy as np
 from mindspore import Tensor, ops, value_and_grad
 from mindspore import dtype as mstype
 
-from pipeline import runtime
+from pipeline import device
 from pipeline.train.graphs import Graphs
 from pipeline.train.precision import LossScale
 from pipeline.train.state import State
@@ -86,7 +86,7 @@ class TrainStep:
     def parts(self, batch: tuple[np.ndarray, ...]) -> list[tuple[Tensor, ...]]:
         """What a step takes: `batch` on the device, in as many parts as are accumulated."""
         parts = zip(*(np.split(array, self.accumulate) for array in batch), strict=True)
-        return [tuple(map(runtime.to_device, part)) for part in parts]
+        return [tuple(map(device.to_device, part)) for part in parts]
 
     def ahead(self, batches: Iterator[tuple[np.ndarray, ...]]) -> Iterator[list[tuple[Tensor, ...]]]:
         """The parts of each batch, those of the next one already on their way while a step is made of these."""
@@ -109,7 +109,7 @@ class TrainStep:
             sums = [total + new for total, new in zip(sums, vectors, strict=True)] if sums else vectors
         sums, (total, stops) = ranks.sum(sums, (mine / self.scale.value, stop()))
         factor = 1 / (self.accumulate * ranks.world * self.scale.value)
-        norm = math.sqrt(runtime.sum_of_squares(sums)) * factor
+        norm = math.sqrt(device.sum_of_squares(sums)) * factor
         outcome = Outcome(total / (self.accumulate * ranks.world), norm, int(stops))
         overflow = self.scale.after(outcome.taken)
         if outcome.taken:

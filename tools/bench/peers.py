@@ -58,16 +58,8 @@ def python(peer: str) -> Path:
 
 
 def pip(interpreter: Path, *arguments: str) -> None:
-    argv = [
-        str(interpreter),
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--no-input",
-        *arguments,
-    ]
+    words = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input")
+    argv = [str(interpreter), *words, *arguments]
     try:
         done = subprocess.run(
             argv, capture_output=True, text=True, timeout=LIMIT, check=False, env=runtime.first_environment()

@@ -19,7 +19,7 @@ from tempfile import mkdtemp
 import mindspore
 from mindspore import Tensor, ops
 
-from pipeline import runtime
+from pipeline import device, runtime
 from pipeline.files import replacing
 
 log = logging.getLogger("cascade")
@@ -35,12 +35,12 @@ FLAGS = (
 @cache
 def library() -> Path | None:
     """The compiled kernels; None where they cannot be had, which is said once."""
-    if runtime.on_ascend():
+    if device.on_ascend():
         return None
     here, onednn = Path(__file__).parent, Path(mindspore.__file__).parent / "lib" / "libdnnl.so.3"
     sources = sorted(here.glob("*.cc"))
     made_of = [path.read_bytes() for path in (*sources, *sorted(here.glob("*.h")))]
-    made_of += map(str.encode, (*FLAGS, str(onednn), mindspore.__version__, runtime.processor()))
+    made_of += map(str.encode, (*FLAGS, str(onednn), mindspore.__version__, device.processor()))
     name = f"kernels-{blake2b(b' '.join(made_of), digest_size=8).hexdigest()}.so"
     inputs = [*map(str, sources), str(onednn), f"-Wl,-rpath,{onednn.parent}"]
     try:
