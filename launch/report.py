@@ -121,7 +121,7 @@ def check_cascade_config(path: str) -> dict[str, Any]:
         takes = report["config"].get("low_res", {}).get("size")
         if takes != before:
             raise ConfigError(
-                f"{path}: {name} takes {f'{takes} px' if takes else 'text alone'} and the stage before gives "
+                f"{path}: {name} takes {f'{takes} px' if takes else 'no picture'} and the stage before gives "
                 f"{f'{before} px' if before else 'nothing'}; chain stages whose sizes agree"
             )
         before = report["config"]["size"]

@@ -12,6 +12,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol, Self
@@ -22,11 +23,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from pipeline.data.captions import clean
+from pipeline.data.prompts import Arrays, number_of, one_hot
 from pipeline.diffusion.sampler import SamplerConfig
 from pipeline.errors import UserError
 from pipeline.files import replace_folder
 from pipeline.kinds import stage_class
-from pipeline.manifest import Manifest, TextFacts, check_chain, read_manifest, read_weights
+from pipeline.manifest import Manifest, TextFacts, check_chain, read_manifest, read_weights, text_of
 from pipeline.nn.fingerprint import TOKENIZER_FILES, fingerprint
 from pipeline.nn.parameters import assign
 from pipeline.nn.text_encoder import TextEncoder
@@ -66,11 +68,11 @@ class Sampler(Protocol):
     def sample(
         self,
         config: SamplerConfig,
-        text_BLD: np.ndarray,
-        mask_BL: np.ndarray,
+        prompt: Arrays,
         seed: int,
         numbers: Sequence[int],
         low: np.ndarray | None,
+        *,
         progress: Callable[[], object],
     ) -> np.ndarray: ...
 
@@ -87,28 +89,30 @@ class Result:
 
 
 class Cascade:
-    """Stages in their order, and the text encoder that all of them were trained with."""
+    """Stages in their order, and the text encoder that those of them were trained with that know text."""
 
-    def __init__(self, manifests: dict[str, Manifest], stages: dict[str, Sampler], text: TextEncoder) -> None:
+    def __init__(self, manifests: dict[str, Manifest], stages: dict[str, Sampler], text: TextEncoder | None) -> None:
         self.manifests, self.stages, self.text = manifests, stages, text
+        self.encode = lru_cache(maxsize=1)(self.encoded)  # all stages ask for the same prompts
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """The cascade in `folder`; UserError, before any weight is loaded, if its parts do not fit."""
+        """The cascade in `folder`, or the one stage; UserError, before any weight is loaded, if it does not fit."""
         folder = Path(folder)
         manifests, facts = read_cascade(folder)
-        places = folder / "text_encoder", folder / "tokenizer"
-        if (found := fingerprint(*places)) != facts.fingerprint:
-            raise UserError(
-                f"{folder}: text_encoder/ and tokenizer/ have fingerprint {found[:12]} and the stages were trained "
-                f"with {facts.fingerprint[:12]}; export the cascade again with the encoder of the training"
-            )
-        text = TextEncoder.load(*places, facts.length)
+        text, places = None, (folder / "text_encoder", folder / "tokenizer")
+        if facts:
+            if (found := fingerprint(*places)) != facts.fingerprint:
+                raise UserError(
+                    f"{folder}: text_encoder/ and tokenizer/ have fingerprint {found[:12]} and the stages were trained "
+                    f"with {facts.fingerprint[:12]}; export the cascade again with the encoder of the training"
+                )
+            text = TextEncoder.load(*places, facts.length)
         stages = {}
         for name, manifest in manifests.items():
             stages[name] = stage_class(manifest.kind).from_config(manifest.config)
-            weights = read_weights(folder / name, manifest)
-            assign(stages[name].network, weights, str(folder / name / "unet.safetensors"))
+            place = folder / name if (folder / name).exists() else folder
+            assign(stages[name].network, read_weights(place, manifest), str(place / "unet.safetensors"))
         return cls(manifests, stages, text)
 
     def __call__(
@@ -125,7 +129,7 @@ class Cascade:
         """Pictures of `prompts`.
 
         Args:
-            prompts: one a picture.
+            prompts: one a picture: text, or the name or number of a class; what a stage without either ignores.
             seed, numbers: name the noise; picture `numbers[i]` (i if not given) of a seed is the same in any company.
             options: what to change of the stages' sampling, as {"sr256": {"steps": 8, "augment": 0.2}}.
             start, stop: the first and the last stage to run; all if not given.
@@ -140,21 +144,35 @@ class Cascade:
         names = span(list(self.stages), start, stop)
         numbers = range(len(prompts)) if numbers is None else numbers
         if (low is None) != (self.manifests[names[0]].size_in is None):
-            raise UserError(f"{names[0]} starts from {'pictures; give low' if low is None else 'text alone'}")
+            raise UserError(f"{names[0]} starts from {'pictures; give low' if low is None else 'no picture'}")
         if low is not None and len(low) != len(prompts):
             raise UserError(f"low: {len(low)} pictures for {len(prompts)} prompts; give one each")
         pictures = None if low is None else np.stack([self.check_low(names[0], image) for image in low])
-        cleaned = next(iter(self.manifests.values())).text.clean
-        text, mask = self.text.encode([clean(prompt) for prompt in prompts] if cleaned else prompts)
+        told = {name: self.prompt(name, prompts) for name in names}
         made = {}
         with tqdm(
             total=sum(self.calls(name, len(prompts), options) for name in names), unit="step", disable=not progress
         ) as bar:
             for name in names:
                 bar.set_description(name)
-                pictures = self.run(name, text, mask, seed, numbers, pictures, options, bar.update)
+                pictures = self.run(name, told[name], seed, numbers, pictures, options, bar.update)
                 made[name] = [Image.fromarray(picture) for picture in pictures]
         return Result(made[names[-1]], made)
+
+    def prompt(self, name: str, prompts: Sequence[str]) -> Arrays:
+        """What stage `name` is told of `prompts`: their text, the classes that they name, or nothing."""
+        classes = self.manifests[name].classes
+        if classes is not None:
+            num = classes if isinstance(classes, int) else len(classes)
+            return one_hot([number_of(classes, prompt) for prompt in prompts], num)
+        return self.encode(tuple(prompts)) if self.manifests[name].text else ()
+
+    def encoded(self, prompts: tuple[str, ...]) -> Arrays:
+        """The text of `prompts`, cleaned as captions were in training."""
+        _, facts = text_of(self.manifests)
+        assert self.text
+        assert facts
+        return self.text.encode([clean(prompt) for prompt in prompts] if facts.clean else prompts)
 
     def sampling(self, name: str, options: Options) -> SamplerConfig:
         """How stage `name` is sampled."""
@@ -168,8 +186,7 @@ class Cascade:
     def run(
         self,
         name: str,
-        text: np.ndarray,
-        mask: np.ndarray,
+        prompt: Arrays,
         seed: int,
         numbers: Sequence[int],
         low: np.ndarray | None,
@@ -182,8 +199,8 @@ class Cascade:
         for begin in range(0, len(numbers), config.batch):
             rows = np.arange(begin, begin + config.batch).clip(max=len(numbers) - 1)
             part = None if low is None else low[rows]
-            chosen = [numbers[row] for row in rows]
-            made.append(self.stages[name].sample(config, text[rows], mask[rows], seed, chosen, part, progress))
+            chosen, told = [numbers[row] for row in rows], tuple(array[rows] for array in prompt)
+            made.append(self.stages[name].sample(config, told, seed, chosen, part, progress=progress))
         return np.concatenate(made)[: len(numbers)]
 
     def check_low(self, name: str, image: Image.Image) -> np.ndarray:
@@ -208,9 +225,17 @@ def span(names: Sequence[str], start: str | None, stop: str | None) -> list[str]
     return list(names[first : last + 1])
 
 
-def read_cascade(folder: Path) -> tuple[dict[str, Manifest], TextFacts]:
-    """The manifests of a cascade folder in order, checked against one another, and its text encoder's facts."""
+def read_cascade(folder: Path) -> tuple[dict[str, Manifest], TextFacts | None]:
+    """The manifests of a cascade folder in order, checked against one another, and its text encoder's facts.
+
+    The folder of one stage that needs no text is a cascade of that stage, under its kind's name.
+    """
     path = folder / "cascade.json"
+    if not path.exists() and (folder / "stage.json").exists():
+        only = read_manifest(folder)
+        if only.text:
+            raise UserError(f"{folder}: this stage takes text; `python -m tools.export` joins it with its text encoder")
+        return {only.kind: only}, None
     try:
         raw = json.loads(path.read_text())
     except FileNotFoundError:
@@ -221,15 +246,15 @@ def read_cascade(folder: Path) -> tuple[dict[str, Manifest], TextFacts]:
         raise UserError(f"{path}: format is not {FORMAT} or there are no stages; export the cascade with this version")
     manifests = {name: read_manifest(folder / name) for name in raw["stages"]}
     check_chain(manifests)
-    return manifests, next(iter(manifests.values())).text
+    return manifests, text_of(manifests)[1]
 
 
-def export(stages: Mapping[str, Path], encoder: Path, folder: Path) -> None:
-    """Makes a cascade folder of stage folders and the text encoder they were trained with; whole or not at all."""
+def export(stages: Mapping[str, Path], encoder: Path | None, folder: Path) -> None:
+    """Makes a cascade folder of stage folders and the text encoder of those that know text; whole or not at all."""
     manifests = {name: read_manifest(path) for name, path in stages.items()}
     check_chain(manifests)
-    facts = next(iter(manifests.values())).text
-    if (found := fingerprint(encoder, encoder)) != facts.fingerprint:
+    _, facts = text_of(manifests)
+    if facts and encoder and (found := fingerprint(encoder, encoder)) != facts.fingerprint:
         raise UserError(
             f"{encoder}: fingerprint {found[:12]}, but the stages were trained with {facts.fingerprint[:12]}; "
             "give the encoder of the training"
@@ -239,10 +264,10 @@ def export(stages: Mapping[str, Path], encoder: Path, folder: Path) -> None:
     for name, path in stages.items():
         read_weights(path, manifests[name])
         shutil.copytree(path, side / name)
-    for part, patterns in (("text_encoder", ENCODER_FILES), ("tokenizer", TOKENIZER_FILES)):
+    for part, patterns in (("text_encoder", ENCODER_FILES), ("tokenizer", TOKENIZER_FILES)) if encoder else ():
         (side / part).mkdir()
         for pattern in patterns:
-            for file in encoder.glob(pattern):
+            for file in encoder.glob(pattern):  # type: ignore[union-attr]
                 shutil.copy(file, side / part)
     (side / "cascade.json").write_text(json.dumps({"format": FORMAT, "stages": list(stages)}, indent=2) + "\n")
     replace_folder(side, folder)

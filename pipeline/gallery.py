@@ -116,8 +116,8 @@ def generate(
                     if cascade.manifests[name].size_in is not None:
                         before = order[order.index(name) - 1]
                         low = np.stack([cascade.check_low(name, gallery.read(before, i)) for i in numbers])
-                    text, mask = cascade.text.encode([prompts[i] for i in numbers])
-                    pictures = cascade.run(name, text, mask, seed, numbers, low, options, bar.update)
+                    told = cascade.prompt(name, [prompts[i] for i in numbers])
+                    pictures = cascade.run(name, told, seed, numbers, low, options, bar.update)
                     for number, picture in zip(numbers, pictures, strict=True):
                         gallery.add(name, number, picture, {"prompt": prompts[number], **recipes[name]})
                         written += 1

@@ -42,7 +42,8 @@ class Manifest:
     prediction: str
     loss: str
     augment: tuple[float, float] | None  # noise levels of the low resolution that were trained
-    text: TextFacts
+    text: TextFacts | None = None
+    classes: int | tuple[str, ...] | None = None  # their names in order, or how many
     ema_decay: float
     step: int
     sha256: str  # of unet.safetensors
@@ -92,20 +93,26 @@ def read_weights(folder: Path, manifest: Manifest) -> dict[str, np.ndarray]:
 
 
 def check_chain(stages: dict[str, Manifest]) -> None:
-    """UserError unless each stage takes what the one before gives and all were trained with one text encoder."""
+    """UserError unless each stage takes what the one before gives and all that know text have one text encoder."""
     names = list(stages)
+    first, text = text_of(stages)
     for before, name in zip([None, *names], names, strict=False):
         size_in = stages[name].size_in
         if before is None:
             continue
         size_out = stages[before].size_out
         if size_in != size_out:
-            takes = "text alone" if size_in is None else f"{size_in} px"
+            takes = "no picture" if size_in is None else f"{size_in} px"
             raise UserError(f"{before} gives {size_out} px and {name} takes {takes}; chain stages whose sizes agree")
-        for fact, value in to_dict(stages[names[0]].text).items():
+        for fact, value in to_dict(text).items() if stages[name].text else ():
             other = getattr(stages[name].text, fact)
             if value != other:
                 raise UserError(
-                    f"{names[0]} was trained with text {fact} {value} and {name} with {other}; "
+                    f"{first} was trained with text {fact} {value} and {name} with {other}; "
                     "all stages need one text encoder"
                 )
+
+
+def text_of(stages: dict[str, Manifest]) -> tuple[str, TextFacts | None]:
+    """The first stage that knows text, and its text encoder's facts; "" and None if there is none."""
+    return next(((name, stage.text) for name, stage in stages.items() if stage.text), ("", None))

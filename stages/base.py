@@ -1,4 +1,7 @@
-"""The base of a cascade: text to a small picture (Imagen, arXiv 2205.11487, section 2.2; 64 px there)."""
+"""The base of a cascade: text to a small picture (Imagen, arXiv 2205.11487, section 2.2; 64 px there).
+
+By itself, told a class or nothing, it is the classic small diffusion model (DDPM, arXiv 2006.11239).
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,35 +10,35 @@ from typing import Any, Literal
 import numpy as np
 from mindspore import Tensor
 
-from pipeline.data.loader import Arrays
+from pipeline.data.prompts import Arrays
 from stages.stage import Stage, StageConfig, sheet
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaseConfig(StageConfig):
-    """Text to pictures of `size`."""
+    """Text, a class or nothing to pictures of `size`."""
 
     kind: Literal["base"] = "base"
 
 
 class Base(Stage):
-    """Sees the noisy picture and the text."""
+    """Sees the noisy picture and the prompt."""
 
     Config = BaseConfig
     channels_in = 3
     num_levels = 1
 
-    def predict(self, z: Tensor, logsnr_B: Tensor, text: Tensor, mask: Tensor, *condition: Tensor) -> Tensor:
-        return self.network(z, logsnr_B.expand_dims(1), text, mask)
+    def predict(self, z: Tensor, logsnr_B: Tensor, *told: Tensor) -> Tensor:
+        return self.network(z, logsnr_B.expand_dims(1), *told)
 
     def condition(
         self, low: np.ndarray | None, seed: int, numbers: Sequence[int], augment: float
     ) -> tuple[tuple[int, ...], Arrays]:
         return (3, self.config.size, self.config.size), ()
 
-    def picture(self, pictures: np.ndarray, text_BLD: np.ndarray, mask_BL: np.ndarray) -> np.ndarray:
-        """Sample | a picture that has the same caption."""
-        made = self.sample(self.config.sample, text_BLD, mask_BL, self.config.seed, range(len(pictures)))
+    def picture(self, pictures: np.ndarray, *prompt: np.ndarray) -> np.ndarray:
+        """Sample | a picture that has the same prompt."""
+        made = self.sample(self.config.sample, prompt, self.config.seed, range(len(pictures)))
         return sheet(made, pictures)
 
     def facts(self) -> dict[str, Any]:

@@ -3,13 +3,13 @@
 A stage differs from another in what its network sees beside the noisy picture: its `condition`. All else stands here.
 `train.loop` and the orchestrator use a stage through its methods alone and never name a kind.
 
-Shapes: B images, C channels, S side, L text tokens, D text width, T noise levels an image.
+Shapes: B images, C channels, S side, T noise levels an image.
 """
 
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,19 +18,30 @@ from mindspore import Tensor, ops
 from pipeline import runtime
 from pipeline.config import ConfigError, build
 from pipeline.data.image import to_float, to_uint8
-from pipeline.data.loader import Arrays
+from pipeline.data.prompts import Arrays, ClassConfig, Condition
 from pipeline.data.shards import DataConfig
 from pipeline.diffusion.guidance import guide, threshold
 from pipeline.diffusion.loss import DiffusionConfig
 from pipeline.diffusion.loss import loss as score  # in a compiled method `loss` would be the method itself
 from pipeline.diffusion.process import add_noise, x_from
 from pipeline.diffusion.sampler import TERMS, SamplerConfig, combine, levels, sample
-from pipeline.diffusion.schedule import SCHEDULES
 from pipeline.nn.text_encoder import TextConfig
 from pipeline.nn.unet import UNet, UNetConfig
 from pipeline.rng import generator
 from pipeline.train.optimizer import OptimizerConfig
 from pipeline.train.trainee import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelConfig:
+    """The data set's pixels, red, green and blue, in [-1, 1]: a network sees (pixel - mean) / std."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __post_init__(self) -> None:
+        if min(self.std) <= 0:
+            raise ConfigError(f"std: {list(self.std)} is not positive; `python -m tools.pixels` measures it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +52,10 @@ class StageConfig:
     run: str  # the run's folder
     seed: int = 0
     size: int  # side of the pictures that the stage makes, in pixels
-    text: TextConfig
+    condition: Condition = "text"  # what the network is told of a sample, and `sample.guidance` weighs
+    text: TextConfig | None = None
+    classes: ClassConfig | None = None
+    pixels: PixelConfig | None = None  # None: as they are
     diffusion: DiffusionConfig = DiffusionConfig()
     unet: UNetConfig
     data: DataConfig
@@ -52,14 +66,44 @@ class StageConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed: {self.seed} is not in [0, 2**63)")
-        if self.size % self.unet.stride:
+        for name, kind in (("text", "text"), ("classes", "class")):
+            if (getattr(self, name) is not None) != (self.condition == kind):
+                given = f"and there is {'a' if getattr(self, name) else 'no'} section {name}"
+                raise ConfigError(
+                    f"condition: {self.condition} {given}; condition is {kind} if and only if there is one"
+                )
+        if self.condition != "text" and "cross" in self.unet.attention:
+            raise ConfigError(f"unet.attention: cross looks at the text, and condition is {self.condition}; take self")
+        if self.condition == "none" and self.sample.guidance != 1:
             raise ConfigError(
-                f"size: {self.size} is not a multiple of {self.unet.stride}, by which this U-Net shrinks a picture"
+                f"sample.guidance: {self.sample.guidance}, but condition none leaves nothing to weigh; leave it out"
             )
+        if self.condition != "text":  # then a sample needs no caption, but a class
+            wanted = self.classes.filter if self.classes else {}
+            chosen = replace(self.data.filter, fields=self.data.filter.fields | wanted)
+            object.__setattr__(self, "data", replace(self.data, captions={}, filter=chosen))
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A picture to start from instead of noise, and what of it may change.
+
+    Args:
+        pictures: uint8 (B, S, S, 3).
+        mask: float32 (B, 1, S, S), 1 where it is painted anew; None: all of it.
+        strength: the time in (0, 1] from which on it is painted: 1 leaves nothing of what was there.
+    """
+
+    pictures: np.ndarray
+    mask: np.ndarray | None = None
+    strength: float = 1.0
 
 
 class Stage:
-    """Shared by all stages; a kind says `channels_in`, `num_levels`, `condition` and `predict`."""
+    """Shared by all stages; a kind says `channels_in`, `num_levels`, `condition` and `predict`.
+
+    A `prompt` is the one, two or no arrays of `pipeline.data.prompts`.
+    """
 
     Config: ClassVar[type[StageConfig]] = StageConfig
     channels_in: ClassVar[int]
@@ -67,13 +111,29 @@ class Stage:
 
     def __init__(self, config: StageConfig) -> None:
         self.config = config
-        self.network = UNet(config.unet, self.channels_in, self.num_levels, config.text.width)
+        self.num_prompt = {"text": 2, "class": 1, "none": 0}[config.condition]
+        self.network = UNet(config.unet, self.channels_in, self.num_levels, **self.told())
         self.graphs: dict[tuple[Any, ...], Callable[..., tuple[Tensor, Tensor]]] = {}  # of sampling, see `advance`
+        pixels = config.pixels or PixelConfig(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+        self.mean, self.std = (np.array(each, np.float32).reshape(3, 1, 1) for each in (pixels.mean, pixels.std))
+
+    def told(self) -> dict[str, int]:
+        """Widths of what conditions the network beside the noise level."""
+        text, classes = self.config.text, self.config.classes
+        return {"text_width": text.width if text else 0, "num_classes": classes.num if classes else 0}
 
     @classmethod
     def from_config(cls, raw: dict[str, Any]) -> "Stage":
         """The stage of a resolved configuration, as a manifest holds it."""
         return cls(build(cls.Config, raw))
+
+    def from_pictures(self, pictures: np.ndarray) -> np.ndarray:
+        """uint8 (B, S, S, 3) as the network sees it, float32 (B, 3, S, S)."""
+        return (to_float(pictures) - self.mean) / self.std
+
+    def to_pictures(self, x: np.ndarray) -> np.ndarray:
+        """The inverse of `from_pictures`, cut to what pixels can be."""
+        return to_uint8(x * self.std + self.mean)
 
     # Training.
 
@@ -82,54 +142,51 @@ class Stage:
         """Side of the window of each picture that training sees, in pixels; None: all of it."""
         return None
 
-    def batch(
-        self, step: int, positions: Sequence[int], pictures: np.ndarray, text_BLD: np.ndarray, mask_BL: np.ndarray
-    ) -> Arrays:
-        """Pictures uint8 (B, S, S, 3) and text -> what `loss` takes, with every random draw in it."""
-        x = to_float(pictures)
+    def batch(self, step: int, positions: Sequence[int], pictures: np.ndarray, *prompt: np.ndarray) -> Arrays:
+        """Pictures uint8 (B, S, S, 3) and prompt -> what `loss` takes, with every random draw in it."""
+        x = self.from_pictures(pictures)
         t = np.array([stream.random() for stream in self.streams("time", step, positions)])
-        logsnr = SCHEDULES[self.config.diffusion.schedule](t).astype(np.float32)
+        logsnr = self.config.diffusion.logsnr(t).astype(np.float32)
         eps = unit_noise(self.streams("noise", step, positions), x.shape[1:])
-        keep = [stream.random() >= self.config.text.drop for stream in self.streams("drop", step, positions)]
-        kept = np.array(keep, np.float32)[:, None]
-        return x, eps, logsnr, text_BLD * kept[:, :, None], mask_BL * kept
+        kept = np.array([stream.random() >= self.drop for stream in self.streams("drop", step, positions)], np.float32)
+        return x, eps, logsnr, *(array * kept.reshape(-1, *(1,) * (array.ndim - 1)) for array in prompt)
+
+    @property
+    def drop(self) -> float:
+        """The share of samples whose prompt is dropped in training."""
+        section = self.config.text or self.config.classes
+        return section.drop if section else 0.0
 
     def streams(self, purpose: str, step: int, positions: Sequence[int]) -> list[np.random.Generator]:
         """The randomness of each place of a step's global batch."""
         return [generator(self.config.seed, purpose, step, position) for position in positions]
 
-    def loss(self, x: Tensor, eps: Tensor, logsnr_B: Tensor, text: Tensor, mask: Tensor, *condition: Tensor) -> Tensor:
-        """The loss of each image (B,)."""
-        output = self.predict(add_noise(x, eps, logsnr_B), logsnr_B, text, mask, *condition)
+    def loss(self, x: Tensor, eps: Tensor, logsnr_B: Tensor, *told: Tensor) -> Tensor:
+        """The loss of each image (B,); `told` is the prompt and the condition."""
+        output = self.predict(add_noise(x, eps, logsnr_B), logsnr_B, *told)
         return score(self.config.diffusion, output, x, eps, logsnr_B)
 
     # Sampling.
 
-    def predict_guided(
-        self, weight: Tensor, z: Tensor, logsnr_B: Tensor, text: Tensor, mask: Tensor, *condition: Tensor
-    ) -> Tensor:
-        """The network's answer with guidance; with and without text in one call."""
+    def predict_guided(self, weight: Tensor, z: Tensor, logsnr_B: Tensor, *told: Tensor) -> Tensor:
+        """The network's answer with guidance; with and without the prompt in one call."""
         twice: tuple[Tensor, ...] = ()
-        for part in condition:
+        for part in told[: self.num_prompt]:
+            twice = (*twice, ops.cat((part, ops.zeros_like(part))))
+        for part in told[self.num_prompt :]:
             twice = (*twice, ops.cat((part, part)))
-        output = self.predict(
-            ops.cat((z, z)),
-            ops.cat((logsnr_B, logsnr_B)),
-            ops.cat((text, ops.zeros_like(text))),
-            ops.cat((mask, ops.zeros_like(mask))),
-            *twice,
-        )
-        with_text, without = ops.chunk(output, 2)
-        return guide(with_text, without, weight)
+        output = self.predict(ops.cat((z, z)), ops.cat((logsnr_B, logsnr_B)), *twice)
+        with_prompt, without = ops.chunk(output, 2)
+        return guide(with_prompt, without, weight)
 
     def sample(
         self,
         config: SamplerConfig,
-        text_BLD: np.ndarray,
-        mask_BL: np.ndarray,
+        prompt: Arrays,
         seed: int,
         numbers: Sequence[int],
         low: np.ndarray | None = None,
+        edit: Edit | None = None,
         progress: Callable[[], object] = bool,
     ) -> np.ndarray:
         """Pictures uint8 (B, S, S, 3); each depends on the seed, its number and its own inputs alone.
@@ -138,11 +195,16 @@ class Stage:
             config: usually the stage's own, `self.config.sample`.
             seed, numbers: name the noise of each image.
             low: uint8 (B, s, s, 3), what a super-resolution stage enlarges; S is then `scale` times s.
+            edit: what to start from, if not from noise.
             progress: called after each step.
         """
         shape, condition = self.condition(low, seed, numbers, config.augment)
-        fixed = [Tensor(np.asarray(array, np.float32)) for array in (text_BLD, mask_BL, *condition)]
-        weight, compiled = Tensor(np.float32(config.guidance)), self.advance(config)
+        edit = edit or Edit(np.empty(0))
+        logsnrs = levels(config.schedule or self.config.diffusion, config.steps, config.extra_steps, edit.strength)
+        before = self.from_pictures(edit.pictures) if edit.pictures.size else None
+        kept = () if edit.mask is None else (before, edit.mask)
+        fixed = [Tensor(np.asarray(array, np.float32)) for array in (*kept, *prompt, *condition)]
+        weight, compiled = Tensor(np.float32(config.guidance)), self.advance(config, edit.mask is not None)
 
         def advance(level: float, factors: tuple[float, ...], *tensors: Tensor) -> tuple[Tensor, Tensor]:
             logsnr_B = Tensor(np.full(len(numbers), level, np.float32))
@@ -150,43 +212,57 @@ class Stage:
             progress()
             return z, x
 
-        def noise(step: int) -> Tensor:
-            return Tensor(sampling_noise(seed, numbers, shape, step))
+        def noise(draw: int) -> Tensor:
+            unit = Tensor(sampling_noise(seed, numbers, shape, draw))
+            if draw or before is None or edit.strength == 1:
+                return unit
+            return add_noise(Tensor(before), unit, Tensor(np.full(len(numbers), logsnrs[0], np.float32)))
 
-        logsnrs = levels(self.config.diffusion.schedule, config.steps)
-        return to_uint8(sample(advance, noise, config.sampler, logsnrs).asnumpy())
+        resample = config.resample if edit.mask is not None else 1
+        return self.to_pictures(sample(advance, noise, config.sampler, logsnrs, resample).asnumpy())
 
-    def advance(self, config: SamplerConfig) -> Callable[..., tuple[Tensor, Tensor]]:
+    def advance(self, config: SamplerConfig, masked: bool = False) -> Callable[..., tuple[Tensor, Tensor]]:
         """(weight, numbers, logsnr_B, z, terms and what `predict` takes) -> z', x: a step of sampling as one graph.
 
+        `masked`: what is known and the mask stand before what `predict` takes, and x is what is known where the mask is
+        0. Each step is linear in z and x, so that there z stays the known picture with the noise that it began with.
         Compiled once for whatever agrees in all that shapes it. See `diffusion.sampler.sample`.
         """
         guided, num = config.guidance != 1.0, len(TERMS[config.sampler])
         kind, percentile, prediction = config.threshold, config.percentile, self.config.diffusion.prediction
+        pixels = (Tensor(self.mean), Tensor(self.std)) if self.config.pixels else ()
+
+        def bounded(x: Tensor) -> Tensor:
+            if not pixels:
+                return threshold(x, kind, percentile)
+            return (threshold(x * pixels[1] + pixels[0], kind, percentile) - pixels[0]) / pixels[1]
 
         def advance(
             weight: Tensor, numbers: Tensor, logsnr_B: Tensor, z: Tensor, *rest: Tensor
         ) -> tuple[Tensor, Tensor]:
-            terms, fixed = rest[:num], rest[num:]
-            output = self.predict_guided(weight, z, logsnr_B, *fixed) if guided else self.predict(z, logsnr_B, *fixed)
-            x = threshold(x_from(prediction, output, z, logsnr_B), kind, percentile)
+            terms, told = rest[:num], rest[num + 2 * masked :]
+            output = self.predict_guided(weight, z, logsnr_B, *told) if guided else self.predict(z, logsnr_B, *told)
+            x = bounded(x_from(prediction, output, z, logsnr_B))
+            if masked:
+                known, mask = rest[num], rest[num + 1]
+                x = known + mask * (x - known)
             return combine(numbers, z, x, *terms), x
 
-        return self.graphs.setdefault((guided, num, kind, percentile), runtime.compile(advance))
+        return self.graphs.setdefault((guided, num, kind, percentile, masked), runtime.compile(advance))
 
     # What a kind decides.
 
-    def predict(self, z: Tensor, logsnr_B: Tensor, text: Tensor, mask: Tensor, *condition: Tensor) -> Tensor:
-        """The network's answer to a noisy picture."""
+    def predict(self, z: Tensor, logsnr_B: Tensor, *told: Tensor) -> Tensor:
+        """The network's answer to a noisy picture; `told` is the prompt and the condition."""
         raise NotImplementedError
 
     def condition(
         self, low: np.ndarray | None, seed: int, numbers: Sequence[int], augment: float
     ) -> tuple[tuple[int, ...], Arrays]:
-        """The shape (3, S, S) of the pictures to make, and what `predict` takes beside the text, for sampling."""
+        """The shape (3, S, S) of the pictures to make, and what `predict` takes beside the prompt, for sampling."""
         raise NotImplementedError
 
-    def picture(self, pictures: np.ndarray, text_BLD: np.ndarray, mask_BL: np.ndarray) -> np.ndarray:
+    def picture(self, pictures: np.ndarray, *prompt: np.ndarray) -> np.ndarray:
         """Samples beside the truth, as one uint8 picture to look at while training."""
         raise NotImplementedError
 

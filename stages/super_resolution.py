@@ -14,10 +14,9 @@ import numpy as np
 from mindspore import Tensor, ops
 
 from pipeline.config import ConfigError
-from pipeline.data.image import downsample, to_float, to_uint8, upsample
-from pipeline.data.loader import Arrays
+from pipeline.data.image import downsample, upsample
+from pipeline.data.prompts import Arrays
 from pipeline.diffusion.process import add_noise
-from pipeline.diffusion.schedule import SCHEDULES
 from stages.stage import Stage, StageConfig, sampling_noise, sheet, unit_noise
 
 AUGMENT_STEP = 2**32  # names the low resolution's noise among the draws of sampling; no sampler takes as many steps
@@ -77,11 +76,9 @@ class SuperResolution(Stage):
     def scale(self) -> int:
         return self.config.size // self.config.low_res.size
 
-    def batch(
-        self, step: int, positions: Sequence[int], pictures: np.ndarray, text_BLD: np.ndarray, mask_BL: np.ndarray
-    ) -> Arrays:
+    def batch(self, step: int, positions: Sequence[int], pictures: np.ndarray, *prompt: np.ndarray) -> Arrays:
         """Adds the enlarged low resolution, its noise and its level."""
-        x, *rest = super().batch(step, positions, pictures, text_BLD, mask_BL)
+        x, *rest = super().batch(step, positions, pictures, *prompt)
         low = upsample(downsample(x, x.shape[-1] // self.scale), x.shape[-1])
         streams = self.streams("augment", step, positions)
         level = np.array([stream.random() for stream in streams]) * self.config.low_res.max_augment
@@ -89,12 +86,12 @@ class SuperResolution(Stage):
 
     def augment_logsnr(self, level: np.ndarray) -> np.ndarray:
         """A level of augmentation is a time of the stage's own schedule."""
-        return SCHEDULES[self.config.diffusion.schedule](level).astype(np.float32)
+        return self.config.diffusion.logsnr(level).astype(np.float32)
 
-    def predict(self, z: Tensor, logsnr_B: Tensor, text: Tensor, mask: Tensor, *condition: Tensor) -> Tensor:
-        low, eps, low_logsnr_B = condition
+    def predict(self, z: Tensor, logsnr_B: Tensor, *told: Tensor) -> Tensor:
+        low, eps, low_logsnr_B = told[self.num_prompt :]
         seen = ops.cat((z, add_noise(low, eps, low_logsnr_B)), 1)
-        return self.network(seen, ops.stack((logsnr_B, low_logsnr_B), 1), text, mask)
+        return self.network(seen, ops.stack((logsnr_B, low_logsnr_B), 1), *told[: self.num_prompt])
 
     def condition(
         self, low: np.ndarray | None, seed: int, numbers: Sequence[int], augment: float
@@ -104,14 +101,14 @@ class SuperResolution(Stage):
         side = low.shape[1] * self.scale
         level = np.full(len(low), augment)
         noise = sampling_noise(seed, numbers, (3, side, side), AUGMENT_STEP)
-        return (3, side, side), (upsample(to_float(low), side), noise, self.augment_logsnr(level))
+        return (3, side, side), (upsample(self.from_pictures(low), side), noise, self.augment_logsnr(level))
 
-    def picture(self, pictures: np.ndarray, text_BLD: np.ndarray, mask_BL: np.ndarray) -> np.ndarray:
+    def picture(self, pictures: np.ndarray, *prompt: np.ndarray) -> np.ndarray:
         """True low resolution, enlarged | sample | truth."""
         side = pictures.shape[1]
-        low = downsample(to_float(pictures), side // self.scale)
-        made = self.sample(self.config.sample, text_BLD, mask_BL, self.config.seed, range(len(low)), to_uint8(low))
-        return sheet(to_uint8(upsample(low, side)), made, pictures)
+        low = downsample(self.from_pictures(pictures), side // self.scale)
+        made = self.sample(self.config.sample, prompt, self.config.seed, range(len(low)), self.to_pictures(low))
+        return sheet(self.to_pictures(upsample(low, side)), made, pictures)
 
     def facts(self) -> dict[str, Any]:
         return {"size_in": self.config.low_res.size, "augment": [0.0, self.config.low_res.max_augment]}

@@ -1,5 +1,7 @@
 """The layers of the U-Nets: equal to PyTorch's (stored answers; live in test_parity_unet.py), and known values."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from compare import assert_close, differentiate, reference
@@ -9,6 +11,16 @@ from pipeline.nn import blocks, kernels
 from pipeline.nn.embeddings import PADDING, LevelEmbedding
 from pipeline.nn.parameters import assign, initialize
 from tools.references import LAYERS, random_weights
+
+CONFIG = blocks.BlockConfig(head_channels=4, text_channels=6)
+
+
+def built(kind, width, **sizes):
+    """The layer that a reference's arguments name."""
+    if kind == "ResBlock":
+        return blocks.ResBlock(sizes.pop("width_in"), width, sizes.pop("emb"), CONFIG, **sizes)
+    config = blocks.BlockConfig(head_channels=sizes["head"], text_channels=sizes["text_width"])
+    return blocks.Attention(width, config, "cross" if sizes["cross"] else "self")
 
 
 @pytest.fixture(params=["kernels", "operators"])
@@ -30,7 +42,7 @@ def both(request, monkeypatch):
 def test_equals_the_reference(name):
     inputs, answers, config = reference(name)
     seed = config.pop("seed")
-    layer = getattr(blocks, config.pop("kind"))(**config)
+    layer = built(**config)
     assign(layer, random_weights({p.name: p.shape for p in layer.trainable_params()}, seed), name)
     cotangent = answers.pop("cotangent")
     found = differentiate(layer)(cotangent, *(inputs[key] for key in ("x", "emb", "text", "bias")))
@@ -41,9 +53,11 @@ def test_equals_the_reference(name):
 @pytest.mark.parametrize(
     "layer",
     [
-        blocks.ResBlock(8, 8, 4),
-        blocks.Attention(8, 4, 6, cross=False),
-        blocks.Attention(8, 4, 6, cross=True),
+        blocks.ResBlock(8, 8, 4, CONFIG),
+        blocks.ResBlock(8, 8, 4, replace(CONFIG, block="convnext")),
+        blocks.Attention(8, CONFIG, "self"),
+        blocks.Attention(8, CONFIG, "cross"),
+        blocks.Attention(8, CONFIG, "linear"),
     ],
 )
 def test_layers_start_as_the_identity(layer):
@@ -51,6 +65,61 @@ def test_layers_start_as_the_identity(layer):
     stream = np.random.default_rng(0)
     x, emb, text = (Tensor(stream.standard_normal(s).astype(np.float32)) for s in ((2, 8, 4, 2), (2, 4), (2, 3, 6)))
     np.testing.assert_array_equal(layer(x, emb, text, Tensor(np.zeros((2, 3), np.float32))).asnumpy(), x.asnumpy())
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_linear_attention(text):
+    """Against its definition in float64; what the bias keeps out does not count."""
+    stream = np.random.default_rng(0)
+    q, k, v = stream.standard_normal((3, 2, 2, 5, 4))
+    bias = np.zeros((2, 1, 1, 5))
+    bias[1, ..., 3:] = PADDING * text
+    found = blocks.linear_attention(*(Tensor(array.astype(np.float32)) for array in (q, k, v, bias))).asnumpy()
+
+    def softmax(x, axis):
+        e = np.exp(x - x.max(axis, keepdims=True))
+        return e / e.sum(axis, keepdims=True)
+
+    k = softmax(k + bias.swapaxes(-1, -2), -2)
+    if text:
+        k, v = k[1:, :, :3], v[1:, :, :3]
+    wanted = softmax(q, -1)[-len(k) :] / 2 @ (k.swapaxes(-1, -2) @ v)
+    np.testing.assert_allclose(found[-len(k) :], wanted, atol=1e-5)
+
+
+def test_a_convnext_block():
+    """Against PyTorch's order of things in float64, written out: 7 x 7 of each channel, norm, 1 x 1, SiLU, 1 x 1."""
+    block = blocks.ResBlock(8, 8, 4, replace(CONFIG, block="convnext"))
+    weights = random_weights({p.name: p.shape for p in block.trainable_params()}, 0)
+    assign(block, weights, "block")
+    stream = np.random.default_rng(1)
+    x, emb = stream.standard_normal((1, 8, 6, 5)), stream.standard_normal((1, 4))
+    found = block(Tensor(x.astype(np.float32)), Tensor(emb.astype(np.float32)), None, None).asnumpy()
+    padded = np.pad(x, ((0, 0), (0, 0), (3, 3), (3, 3)))
+    h = sum(
+        weights["conv1.weight"][:, 0, i, j].reshape(1, 8, 1, 1) * padded[:, :, i : i + 6, j : j + 5]
+        for i in range(7)
+        for j in range(7)
+    ) + weights["conv1.bias"].reshape(1, 8, 1, 1)
+    grouped = h.reshape(1, 2, -1)
+    h = (grouped - grouped.mean(2, keepdims=True)) / np.sqrt(grouped.var(2, keepdims=True) + 1e-5)
+    h = h.reshape(x.shape) * weights["norm2.gain"].reshape(-1, 1, 1) + weights["norm2.bias"].reshape(-1, 1, 1)
+    scale, shift = np.split(emb @ weights["emb.weight"].T + weights["emb.bias"], 2, axis=1)
+    h = h * (1 + scale.reshape(1, 8, 1, 1)) + shift.reshape(1, 8, 1, 1)
+    h = np.einsum("oc,bchw->bohw", weights["widen.weight"][..., 0, 0], h) + weights["widen.bias"].reshape(1, 32, 1, 1)
+    h = h / (1 + np.exp(-h))
+    h = np.einsum("oc,bchw->bohw", weights["conv2.weight"][..., 0, 0], h) + weights["conv2.bias"].reshape(1, 8, 1, 1)
+    np.testing.assert_allclose(found, x + h, atol=2e-4)
+
+
+@pytest.mark.parametrize(("kind", "groups"), [("layer", 1), ("instance", 16)])
+@pytest.mark.usefixtures("both")
+def test_norms_over_all_channels_and_over_each(kind, groups):
+    x = np.random.default_rng(0).standard_normal((2, 16, 3, 5)) * 2 + 5
+    grouped = x.reshape(2, groups, -1)
+    wanted = (grouped - grouped.mean(2, keepdims=True)) / np.sqrt(grouped.var(2, keepdims=True) + 1e-5)
+    found = blocks.Norm(16, kind, silu=False)(Tensor(x.astype(np.float32))).asnumpy()
+    np.testing.assert_allclose(found, wanted.reshape(x.shape), atol=1e-4)
 
 
 @pytest.mark.parametrize(("width", "groups"), [(4, 1), (16, 4), (48, 12), (128, 32), (144, 24), (192, 32), (1024, 32)])
@@ -61,7 +130,7 @@ def test_norm(width, groups, silu):
     stream = np.random.default_rng(width)
     x = stream.standard_normal((2, width, 3, 5)) * 2 + 5
     gain, bias, scale_shift = (stream.standard_normal(size) for size in (width, width, (2, 2 * width)))
-    norm = blocks.Norm(width, silu)
+    norm = blocks.Norm(width, silu=silu)
     norm.gain.set_data(Tensor(gain.astype(np.float32)))
     norm.bias.set_data(Tensor(bias.astype(np.float32)))
     found = norm(Tensor(x.astype(np.float32)), Tensor(scale_shift.astype(np.float32))).asnumpy()

@@ -89,7 +89,7 @@ def test_a_long_prompt_is_cut_with_a_warning(cascade, caplog):
         ({"prompts": []}, "prompts: expected a list of at least one prompt"),
         ({"prompts": "red"}, "prompts: expected a list of at least one prompt"),
         ({"prompts": ["x"], "start": "sr32"}, "sr32 starts from pictures; give low"),
-        ({"prompts": ["x"], "low": [Image.new("RGB", (16, 16))]}, "base starts from text alone"),
+        ({"prompts": ["x"], "low": [Image.new("RGB", (16, 16))]}, "base starts from no picture"),
         (
             {"prompts": ["x"], "start": "sr32", "low": [Image.new("RGB", (20, 16))]},
             "sr32 takes pictures of 16 x 16 and got one of 20 x 16",

@@ -64,6 +64,9 @@ def test_a_png_carries_its_recipe(folder):
         "threshold": "dynamic",
         "percentile": 0.995,
         "augment": 0.0,
+        "schedule": None,
+        "extra_steps": 0,
+        "resample": 1,
     }
 
 

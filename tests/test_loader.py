@@ -27,7 +27,7 @@ class Numbers:
     """In the place of embeddings: whose they would be."""
 
     def __init__(self, threadsafe: bool = True) -> None:
-        self.threadsafe = threadsafe
+        self.threadsafe, self.facts = threadsafe, {}
         self.askers: set[str] = set()
 
     def embed(
@@ -136,9 +136,9 @@ def test_batches_do_not_depend_on_start_workers_or_where_text_comes_from(
     loader = make(crawl, tmp_path / "run", workers=workers, threadsafe=threadsafe)
     assert_equal(list(loader.batches(start, STEPS)), whole[start:])
     assert threads() == []
-    assert isinstance(loader.text, Numbers)
+    assert isinstance(loader.prompts, Numbers)
     if not threadsafe:
-        assert loader.text.askers <= {threading.current_thread().name}
+        assert loader.prompts.askers <= {threading.current_thread().name}
 
 
 RANK = """

@@ -6,7 +6,7 @@ import pytest
 from mindspore import Tensor
 
 from pipeline.config import ConfigError
-from pipeline.diffusion.loss import DiffusionConfig, distance, loss, min_snr_weight
+from pipeline.diffusion.loss import DiffusionConfig, distance, loss, weight
 from pipeline.diffusion.process import add_noise, target, x_from
 
 PREDICTIONS = ("eps", "x0", "v")
@@ -50,7 +50,7 @@ def test_distance(kind):
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("gamma", [0.5, 5.0])
 def test_min_snr_weight(prediction, gamma):
-    found = min_snr_weight(prediction, Tensor(LOGSNR), gamma).asnumpy()
+    found = weight(DiffusionConfig(prediction=prediction, min_snr=gamma), Tensor(LOGSNR)).asnumpy()
     np.testing.assert_allclose(found, MIN_SNR[prediction](np.exp(LOGSNR.astype(np.float64)), gamma), rtol=2e-5)
 
 
@@ -61,8 +61,8 @@ def test_min_snr_weighs_an_error_in_x_alike_in_every_prediction():
     wrong_eps = (z - alpha * wrong_x) / sigma
     error = {"x0": wrong_x - x, "eps": wrong_eps - eps, "v": alpha * (wrong_eps - eps) - sigma * (wrong_x - x)}
     for prediction in PREDICTIONS:
-        weight = min_snr_weight(prediction, Tensor(LOGSNR), 5.0).asnumpy()
-        np.testing.assert_allclose(weight * error[prediction] ** 2, np.minimum(np.exp(LOGSNR), 5) / 16, rtol=2e-5)
+        factor = weight(DiffusionConfig(prediction=prediction, min_snr=5.0), Tensor(LOGSNR)).asnumpy()
+        np.testing.assert_allclose(factor * error[prediction] ** 2, np.minimum(np.exp(LOGSNR), 5) / 16, rtol=2e-5)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -132,3 +132,28 @@ def test_compiled_loss_and_gradient(prediction, kind):
 def test_min_snr_is_positive(gamma):
     with pytest.raises(ConfigError, match=f"^min_snr: {gamma} is not positive"):
         DiffusionConfig(min_snr=gamma)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_p2_weighs_an_error_in_eps_by_one_over_one_plus_snr(prediction):
+    """(1 + snr)^-gamma for eps; the same error of x, told as eps, x0 or v, counts alike."""
+    snr = np.exp(LOGSNR.astype(np.float64))
+    per_eps = {"eps": 1.0, "x0": snr, "v": snr / (snr + 1)}[prediction]
+    found = weight(DiffusionConfig(prediction=prediction, p2=0.5), Tensor(LOGSNR)).asnumpy()
+    np.testing.assert_allclose(found, per_eps * (1 + snr) ** -0.5, rtol=2e-5)
+
+
+def test_one_weighting_at_a_time():
+    with pytest.raises(ConfigError, match=r"p2: 1\.0 and min_snr 5\.0 both weigh the levels"):
+        DiffusionConfig(p2=1.0, min_snr=5.0)
+
+
+@pytest.mark.parametrize("kind", DISTANCES)
+def test_a_mask_leaves_the_mean_of_the_hole(kind):
+    mask = (np.random.default_rng(1).random((len(LOGSNR), 1, 4, 4)) < 0.4).astype(np.float32)
+    mask[:, :, 0, 0] = 1
+    config = DiffusionConfig(loss=kind)
+    found = loss(config, *map(Tensor, (OUTPUT, X, EPS, LOGSNR, mask))).asnumpy()
+    distances = DISTANCES[kind](OUTPUT.astype(np.float64) - EPS)
+    wanted = [np.mean(image[:, hole[0] == 1]) for image, hole in zip(distances, mask, strict=True)]
+    np.testing.assert_allclose(found, wanted, rtol=2e-5)

@@ -148,7 +148,7 @@ def text(**change: Any) -> dict[str, Any]:
         ),
         (
             {"sr": {}, "base": {}},
-            "sr gives 256 px and base takes text alone; chain stages whose sizes agree",
+            "sr gives 256 px and base takes no picture; chain stages whose sizes agree",
         ),
         (
             {"base": {}, "sr256": {}, "sr1024": {"size_in": 512, "size_out": 1024}},

@@ -10,7 +10,7 @@ from mindspore import Tensor
 from pipeline.config import ConfigError
 from pipeline.diffusion.process import eps_from_x, target, x_from
 from pipeline.diffusion.sampler import SAMPLERS, SamplerConfig, Step, combine, ddim, ddpm, levels, sample
-from pipeline.diffusion.schedule import SCHEDULES
+from pipeline.diffusion.schedule import SCHEDULES, ScheduleConfig
 
 PREDICTIONS = ("eps", "x0", "v")
 PAIRS = [(-20, -19.9), (-20, -5), (-3, -2.5), (-1, 1), (0, 0.01), (2, 3), (-20, 20), (19, 20)]
@@ -73,7 +73,7 @@ class TestLevels:
     @every_schedule
     @pytest.mark.parametrize("steps", [1, 2, 3, 250])
     def test_rise_from_noise_to_the_image(self, schedule, steps):
-        found = levels(schedule, steps)
+        found = levels(ScheduleConfig(schedule=schedule), steps)
         assert found.shape == (steps + 1,)
         assert found[0] == SCHEDULES[schedule](1.0)
         assert found[-1] == np.inf
@@ -82,7 +82,50 @@ class TestLevels:
 
     @every_schedule
     def test_are_even_in_time(self, schedule):
-        np.testing.assert_allclose(levels(schedule, 4)[:4], SCHEDULES[schedule](np.array([1, 0.75, 0.5, 0.25])))
+        np.testing.assert_allclose(
+            levels(ScheduleConfig(schedule=schedule), 4)[:4], SCHEDULES[schedule](np.array([1, 0.75, 0.5, 0.25]))
+        )
+
+    def test_discrete_time_is_respaced(self):
+        """Ten of a hundred steps: every tenth."""
+        schedule = ScheduleConfig(schedule="linear", timesteps=100)
+        every = schedule.logsnr(np.arange(1, 101) / 100)
+        np.testing.assert_array_equal(levels(schedule, 10)[:-1], every[::-1][::10])
+        np.testing.assert_array_equal(levels(schedule, 100)[:-1], every[::-1])
+        with pytest.raises(ConfigError, match="steps: 101 are more than the 100 of this stage's discrete time"):
+            levels(schedule, 101)
+
+    @pytest.mark.parametrize("timesteps", [None, 40])
+    def test_extra_steps_lie_behind_the_last(self, timesteps):
+        schedule = ScheduleConfig(timesteps=timesteps)
+        plain, more = levels(schedule, 10), levels(schedule, 10, extra=3)
+        assert len(more) == len(plain) + 3
+        np.testing.assert_array_equal(more[:10], plain[:10])
+        assert (np.diff(more[9:]) > 0).all()
+
+    @pytest.mark.parametrize(("strength", "calls"), [(1.0, 10), (0.5, 5), (0.25, 3), (0.01, 1)])
+    def test_strength_starts_later(self, strength, calls):
+        found = levels(ScheduleConfig(), 10, strength=strength)
+        assert len(found) == calls + 1
+        assert found[0] == ScheduleConfig().logsnr(strength)
+
+
+def test_resampling_goes_back_to_the_level_of_the_step():
+    """A network that is right about x = 0: z at logsnr has variance sigma^2 however often a step is made."""
+    seen = []
+
+    def advance(logsnr, numbers, z, *terms):
+        seen.append((logsnr, float(z.asnumpy().std())))
+        return combine(numbers, z, z * 0, *terms), z * 0
+
+    def noise(draw):
+        return Tensor(np.random.default_rng(draw).standard_normal((1, 1, 256, 256)).astype(np.float32))
+
+    logsnrs = levels(ScheduleConfig(), 4)
+    sample(advance, noise, "ddim", logsnrs, resample=3)
+    assert [level for level, _ in seen] == [*np.repeat(logsnrs[:3], 3), logsnrs[3]]
+    for level, deviation in seen:
+        assert deviation == pytest.approx(np.sqrt(1 / (1 + np.exp(level))), rel=0.02)
 
 
 class TestStep:
@@ -145,7 +188,7 @@ TWO = Data(-0.6, 0.6, std=0.3)
 @every_schedule
 @pytest.mark.parametrize("steps", [2, 3, 10])
 def test_dpm_solver_is_the_papers(schedule, steps):
-    logsnrs = levels(schedule, steps)
+    logsnrs = levels(ScheduleConfig(schedule=schedule), steps)
     found = sample(by(TWO.denoise), lambda i: NOISE, "dpm_solver++", logsnrs[:-1])
     np.testing.assert_allclose(found, dpm_solver_2m(TWO.denoise, NOISE, logsnrs[:-1]), rtol=1e-9)
     whole = sample(by(TWO.denoise), lambda i: NOISE, "dpm_solver++", logsnrs)
@@ -176,7 +219,7 @@ def test_gaussian_data_come_back_with_their_mean_and_variance(sampler, schedule)
     """Exactly, without a draw: an array holds the share of each independent noise in the image, and the constant."""
     steps, (mean,) = 1000, ONE.means[:, 0]
     constant, *noises = np.eye(steps + 1)
-    logsnrs = levels(schedule, steps)
+    logsnrs = levels(ScheduleConfig(schedule=schedule), steps)
     alpha, sigma = rates(logsnrs[-2])
 
     def denoise(z, logsnr):
@@ -210,7 +253,7 @@ def test_a_perfect_network_gives_its_image(sampler, steps, schedule, prediction)
     """Within the rounding of the last answer: from eps, that of z over alpha."""
     draws = np.random.default_rng(1).standard_normal((steps + 1, 2, 1, 3, 3)).astype(np.float32)
     x = np.tanh(draws[-1])
-    logsnrs = levels(schedule, steps)
+    logsnrs = levels(ScheduleConfig(schedule=schedule), steps)
     found = sample(by(perfect(prediction, Tensor(x))), lambda i: Tensor(draws[i]), sampler, logsnrs)
     assert isinstance(found, Tensor)
     assert found.asnumpy().dtype == np.float32
@@ -220,7 +263,7 @@ def test_a_perfect_network_gives_its_image(sampler, steps, schedule, prediction)
 @every_sampler
 def test_tensors_as_arrays(sampler):
     draws = np.random.default_rng(1).standard_normal((10, 5)).astype(np.float32)
-    logsnrs = levels("cosine", 10)
+    logsnrs = levels(ScheduleConfig(), 10)
 
     def denoise(z, logsnr):
         return Tensor(TWO.denoise(z.asnumpy(), logsnr).astype(np.float32))
@@ -241,7 +284,7 @@ def test_what_is_asked_of_noise_and_network(sampler, asked):
         calls.append(logsnr)
         return z
 
-    logsnrs = levels("cosine", 5)
+    logsnrs = levels(ScheduleConfig(), 5)
     sample(by(denoise), noise, sampler, logsnrs)
     assert noises == asked
     assert calls == logsnrs[:-1].tolist()

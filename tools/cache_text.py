@@ -19,12 +19,14 @@ def main(argv: Sequence[str]) -> None:
     from pipeline.data.shards import Shards
     from pipeline.data.text import load_encoder, recipe
     from pipeline.data.text_store import TextStore
-    from pipeline.errors import JobError
+    from pipeline.errors import JobError, UserError
     from pipeline.kinds import read_stage_config
     from pipeline.log import setup_logging
 
     setup_logging()
     config, _ = read_stage_config(arguments.config, arguments.overrides)
+    if not config.text:
+        raise UserError(f"{arguments.config}: condition is {config.condition}, so that no caption is read")
     shards = Shards.open(config.data)
     store = TextStore(shards, recipe(config.text))
     written = store.build(partial(load_encoder, config.text))

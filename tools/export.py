@@ -18,7 +18,8 @@ def main(argv: Sequence[str]) -> None:
     config = build(CascadeConfig, read_yaml(arguments.config))
     stages = {entry.name: read_stage_config(entry.config)[0] for entry in config.stages}
     runs = {name: Path(stage.run) / "stage" for name, stage in stages.items()}
-    export(runs, Path(next(iter(stages.values())).text.encoder), Path(config.folder))
+    encoders = [stage.text.encoder for stage in stages.values() if stage.text]
+    export(runs, Path(encoders[0]) if encoders else None, Path(config.folder))
     print(f"{config.folder}: {' -> '.join(runs)}")
 
 

@@ -1,4 +1,4 @@
-"""Batches by step: sample numbers, bytes, pictures, embeddings and, from the stage, the arrays that its network takes.
+"""Batches by step: sample numbers, bytes, pictures, prompts and, from the stage, the arrays that its network takes.
 
 A batch is a pure function of the configuration and the step, and each of its places one of the step and the place. So
 the work is cut into small pieces, in the order in which the samples lie in their shards, for a pool of threads that
@@ -20,9 +20,9 @@ import numpy as np
 from pipeline.data import image
 from pipeline.data.decode import BadImage, decode
 from pipeline.data.order import Order
+from pipeline.data.prompts import Arrays, Prompts
 from pipeline.data.quarantine import Quarantine
 from pipeline.data.shards import Damaged, Shards
-from pipeline.data.text import Text
 from pipeline.errors import UserError
 from pipeline.rng import generator
 
@@ -30,21 +30,20 @@ ATTEMPTS = 16  # stand-ins tried for one place before the data set is called bro
 AHEAD = 2  # steps that are prepared while one is trained
 PIECE = 16  # samples a thread takes at a time, at most
 
-Arrays = tuple[np.ndarray, ...]
 Piece = tuple[list[int], Arrays]  # positions in the global batch, and their rows
-Arrange = Callable[[int, Sequence[int], np.ndarray, np.ndarray, np.ndarray], Arrays]
+Arrange = Callable[..., Arrays]
 
 
 class Loader:
     """The batches of a stage's run.
 
     Args:
-        shards, text: the samples and their embeddings.
+        shards, prompts: the samples and what conditions them.
         seed: of the run.
         size: side to which pictures are brought, in pixels.
         window: side S of the window of them that is wanted, drawn for each place; None: all, S is `size`.
-        arrange: (step, positions in the global batch, uint8 (B, S, S, 3), text (B, L, D), mask (B, L)) -> the arrays
-            of one training step, whose rows must not depend on one another.
+        arrange: (step, positions in the global batch, uint8 (B, S, S, 3), *prompt) -> the arrays of one training step,
+            whose rows must not depend on one another.
         quarantine: the file for what cannot be used.
         share: which slice of the global batch this process makes.
     """
@@ -52,7 +51,7 @@ class Loader:
     def __init__(
         self,
         shards: Shards,
-        text: Text,
+        prompts: Prompts,
         seed: int,
         size: int,
         window: int | None,
@@ -60,7 +59,7 @@ class Loader:
         quarantine: Path,
         share: range,
     ) -> None:
-        self.config, self.seed, self.shards, self.text = shards.config, seed, shards, text
+        self.config, self.seed, self.shards, self.prompts = shards.config, seed, shards, prompts
         self.size, self.window, self.arrange, self.share = size, window or size, arrange, share
         self.order = Order(seed, shards.sizes, shards.weights, self.config.window)
         self.quarantine = Quarantine(quarantine, len(shards), self.config.max_damage)
@@ -115,18 +114,18 @@ class Loader:
 
     def rows(self, step: int, numbers: list[int], positions: list[int], pictures: np.ndarray) -> Piece:
         """These positions of the batch."""
-        text, mask = self.text.embed(numbers, self.seed, step, positions)
-        return positions, self.arrange(step, positions, pictures, text, mask)
+        prompt = self.prompts.embed(numbers, self.seed, step, positions)
+        return positions, self.arrange(step, positions, pictures, *prompt)
 
-    def first(self, num: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Pictures, text and mask of samples 0 to `num` - 1 (again from 0 if there are fewer), to be looked at."""
+    def first(self, num: int) -> Arrays:
+        """Pictures and prompt of samples 0 to `num` - 1 (again from 0 if there are fewer), to be looked at."""
         numbers, positions, pictures = self.pictures(None, [(i % len(self.shards), i) for i in range(num)])
-        return pictures, *self.text.embed(numbers, self.seed, 0, positions)
+        return pictures, *self.prompts.embed(numbers, self.seed, 0, positions)
 
     def batches(self, start: int, stop: int) -> Iterator[Arrays]:
         """The batches of steps `start` to `stop` - 1, prepared ahead in threads."""
         # MindSpore compiles and runs in one thread: where captions are encoded now, that is left to the caller's.
-        whole = self.text.threadsafe
+        whole = self.prompts.threadsafe
 
         def make(step: int, piece: list[tuple[int, int]]) -> Any:
             done = self.pictures(step, piece)

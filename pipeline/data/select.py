@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ class FilterConfig:
 def select(index: Index, config: FilterConfig, weights: Mapping[str, float]) -> tuple[np.ndarray, Counter[str]]:
     """The rows of an index that pass, int64, and of each filter how many samples it was the first to remove.
 
-    `weights` names the caption fields of the run; a sample without any caption is removed.
+    `weights` names the caption fields of the run, unless there are none; a sample without any caption is removed.
     """
     passing: dict[str, np.ndarray] = {}
     if config.min_size > 1 or config.max_aspect is not None:
@@ -53,18 +54,19 @@ def select(index: Index, config: FilterConfig, weights: Mapping[str, float]) -> 
             passing[f"aspect over {config.max_aspect:g}"] = long <= config.max_aspect * short
     metas: list[dict[str, Any]] = []
     lengths = index.column("caption_length")
-    if config.fields or list(weights) != ["txt"]:
+    if config.fields or list(weights) not in ([], ["txt"]):
         texts = list(index.texts(np.arange(index.num_samples)))
         metas = [json.loads(text["json"] or "{}") for text in texts]
         pairs = zip(texts, metas, strict=True)
         firsts = (next((c for name in weights for c in captions(text["txt"], meta, name)), "") for text, meta in pairs)
         lengths = np.array([len(first) for first in firsts], int)
-    passing["no caption"] = lengths > 0
-    passing[f"caption under {config.min_caption} characters"] = lengths >= config.min_caption
-    if config.max_caption is not None:
-        passing[f"caption over {config.max_caption} characters"] = lengths <= config.max_caption
+    if weights:
+        passing["no caption"] = lengths > 0
+        passing[f"caption under {config.min_caption} characters"] = lengths >= config.min_caption
+        if config.max_caption is not None:
+            passing[f"caption over {config.max_caption} characters"] = lengths <= config.max_caption
     for name, wanted in config.fields.items():
-        passing[f"{name} not {wanted}"] = np.array([fits(meta.get(name), wanted) for meta in metas], bool)
+        passing[shorten(f"{name} not {wanted}", 80)] = np.array([fits(meta.get(name), wanted) for meta in metas], bool)
     left, removed = np.ones(index.num_samples, bool), Counter[str]()
     for reason, passes in passing.items():
         if gone := int((left & ~passes).sum()):

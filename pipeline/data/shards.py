@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -41,7 +41,9 @@ class DataConfig:
     global_batch: int = 2048  # samples a step over all ranks
     window: int = 8  # shards whose samples are shuffled together
     crop: Literal["center", "random"] = "center"  # where the square is cut out of a picture that is none
-    captions: dict[str, float] = field(default_factory=lambda: {"txt": 1.0}, hash=False)  # txt, fields of KEY.json
+    captions: dict[str, float] = field(
+        default_factory=lambda: {"txt": 1.0}, hash=False
+    )  # txt, fields of KEY.json; {}: none
     filter: FilterConfig = FilterConfig()
     max_damage: float = 0.1  # share of samples that may be unusable before the run stops
     workers: int = 2  # threads that prepare batches
@@ -56,7 +58,9 @@ class DataConfig:
             raise ConfigError(f"max_damage: {self.max_damage} is not a share in [0, 1]")
         for name in ("shards", "captions"):
             weights = getattr(self, name)
-            if isinstance(weights, dict) and (not weights or min(weights.values()) <= 0):
+            if isinstance(weights, dict) and (
+                (name == "shards" and not weights) or min(weights.values(), default=1) <= 0
+            ):
                 raise ConfigError(f"{name}: {weights}; give each entry a weight above 0, or leave it out")
         if 0 in quotas(list(self.sets.values())):
             raise ConfigError(f"shards: {self.shards}; a weight is so small that {BLOCK:,} samples have none of it")
@@ -189,6 +193,11 @@ class Shards:
         if zlib.crc32(data) != table.crc32[row]:
             raise Damaged("its bytes are no longer those that were indexed")
         return data
+
+    def meta(self, i: int) -> dict[str, Any]:
+        """The fields of sample `i`: KEY.json's, and the number in KEY.cls as `cls`."""
+        shard, row = self.location(i)
+        return dict(json.loads(next(self.indexes[shard].texts(np.array([row])))["json"] or "{}"))
 
     def captions(self, shard: int, rows: np.ndarray) -> Iterator[Mapping[str, list[str]]]:
         """The captions of some rows of a shard's index, by field."""

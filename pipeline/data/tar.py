@@ -14,6 +14,7 @@ one outcome each:
     a file twice, a link, a name    the sample is left out
       with .. or from the root
     KEY.json that is no object      the sample is left out
+    KEY.cls that is no number       the sample is left out; else the number counts as field `cls` of KEY.json
     no caption, or not UTF-8        a sample all the same; whether it needs one is the run's to say
     files of a sample apart         one sample, as if they were together
     KEY.a.jpg                       the key ends at the first dot, so `a.jpg` is no picture: left out, and the reason
@@ -87,7 +88,7 @@ def scan(file: BinaryIO, size: int) -> tuple[dict[str, dict[str, File]], list[Fa
                 raise ValueError(f"its {kind} is a link or a device, not a file")
             if member.offset_data + member.size > size:
                 raise ValueError(f"its {kind} is cut short by the end of the tar")
-            if kind in (*IMAGE_TYPES, "txt", "json"):
+            if kind in (*IMAGE_TYPES, "txt", "json", "cls"):
                 files[kind] = read(file, member, kind)
         except ValueError as error:
             bad.setdefault(key, str(error))
@@ -95,6 +96,10 @@ def scan(file: BinaryIO, size: int) -> tuple[dict[str, dict[str, File]], list[Fa
         image = next((kind for kind in IMAGE_TYPES if kind in files), None)
         if image:
             files["image"] = files[image]
+            if "cls" in files and key not in bad:
+                label = {"cls": int(files["cls"].data)}
+                json_file = files.get("json", ABSENT)
+                files["json"] = json_file._replace(data=json.dumps(json.loads(json_file.data or "{}") | label).encode())
         elif key not in bad:
             dotted = "; a key ends at the first dot of the name" if any("." in kind for kind in files) else ""
             bad[key] = f"no picture ({', '.join(IMAGE_TYPES)}) among its {', '.join(files)}{dotted}"
@@ -122,6 +127,8 @@ def read(file: BinaryIO, member: tarfile.TarInfo, kind: str) -> File:
             meta = None
         if not isinstance(meta, dict):
             raise ValueError("its json is no JSON object")
+    if kind == "cls" and not data.strip().isdigit():
+        raise ValueError(f"its cls is {data[:20]!r}, no whole number from 0 on")
     return File(member.offset_data, member.size, zlib.crc32(data), caption(data).encode() if kind == "txt" else data)
 
 

@@ -1,8 +1,12 @@
-"""The text of a batch: which of its captions a sample gets, and that caption's embeddings, stored or made now."""
+"""The text of a batch: which of its captions a sample gets, and that caption's embeddings, stored or made now.
+
+Both kinds answer what `pipeline.data.prompts` asks: text (B, L, D) float32, zero beyond a caption's tokens, and mask
+(B, L) bool.
+"""
 
 import logging
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,20 +20,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("cascade")
 MEND = "run `python -m tools.cache_text CONFIG`"
-
-
-class Text(Protocol):
-    """What the loader asks."""
-
-    threadsafe: bool  # whether any thread may ask
-
-    def embed(
-        self, numbers: Sequence[int], seed: int, step: int, positions: Sequence[int]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """text (B, L, D) float32, zero beyond a caption's tokens, and mask (B, L) bool.
-
-        Of each sample in `numbers` that caption which is drawn for its place, one of `positions` in `step`.
-        """
 
 
 def choose(shards: Shards, number: int, seed: int, step: int, position: int) -> tuple[int, int, str, int]:
@@ -56,6 +46,7 @@ class StoredText:
 
     def __init__(self, store: TextStore) -> None:
         self.store, self.recipe = store, store.recipe
+        self.facts: Mapping[str, Any] = facts(self.recipe)
 
     def embed(
         self, numbers: Sequence[int], seed: int, step: int, positions: Sequence[int]
@@ -76,6 +67,7 @@ class LiveText:
 
     def __init__(self, shards: Shards, recipe: Recipe, encoder: "TextEncoder") -> None:
         self.shards, self.recipe, self.encoder = shards, recipe, encoder
+        self.facts: Mapping[str, Any] = facts(recipe)
 
     def embed(
         self, numbers: Sequence[int], seed: int, step: int, positions: Sequence[int]
@@ -116,6 +108,18 @@ def recipe(config: "TextConfig") -> Recipe:
     return Recipe(
         encoder=fingerprint(config.encoder, config.encoder), width=width, length=config.length, clean=config.clean
     )
+
+
+def facts(recipe: Recipe) -> dict[str, Any]:
+    """What a manifest says of the text that a stage was trained with."""
+    return {
+        "text": {
+            "fingerprint": recipe.encoder,
+            "length": recipe.length,
+            "width": recipe.width,
+            "clean": recipe.clean,
+        }
+    }
 
 
 def load_encoder(config: "TextConfig") -> "TextEncoder":

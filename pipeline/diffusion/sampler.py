@@ -11,7 +11,7 @@ The final step goes to logsnr = infinity, where z' = x for each of them.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from mindspore import Tensor
 
 from pipeline.config import ConfigError
 from pipeline.diffusion.guidance import Threshold
-from pipeline.diffusion.schedule import SCHEDULES, ScheduleName
+from pipeline.diffusion.schedule import ScheduleConfig
 
 SamplerName = Literal["ddpm", "ddim", "dpm_solver++"]
 
@@ -35,12 +35,19 @@ class SamplerConfig:
     threshold: Threshold = "dynamic"
     percentile: float = 0.995  # of dynamic thresholding
     augment: float = 0.0  # level of noise on the low resolution, in super-resolution; Imagen looks best at 0.1 to 0.3
+    schedule: ScheduleConfig | None = None  # the noise levels, where they are not those of training (Palette's are not)
+    extra_steps: int = 0  # more calls between the last level and the picture, where its detail is made
+    resample: int = 1  # times that each step of inpainting is made, for what is painted to meet what is known (RePaint)
 
     def __post_init__(self) -> None:
         if self.batch < 1:
             raise ConfigError(f"batch: {self.batch} is not positive; give 1 or more")
         if self.steps < 1:
             raise ConfigError(f"steps: {self.steps} is not positive; DPM-Solver++ needs 20 to 25, ancestral about 250")
+        if self.extra_steps < 0:
+            raise ConfigError(f"extra_steps: {self.extra_steps} is negative; give 0 or more")
+        if self.resample < 1:
+            raise ConfigError(f"resample: {self.resample} is not positive; 1 is once, imagen-pytorch has 5")
         if not 0 < self.percentile <= 1:
             raise ConfigError(f"percentile: {self.percentile} is not in (0, 1]; Imagen has 0.995")
 
@@ -93,9 +100,19 @@ SAMPLERS: dict[SamplerName, Callable[[float | None, float, float], Step]] = {
 }
 
 
-def levels(schedule: ScheduleName, steps: int) -> np.ndarray:
-    """The logsnr of `steps` network calls, evenly spaced in time from t = 1, and infinity: (steps + 1,), rising."""
-    return np.append(SCHEDULES[schedule](np.linspace(1, 0, steps + 1)[:-1]), np.inf)
+def levels(schedule: ScheduleConfig, steps: int, extra: int = 0, strength: float = 1.0) -> np.ndarray:
+    """The logsnr of each network call, evenly spaced in time from t = 1, and infinity: (calls + 1,), rising.
+
+    Args:
+        schedule: in discrete time `steps` are respaced evenly over its T, and cannot be more.
+        extra: further calls after the last, evenly between it and t = 0; in discrete time as many as there are steps.
+        strength: start at this time, with so much fewer calls (SDEdit, arXiv 2108.01073).
+    """
+    if schedule.timesteps is not None and steps > schedule.timesteps:
+        raise ConfigError(f"steps: {steps} are more than the {schedule.timesteps} of this stage's discrete time")
+    times = np.linspace(strength, 0, math.ceil(steps * strength - 1e-9) + 1)
+    times = np.append(times[:-1], np.linspace(times[-2], 0, extra + 2)[1:-1])
+    return np.append(np.unique(schedule.logsnr(times)), np.inf)
 
 
 # Which of z' = ... + c_last x_last + c_noise noise a sampler's steps have.
@@ -112,23 +129,40 @@ def combine(numbers: Sequence[float] | Tensor, z: Tensor, x: Tensor, *terms: Ten
     return z
 
 
-def sample(advance: Advance, noise: Callable[[int], Tensor], sampler: SamplerName, logsnrs: np.ndarray) -> Tensor:
+def sample(
+    advance: Advance, noise: Callable[[int], Tensor], sampler: SamplerName, logsnrs: np.ndarray, resample: int = 1
+) -> Tensor:
     """The image at the end of `logsnrs`.
 
     Args:
         advance: (logsnr, numbers, z, *terms) -> z', x: the network at z, then `combine`. There is a term for each of
             the sampler's `TERMS`; where a step has none, its number is 0.
-        noise: step -> unit noise of z's shape; `noise(0)` is where sampling starts, and only a sampler that adds noise
-            asks for `noise(i)`, i >= 1, in step i - 1.
+        noise: number of a draw -> unit noise of z's shape, but `noise(0)` is where sampling starts; only a sampler that
+            adds noise, or resampling, asks for more, in order.
         logsnrs: rising levels, one more than there are steps.
+        resample: how often each step but the last is made, each time from where the last one ended with new noise back
+            at the step's own level (RePaint, arXiv 2201.09865, algorithm 1).
     """
-    z, last, x_last = noise(0), None, None
-    for i, (now, following) in enumerate(pairwise(logsnrs.tolist())):
+    draws = count()
+    z, last, x_last = noise(next(draws)), None, None
+    for now, following in pairwise(logsnrs.tolist()):
         step = SAMPLERS[sampler](last, now, following)
-        known = {"x_last": z if x_last is None else x_last}
-        if "noise" in TERMS[sampler]:
-            known["noise"] = noise(i + 1) if step.noise else z
-        numbers = (step.z, step.x, *(getattr(step, term) for term in TERMS[sampler]))
-        z, x_last = advance(now, numbers, z, *(known[term] for term in TERMS[sampler]))
-        last = now
+        for again in reversed(range(1 if math.isinf(following) else resample)):
+            known = {"x_last": z if x_last is None else x_last}
+            if "noise" in TERMS[sampler]:
+                known["noise"] = noise(next(draws)) if step.noise else z
+            numbers = (step.z, step.x, *(getattr(step, term) for term in TERMS[sampler]))
+            z, x = advance(now, numbers, z, *(known[term] for term in TERMS[sampler]))
+            if again:
+                z = renoised(z, noise(next(draws)), now, following)
+        last, x_last = now, x
     return z
+
+
+def renoised(z: Tensor, noise: Tensor, to: float, at: float) -> Tensor:
+    """z at level `at`, brought back to the noisier level `to`: r z + sqrt(sigma_to^2 - r^2 sigma_at^2) noise, r the
+    ratio of their alphas.
+    """
+    (alpha, sigma), (alpha_at, sigma_at) = _alpha_sigma(to), _alpha_sigma(at)
+    ratio = alpha / alpha_at
+    return ratio * z + math.sqrt(max(sigma**2 - (ratio * sigma_at) ** 2, 0.0)) * noise

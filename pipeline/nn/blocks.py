@@ -5,6 +5,7 @@ Every layer of a stack answers to `construct(x_BCHW, emb_BE, text_BLD, bias_BL)`
 `bias_BL` is 0 for a text token and a large negative number for padding.
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
 from mindspore import Parameter, Tensor, nn, ops
@@ -14,13 +15,27 @@ from pipeline.nn import kernels
 
 GROUPS = 32  # of group normalization, as in DDPM and ADM; fewer in narrow layers
 
+AttentionKind = Literal["none", "self", "cross", "linear"]
+NormKind = Literal["group", "layer", "instance"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """What the blocks of a network have in common."""
+
+    block: Literal["residual", "convnext"] = "residual"
+    norm: NormKind = "group"  # over groups of channels; `layer`: over all of them; `instance`: over each
+    head_channels: int = 64
+    text_channels: int = 1024  # width to which the text is projected, once, for all blocks
+
 
 class Conv(nn.Conv2d):
     """A convolution that keeps the picture's size (divided by `stride`)."""
 
-    def __init__(self, width_in: int, width_out: int, size: int, stride: int = 1) -> None:
-        super().__init__(width_in, width_out, size, stride, pad_mode="pad", padding=size // 2, has_bias=True)
-        self.kernel = kernels.convolution(stride)
+    def __init__(self, width_in: int, width_out: int, size: int, stride: int = 1, group: int = 1) -> None:
+        options = {"pad_mode": "pad", "padding": size // 2, "has_bias": True}
+        super().__init__(width_in, width_out, size, stride, group=group, **options)
+        self.kernel = kernels.convolution(stride) if group == 1 else None
 
     def construct(self, x_BCHW: Tensor) -> Tensor:
         if self.kernel is None:
@@ -76,6 +91,15 @@ def attention(q_BKNc: Tensor, k_BKMc: Tensor, v_BKMc: Tensor, bias: Tensor) -> T
     return ops.matmul(ops.softmax(scores, axis=-1).astype(v_BKMc.dtype), v_BKMc)
 
 
+def linear_attention(q_BKNc: Tensor, k_BKMc: Tensor, v_BKMc: Tensor, bias: Tensor) -> Tensor:
+    """q' (k'^T v), in (B, K, N, c), with q' = softmax(q) / sqrt(c) over channels and k' = softmax(k + bias) over
+    positions: its cost grows with N, not N^2 (Shen et al., arXiv 1812.01243). `bias` is (B, 1, 1, M).
+    """
+    q = ops.softmax(q_BKNc, axis=-1) * q_BKNc.shape[-1] ** -0.5
+    k = ops.softmax(k_BKMc + bias.swapaxes(-1, -2), axis=-2).astype(v_BKMc.dtype)
+    return ops.matmul(q.astype(v_BKMc.dtype), ops.matmul(k.swapaxes(-1, -2), v_BKMc))
+
+
 class Norm(nn.Cell):
     """Group normalization (Wu & He, arXiv 1803.08494), an optional scale and shift by the embedding, an optional SiLU.
 
@@ -83,10 +107,11 @@ class Norm(nn.Cell):
     rows (B C, H W), the factors as a column. Computed in float32, answered in the input's type.
     """
 
-    def __init__(self, width: int, silu: bool = True) -> None:
+    def __init__(self, width: int, kind: NormKind = "group", silu: bool = True) -> None:
         super().__init__()
         # 32 if they are at least 4 channels each; else as many as come out even, for widths such as 144
-        self.groups = next(n for n in range(min(GROUPS, width // 4), 0, -1) if width % n == 0)
+        groups = next(n for n in range(min(GROUPS, width // 4), 0, -1) if width % n == 0)
+        self.groups = {"group": groups, "layer": 1, "instance": width}[kind]
         self.silu = silu
         self.gain = Parameter(ops.ones(width))
         self.bias = Parameter(ops.zeros(width))
@@ -119,61 +144,74 @@ class Norm(nn.Cell):
 class ResBlock(nn.Cell):
     """Norm, SiLU, convolution, norm with scale and shift, SiLU, convolution; added to the input.
 
+    As a ConvNeXt block (Liu et al., arXiv 2201.03545): a convolution of each channel by itself, 7 x 7, norm with scale
+    and shift, 1 x 1 to four times the width, SiLU (GELU there), 1 x 1 back.
+
     `emb` is the width of the embedding that scales and shifts; 0: this block has none. With `resample` the picture
     changes size inside, on both paths, as in BigGAN (Brock et al., arXiv 1809.11096) and ADM (arXiv 2105.05233).
     """
 
-    def __init__(self, width_in: int, width: int, emb: int, resample: Literal["", "up", "down"] = "") -> None:
+    def __init__(
+        self, width_in: int, width: int, emb: int, config: BlockConfig, resample: Literal["", "up", "down"] = ""
+    ) -> None:
         super().__init__()
-        self.resample = resample
-        self.norm1 = Norm(width_in)
-        self.conv1 = Conv(width_in, width, 3)
-        self.emb = nn.Dense(emb, 2 * width) if emb else None
-        self.norm2 = Norm(width)
-        self.conv2 = zeroed(Conv(width, width, 3))
+        self.resample, self.convnext = resample, config.block == "convnext"
+        middle = width_in if self.convnext else width
+        self.norm1 = None if self.convnext else Norm(width_in, config.norm)
+        self.conv1 = Conv(width_in, width_in, 7, group=width_in) if self.convnext else Conv(width_in, width, 3)
+        self.emb = nn.Dense(emb, 2 * middle) if emb else None
+        self.norm2 = Norm(middle, config.norm, silu=not self.convnext)
+        self.widen = Conv(width_in, 4 * width, 1) if self.convnext else None
+        self.conv2 = zeroed(Conv(4 * width, width, 1) if self.convnext else Conv(width, width, 3))
         self.skip = Conv(width_in, width, 1) if width_in != width else None
 
     def construct(self, x_BCHW: Tensor, emb_BE: Tensor, text_BLD: Tensor, bias_BL: Tensor) -> Tensor:
         x = x_BCHW
-        h = self.norm1(x)
+        h = x if self.norm1 is None else self.norm1(x)
         if self.resample == "up":
             h, x = upsample(h), upsample(x)
         elif self.resample == "down":
             h, x = downsample(h), downsample(x)
         scale_shift = None if self.emb is None else self.emb(emb_BE)
-        h = self.conv2(self.norm2(self.conv1(h), scale_shift))
+        h = self.norm2(self.conv1(h), scale_shift)
+        if self.widen is not None:
+            h = ops.silu(self.widen(h))
+        h = self.conv2(h)
         if self.skip is not None:
             x = self.skip(x)
         return x + h
 
 
 class Attention(nn.Cell):
-    """Every position looks at the text and, unless `cross` (text alone), at every other position.
+    """Every position looks at the text, if there is one, and, unless `kind` is "cross", at every other position.
 
     Keys and values of text and picture are concatenated (Imagen, appendix F).
     """
 
-    def __init__(self, width: int, head: int, text_width: int, cross: bool) -> None:
+    def __init__(self, width: int, config: BlockConfig, kind: AttentionKind) -> None:
         super().__init__()
-        self.heads, self.cross = width // head, cross
-        self.norm = Norm(width, silu=False)
-        self.to_q = nn.Dense(width, width) if cross else nn.Dense(width, 3 * width)  # else q, k and v
-        self.text_kv = nn.Dense(text_width, 2 * width)
+        self.heads, self.cross, self.linear = width // config.head_channels, kind == "cross", kind == "linear"
+        self.norm = Norm(width, config.norm, silu=False)
+        self.to_q = nn.Dense(width, width) if self.cross else nn.Dense(width, 3 * width)  # else q, k and v
+        self.text_kv = nn.Dense(config.text_channels, 2 * width) if config.text_channels else None
         self.out = zeroed(nn.Dense(width, width))
 
     def construct(self, x_BCHW: Tensor, emb_BE: Tensor, text_BLD: Tensor, bias_BL: Tensor) -> Tensor:
         B, C, H, W = x_BCHW.shape
         tokens_BNC = self.norm(x_BCHW).reshape((B, C, H * W)).swapaxes(1, 2)
-        k, v = ops.chunk(self.text_kv(text_BLD), 2, 2)
-        bias = bias_BL
         if self.cross:
-            q = self.to_q(tokens_BNC)
+            q, bias = self.to_q(tokens_BNC), bias_BL
+            k, v = ops.chunk(self.text_kv(text_BLD), 2, 2)  # type: ignore[misc]  # cross: there is text
         else:
-            q, own_k, own_v = ops.chunk(self.to_q(tokens_BNC), 3, 2)
-            k, v = ops.cat((own_k, k), 1), ops.cat((own_v, v), 1)
-            bias = ops.cat((ops.zeros((B, H * W), mstype.float32), bias_BL), 1)
+            q, k, v = ops.chunk(self.to_q(tokens_BNC), 3, 2)
+            bias = ops.zeros((B, H * W), mstype.float32)
+            if self.text_kv is not None:
+                text_k, text_v = ops.chunk(self.text_kv(text_BLD), 2, 2)
+                k, v = ops.cat((k, text_k), 1), ops.cat((v, text_v), 1)
+                bias = ops.cat((bias, bias_BL), 1)
         q, k, v = split_heads(q, self.heads), split_heads(k, self.heads), split_heads(v, self.heads)
-        y = attention(q, k, v, bias.reshape((B, 1, 1, -1)))
+        bias = bias.reshape((B, 1, 1, -1))
+        y = linear_attention(q, k, v, bias) if self.linear else attention(q, k, v, bias)
         y_BNC = self.out(y.swapaxes(1, 2).reshape((B, H * W, C)))
         return x_BCHW + y_BNC.swapaxes(1, 2).reshape((B, C, H, W))
 

@@ -33,7 +33,8 @@ def initialize(net: nn.Cell, seed: int) -> None:
             limit = np.sqrt(3.0 / np.prod(shape[1:]))
             weight = generator(seed, "init", number).uniform(-limit, limit, shape).astype(np.float32)
         put(cell.weight, weight)
-        put(cell.bias, np.zeros(cell.bias.shape))
+        if cell.has_bias:
+            put(cell.bias, np.zeros(cell.bias.shape))
         number += 1
 
 

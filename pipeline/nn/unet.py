@@ -11,7 +11,7 @@ way up takes. Shapes: see `blocks.py`; T noise levels condition the network (the
 super-resolution, that of its low resolution).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from mindspore import Tensor, nn, ops
@@ -20,6 +20,8 @@ from mindspore import dtype as mstype
 from pipeline.config import ConfigError
 from pipeline.nn.blocks import (
     Attention,
+    AttentionKind,
+    BlockConfig,
     Conv,
     Downsample,
     Norm,
@@ -32,30 +34,26 @@ from pipeline.nn.blocks import (
 )
 from pipeline.nn.embeddings import PADDING, LevelEmbedding, TextPool
 
-AttentionKind = Literal["none", "self", "cross"]
-
 
 @dataclass(frozen=True, kw_only=True)
-class UNetConfig:
+class UNetConfig(BlockConfig):
     """A U-Net but for what its stage decides: channels in, noise levels, text width."""
 
     kind: Literal["adm", "efficient"] = "adm"
     channels: int = 512
     channel_mults: tuple[int, ...] = (1, 2, 3, 4)
     num_blocks: tuple[int, ...] = (3, 3, 3, 3)  # residual blocks on a level's way down
-    attention: tuple[AttentionKind, ...] = ("none", "self", "self", "self")  # self: over picture and text; cross: text
-    head_channels: int = 64
-    text_channels: int = 1024  # width to which the text is projected, once, for all blocks
+    attention: tuple[AttentionKind, ...] = ("none", "self", "self", "self")  # self, linear: and text; cross: text alone
     patch: int = 1  # side of the pixel patch that is one position of the first level ("simple diffusion", 2301.11093)
     recompute: bool = False  # forget a block's activations and compute them again for the gradient
 
     def __post_init__(self) -> None:
         levels = len(self.channel_mults)
         for name in ("channels", "channel_mults", "num_blocks", "head_channels", "text_channels", "patch"):
-            value = getattr(self, name)
-            if min(value if isinstance(value, tuple) else [value], default=0) < 1:
+            value, least = getattr(self, name), 0 if name == "text_channels" else 1  # 0: the blocks see no text
+            if min(value if isinstance(value, tuple) else [value], default=0) < least:
                 found = list(value) if isinstance(value, tuple) else value
-                raise ConfigError(f"{name}: {found} is not made of whole numbers from 1 on; give such numbers")
+                raise ConfigError(f"{name}: {found} is not made of whole numbers from {least} on; give such numbers")
         for name in ("num_blocks", "attention"):
             if len(getattr(self, name)) != levels:
                 raise ConfigError(
@@ -73,48 +71,64 @@ class UNetConfig:
 
     @property
     def stride(self) -> int:
-        """What the picture's side must be a multiple of."""
+        """To a multiple of which a picture's sides are filled up."""
         steps = len(self.channel_mults) - (self.kind == "adm")
         return self.patch * 2**steps
 
 
 class UNet(nn.Cell):
-    """What a stage trains: `unet(x_BCHW, logsnr_BT, text_BLD, mask_BL) -> (B, 3, H, W)`.
+    """What a stage trains: `unet(x_BCHW, logsnr_BT, [text_BLD, mask_BL,] [label_BK]) -> (B, 3, H, W)`.
 
     Args:
         config: depth, widths, attention.
         channels_in: 3, and as many again for each picture that is concatenated.
         num_levels: T, how many noise levels condition the network.
-        text_width: D, of the text encoder.
+        text_width: D, of the text encoder; 0: there is no text.
+        num_classes: K, of the label, a row with a one or, where no class is told, of zeros; 0: there is no label.
     """
 
-    def __init__(self, config: UNetConfig, channels_in: int, num_levels: int, text_width: int) -> None:
+    def __init__(
+        self, config: UNetConfig, channels_in: int, num_levels: int, text_width: int, num_classes: int = 0
+    ) -> None:
         super().__init__()
-        self.patch = config.patch
+        self.patch, self.stride = config.patch, config.stride
         width, emb = config.channels * config.channel_mults[0], 4 * config.channels
         self.skip_scale = 1.0 if config.kind == "adm" else 0.5**0.5
-        self.text_norm = nn.LayerNorm((text_width,))
-        self.text_in = nn.Dense(text_width, config.text_channels)
-        self.text_pool = TextPool(config.text_channels, emb)
+        self.has_text, self.has_label = text_width > 0, num_classes > 0
+        if self.has_text:
+            self.text_norm = nn.LayerNorm((text_width,))
+            self.text_in = nn.Dense(text_width, config.text_channels)
+            self.text_pool = TextPool(config.text_channels, emb)
+        else:
+            config = replace(config, text_channels=0)
+        if self.has_label:
+            self.label_in = nn.Dense(num_classes, emb, has_bias=False)
         self.levels = nn.CellList([LevelEmbedding(config.channels, emb) for _ in range(num_levels)])
         self.stem = Conv(channels_in * config.patch**2, width, 3)
         down, middle, up = (adm if config.kind == "adm" else efficient)(config, emb)
         self.down, self.middle, self.up = nn.CellList(down), middle, nn.CellList(up)
         self.stem_to_head = len(up) == len(down)  # else the last stack of the way up has taken the stem
-        self.norm = Norm(width)
+        self.norm = Norm(width, config.norm)
         self.head = zeroed(Conv(2 * width if self.stem_to_head else width, 3 * config.patch**2, 3))
         if config.recompute:
             for stack in [*down, middle, *up]:
                 for layer in stack.layers:
                     layer.recompute()
 
-    def construct(self, x_BCHW: Tensor, logsnr_BT: Tensor, text_BLD: Tensor, mask_BL: Tensor) -> Tensor:
-        bias_BL = (1.0 - mask_BL) * PADDING
-        text = self.text_in(self.text_norm(text_BLD)).astype(mstype.float32)
-        emb = self.text_pool(text, bias_BL)
+    def construct(self, x_BCHW: Tensor, logsnr_BT: Tensor, *told: Tensor) -> Tensor:
+        emb, text, bias_BL = 0.0, None, None
+        if self.has_text:
+            bias_BL = (1.0 - told[1]) * PADDING
+            text = self.text_in(self.text_norm(told[0])).astype(mstype.float32)
+            emb = self.text_pool(text, bias_BL)
+        if self.has_label:
+            emb = emb + self.label_in(told[-1])
         for i, level in enumerate(self.levels):
             emb = emb + level(logsnr_BT[:, i])
         emb = ops.silu(emb)  # which every block would start with
+        H, W = x_BCHW.shape[2:]
+        if H % self.stride or W % self.stride:
+            x_BCHW = ops.pad(x_BCHW, (0, -W % self.stride, 0, -H % self.stride))
         h = self.stem(space_to_channels(x_BCHW, self.patch))
         skips: tuple[Tensor, ...] = (h,)  # a tuple, as a list's pop() leaves the compiled graph
         for stack in self.down:
@@ -126,7 +140,8 @@ class UNet(nn.Cell):
         h = self.norm(h)
         if self.stem_to_head:  # not normalized: so the low resolution keeps its contrast, and copying it is linear
             h = ops.cat((h, skips[0] * self.skip_scale), 1)
-        return channels_to_space(self.head(h), self.patch).astype(mstype.float32)
+        y_BCHW = channels_to_space(self.head(h), self.patch).astype(mstype.float32)
+        return y_BCHW[:, :, :H, :W] if H % self.stride or W % self.stride else y_BCHW
 
 
 Stacks = tuple[list[Stack], Stack, list[Stack]]
@@ -143,24 +158,24 @@ def adm(config: UNetConfig, emb: int) -> Stacks:
         kind = config.attention[level]
         if kind == "none":
             return []
-        return [Attention(widths[level], config.head_channels, config.text_channels, cross=kind == "cross")]
+        return [Attention(widths[level], config, kind)]
 
     for level in range(len(widths)):
         for _ in range(config.num_blocks[level]):
-            down.append(Stack([ResBlock(width, widths[level], emb), *attend(level)]))
+            down.append(Stack([ResBlock(width, widths[level], emb, config), *attend(level)]))
             width = widths[level]
             skips.append(width)
         if level < last:
-            down.append(Stack([ResBlock(width, width, emb, resample="down")]))
+            down.append(Stack([ResBlock(width, width, emb, config, resample="down")]))
             skips.append(width)
-    middle = Stack([ResBlock(width, width, emb), *attend(last), ResBlock(width, width, emb)])
+    middle = Stack([ResBlock(width, width, emb, config), *attend(last), ResBlock(width, width, emb, config)])
     up = []
     for level in reversed(range(len(widths))):
         for block in range(config.num_blocks[level] + 1):
-            layers = [ResBlock(width + skips.pop(), widths[level], emb), *attend(level)]
+            layers = [ResBlock(width + skips.pop(), widths[level], emb, config), *attend(level)]
             width = widths[level]
             if level and block == config.num_blocks[level]:
-                layers.append(ResBlock(width, width, emb, resample="up"))
+                layers.append(ResBlock(width, width, emb, config, resample="up"))
             up.append(Stack(layers))
     return down, middle, up
 
@@ -179,9 +194,9 @@ def efficient(config: UNetConfig, emb: int) -> Stacks:
         kind, width = config.attention[level], widths[level]
         for block in range(config.num_blocks[level]):
             first = block == 0
-            layers.append(ResBlock(width_in if first else width, width, emb if first else 0))
-            if kind == "self" or (kind == "cross" and block == config.num_blocks[level] - 1):
-                layers.append(Attention(width, config.head_channels, config.text_channels, cross=kind == "cross"))
+            layers.append(ResBlock(width_in if first else width, width, emb if first else 0, config))
+            if kind in ("self", "linear") or (kind == "cross" and block == config.num_blocks[level] - 1):
+                layers.append(Attention(width, config, kind))
         return layers
 
     *upper, lowest = range(len(widths))

@@ -11,7 +11,7 @@ sample, the others learn of, or wait for, in their next collective.
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from hashlib import blake2b
 from pathlib import Path
@@ -20,8 +20,8 @@ from typing import Any
 from pipeline import checkpoint, runtime
 from pipeline.config import dump, to_dict
 from pipeline.data.loader import Loader
+from pipeline.data.prompts import open_prompts
 from pipeline.data.shards import Shards
-from pipeline.data.text import open_text
 from pipeline.errors import JobError, UserError
 from pipeline.files import lock
 from pipeline.heartbeat import Heartbeat
@@ -63,13 +63,13 @@ def run(stage: Trainee, ranks: Ranks, heart: Heartbeat, stop: Callable[[], bool]
     config, first = stage.config, ranks.rank == 0
     folder, places = Path(config.run), share(config, ranks.rank, ranks.world)
     shards = Shards.open(config.data, progress=first)
-    text = open_text(config.text, shards)
+    prompts = open_prompts(config.text, config.classes, shards)
     lower(stage.network, config.train.precision)
     with lock(folder) if first else nullcontext():  # only now: a mistake leaves no run folder behind
         newest = settle(folder, config) if first else None
         meet(ranks, config, shards)  # and so, when the others go on, the run folder is there
         quarantine = folder / "quarantine.jsonl"
-        loader = Loader(shards, text, config.seed, config.size, stage.window, stage.batch, quarantine, places)
+        loader = Loader(shards, prompts, config.seed, config.size, stage.window, stage.batch, quarantine, places)
         initialize(stage.network, config.seed)
         graphs = Graphs(folder, ranks.rank, stage, f"{ranks.world} ranks\n{dump(config)}")
         state = State(
@@ -87,7 +87,7 @@ def run(stage: Trainee, ranks: Ranks, heart: Heartbeat, stop: Callable[[], bool]
         finished = done >= config.train.steps or steps(stage, loader, trainer, graphs, heart, done, skipped, stop)
         average = state.average() if finished else {}
         if finished and first:
-            write_stage(folder / "stage", manifest(stage, text.recipe.encoder, max(done, config.train.steps)), average)
+            write_stage(folder / "stage", manifest(stage, prompts.facts, max(done, config.train.steps)), average)
             log.info("%s: done, the stage is in %s", folder, folder / "stage")
         return finished
 
@@ -193,7 +193,7 @@ def share(config: Config, rank: int = 0, world: int = 1) -> range:
     return range(rank * batch // world, (rank + 1) * batch // world)
 
 
-def manifest(stage: Trainee, fingerprint: str, step: int) -> dict[str, Any]:
+def manifest(stage: Trainee, prompts: Mapping[str, Any], step: int) -> dict[str, Any]:
     """stage.json, but for the weights' sum."""
     config: dict[str, Any] = to_dict(stage.config)
     return {
@@ -202,12 +202,7 @@ def manifest(stage: Trainee, fingerprint: str, step: int) -> dict[str, Any]:
         "channels": 3,
         **{name: config["diffusion"][name] for name in ("schedule", "prediction", "loss")},
         **stage.facts(),
-        "text": {
-            "fingerprint": fingerprint,
-            "length": stage.config.text.length,
-            "width": stage.config.text.width,
-            "clean": stage.config.text.clean,
-        },
+        **prompts,
         "ema_decay": stage.config.train.ema_decay,
         "step": step,
         "config": config,

@@ -52,20 +52,10 @@ def decode(shards: list[str], decoded: int, given: int, cores: int, number: int)
         yield 1
 
 
-class NoText:
-    """In the place of embeddings, which the others do not read either."""
-
-    threadsafe = True
-
-    def embed(
-        self, numbers: Sequence[int], seed: int, step: int, positions: Sequence[int]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        return np.zeros((len(numbers), 1, 1), np.float32), np.ones((len(numbers), 1), bool)
-
-
 def ours(folder: Path, decoded: int, given: int, cores: int) -> Iterator[int]:
     """The size of each batch."""
-    from pipeline.data.loader import Arrays, Loader
+    from pipeline.data.loader import Loader
+    from pipeline.data.prompts import Arrays, NoPrompts
     from pipeline.data.shards import DataConfig, Shards
 
     def arrange(step: int, positions: Sequence[int], *arrays: np.ndarray) -> Arrays:
@@ -73,7 +63,7 @@ def ours(folder: Path, decoded: int, given: int, cores: int) -> Iterator[int]:
 
     config = DataConfig(shards=f"{folder}/*.tar", global_batch=BATCH, window=2, workers=cores)
     shards = Shards.open(config, progress=False)
-    loader = Loader(shards, NoText(), 0, decoded, given, arrange, folder / "quarantine.jsonl", range(BATCH))
+    loader = Loader(shards, NoPrompts(), 0, decoded, given, arrange, folder / "quarantine.jsonl", range(BATCH))
     for pictures, *_ in loader.batches(0, 10**9):
         assert pictures.shape == (BATCH, given, given, 3)
         yield BATCH

@@ -32,14 +32,14 @@ def cascade(configs: list[str], encoder: str) -> Cascade:
 def sides(whole: Cascade, name: str, low: np.ndarray | None) -> dict[str, Callable[[], object]]:
     """A batch of pictures of stage `name`: by the orchestrator, text and all, and its network's calls alone."""
     stage: Any = whole.stages[name]
+    encode = cast(TextEncoder, whole.text).encode
     config, numbers = stage.config.sample, range(stage.config.sample.batch)
 
     def ours() -> np.ndarray:
-        text, mask = whole.text.encode([PROMPT] * config.batch)
-        return whole.run(name, text, mask, 0, numbers, low, {})
+        return whole.run(name, encode([PROMPT] * config.batch), 0, numbers, low, {})
 
     shape, condition = stage.condition(low, 0, numbers, config.augment)
-    inputs = [np.zeros((config.batch, *shape)), np.zeros(config.batch), *whole.text.encode([PROMPT] * config.batch)]
+    inputs = [np.zeros((config.batch, *shape)), np.zeros(config.batch), *encode([PROMPT] * config.batch)]
     weight = [] if config.guidance == 1.0 else [config.guidance]
     call = runtime.compile(stage.predict_guided if weight else stage.predict)
     tensors = [Tensor(np.asarray(array, np.float32)) for array in (*weight, *inputs, *condition)]

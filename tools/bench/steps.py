@@ -51,13 +51,12 @@ def measure(
     with tqdm(total=len(cascade.stages) * len(ways), unit="way") as bar:
         for name in cascade.stages:
             said = prompts[: images if low is None else min(images, large)]
-            text, mask = cascade.text.encode(said)
             exact: Any = None
             for sampler, steps in ways:
                 bar.set_description(f"{name} {sampler} {steps}")
                 options = {name: {"sampler": sampler, "steps": steps}}
                 start = time.perf_counter()
-                made = cascade.run(name, text, mask, 0, range(len(said)), low, options)
+                made = cascade.run(name, cascade.prompt(name, said), 0, range(len(said)), low, options)
                 taken = time.perf_counter() - start
                 exact = made if exact is None else exact
                 shown: Any = agreement(zip(said, made, strict=True))
