@@ -109,11 +109,12 @@ class TestSamples:
 
 
 class TestLeastCertain:
-    def test_finds_where_samples_differ(self):
-        """In a hole of 60 x 60, of which 20 x 20 is unsure; the known pixels' spread does not count."""
+    @pytest.mark.parametrize("more", [0.5, 20])
+    def test_finds_where_samples_differ(self, more):
+        """In a hole of 60 x 60, whose corner of 20 x 20 is unsure; the known pixels' spread does not count."""
         mask, unsure = np.zeros((2, SIDE, SIDE), bool)
         mask[10:70, 10:70] = unsure[10:30, 10:30] = True
-        values = np.where(mask, 1.0, 99.0) + 20 * unsure
+        values = np.where(mask, 1.0, 99.0) + more * unsure
         part = least_certain(values, mask, 400 / 3600)
         assert part.dtype == bool
         assert not (part & ~mask).any()
@@ -199,8 +200,9 @@ class TestComposite:
 
     @each_hole
     def test_a_slope_goes_on(self, mask):
+        """Of two levels a pixel, of which one is expected across the border: without it, it would be off by two."""
         y, x = np.mgrid[:SIDE, :SIDE]
-        picture = np.stack([40 + x, 220 - x - y // 2, 30 + y], -1).astype(np.uint8)
+        picture = np.stack([20 + 2 * x, 220 - 2 * x, 20 + 2 * y], -1).astype(np.uint8)
         change = composite(picture, picture + np.array((20, -17, 9)), mask) - picture.astype(float)
         assert np.abs(change).max() <= 1
 

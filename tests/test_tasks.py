@@ -172,6 +172,11 @@ class TestHoles:
             lost, total = lost + (mask & ~reached).sum(), total + mask.sum()
         assert lost < 0.005 * total
 
+    def test_strokes_go_up_and_down_as_often_as_across(self):
+        masks = [strokes(SIDE, generator(5, "damage", number)).astype(int) for number in range(300)]
+        upright = [np.abs(np.diff(mask, axis=1)).sum() > np.abs(np.diff(mask, axis=0)).sum() for mask in masks]
+        assert abs(np.mean(upright) - 0.5) < 0.1
+
     def test_strokes_of_another_size_are_the_same(self):
         """Lengths go with the side: the same draws at 64 and 256 px cover much the same part."""
         overlaps = []
