@@ -24,6 +24,8 @@ PURPOSES = {
     "shards": 12,  # permutation of the shards of an epoch
     "mix": 13,  # which data set, in a block of places
     "caption": 14,  # which of a sample's captions
+    "damage": 15,  # what becomes of a picture that is to be restored
+    "photographs": 16,  # crops of photographs
 }
 
 

@@ -11,25 +11,22 @@ it (tools/agreement.py). Scene i depends on the seed and i alone, and the same c
 the number of workers.
 """
 
-import json
 import multiprocessing
 import re
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import repeat
 from pathlib import Path
 
 import numpy as np
-import simplejpeg
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from launch.terminal import Parser, positive, run
 from pipeline.errors import UserError
 from pipeline.rng import generator
+from tools.dataset import write_tar, writing, written
 
 SIZES = {"small": 0.25, "large": 0.5}  # width of the shape, as a share of the picture's
 COLOURS = {
@@ -45,7 +42,6 @@ BACKGROUNDS = {"white": (255, 255, 255), "black": (0, 0, 0), "grey": (128, 128, 
 POSITIONS = {"center": (0.5, 0.5), "left": (0.29, 0.5), "right": (0.71, 0.5), "top": (0.5, 0.29), "bottom": (0.5, 0.71)}
 JITTER = 0.03  # how far a shape strays from its position, as a share of the picture's width
 SUPERSAMPLING = 4  # a shape is drawn this much larger, then averaged, for smooth edges
-QUALITY = 92  # of the JPEG files
 
 PLACES = [name for name in POSITIONS if name != "center"]  # the centre goes without saying
 WORDS = ", ".join("|".join(names) for names in (SIZES, COLOURS, SHAPES, BACKGROUNDS, PLACES))
@@ -118,22 +114,10 @@ def _fill(canvas: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float)
 
 def write_shard(path: Path, seed: int, numbers: range, pixels: int) -> int:
     """Write the scenes `numbers` into one tar; how many bytes it has."""
-    from webdataset import TarWriter  # late: webdataset imports torch where that is installed, and --help need not wait
-
-    with path.open("wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
-        for number in numbers:
-            scene = random_scene(seed, number)
-            fields = {**asdict(scene), "width": pixels, "height": pixels}
-            tar.write(
-                {
-                    "__key__": f"{number:08d}",
-                    # full colour resolution (4:4:4): edges between strong colours are all these pictures have
-                    "jpg": simplejpeg.encode_jpeg(np.asarray(draw(scene, pixels)), QUALITY, colorsubsampling="444"),
-                    "txt": caption(scene).encode(),
-                    "json": json.dumps(fields).encode(),
-                }
-            )
-    return path.stat().st_size
+    scenes = (random_scene(seed, number) for number in numbers)
+    return write_tar(
+        path, numbers.start, ((np.asarray(draw(scene, pixels)), caption(scene), asdict(scene)) for scene in scenes)
+    )
 
 
 def write(out: Path, *, num: int, size: int, seed: int, shard_size: int, workers: int) -> str:
@@ -144,9 +128,9 @@ def write(out: Path, *, num: int, size: int, seed: int, shard_size: int, workers
     arguments = {"num": num, "size": size, "seed": seed, "shard_size": shard_size}
     if not 0 <= seed < 2**64:
         raise UserError(f"--seed {seed}: outside [0, 2**64)")
-    if _written(out, arguments):
+    if written(out, "shapes.json", arguments):
         return f"{out}: already there, {num:,} images of {size} px with seed {seed}"
-    with _beside(out) as folder:
+    with writing(out, "shapes.json", arguments) as folder:
         ranges = [range(first, min(first + shard_size, num)) for first in range(0, num, shard_size)]
         paths = [folder / f"{number:05d}.tar" for number in range(len(ranges))]
         total = 0
@@ -159,36 +143,7 @@ def write(out: Path, *, num: int, size: int, seed: int, shard_size: int, workers
             ):
                 total += size_in_bytes
                 bar.update(len(numbers))
-        (folder / "shapes.json").write_text(json.dumps(arguments) + "\n")
     return f"{out}: {num:,} images of {size} px in {len(paths):,} shards, {total:,} bytes"
-
-
-def _written(out: Path, arguments: dict[str, int]) -> bool:
-    """Whether `out` is this very data set; UserError if it is something else."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return False
-    try:
-        there = json.loads((out / "shapes.json").read_text())
-    except (OSError, ValueError):
-        there = "something else"
-    if there != arguments:
-        raise UserError(f"{out}: holds {there}, not {arguments}; remove it or choose another folder")
-    return True
-
-
-@contextmanager
-def _beside(out: Path) -> Iterator[Path]:
-    """A folder that becomes `out` if the body succeeds, and vanishes if not."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}); choose another folder") from error
-    with temporary as name:
-        folder = Path(name) / out.name
-        folder.mkdir()
-        yield folder
-        folder.rename(out)
 
 
 def main(argv: Sequence[str]) -> None:

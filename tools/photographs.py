@@ -1,0 +1,105 @@
+"""Cut squares from photographs into WebDataset tars: a data set to restore, small, real, and without a download.
+
+    python -m tools.photographs runs/restore/photographs --size 64 --num 4096
+
+The photographs are those in colour that come inside scikit-image. Two of the eight are held out whole: nothing of what
+OUT/held_out shows is in OUT/train. Six photographs teach edges and textures, not what the world looks like. Square i of
+a folder depends on the seed and i alone: which photograph, a side from a quarter to all of its shorter one (evenly in
+log scale, at least `size`), and where.
+"""
+
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from itertools import count, islice
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from launch.terminal import Parser, positive, run
+from pipeline.data.decode import MAX_SIDE, Picture, decode
+from pipeline.data.image import crop_resize, window
+from pipeline.errors import UserError
+from pipeline.rng import generator
+from tools.dataset import Sample, write_tar, writing, written
+
+# The file, and what it shows. (motorcycle_right.png is motorcycle_left.png seen from beside it.)
+TRAIN = {
+    "astronaut.png": "an astronaut",
+    "coffee.png": "coffee",
+    "hubble_deep_field.jpg": "galaxies",
+    "ihc.png": "tissue",
+    "motorcycle_left.png": "a motorcycle",
+    "retina.jpg": "a retina",
+}
+HELD_OUT = {"chelsea.png": "a cat", "rocket.jpg": "a rocket"}
+FOLDERS = {"train": TRAIN, "held_out": HELD_OUT}
+Photograph = tuple[str, str, np.ndarray]  # its file, what it shows, uint8 (H, W, 3)
+CLOSEST = 4  # a square is at least this part of the shorter side
+
+
+def read(name: str) -> np.ndarray:
+    """The pixels of a file of scikit-image, uint8 (H, W, 3)."""
+    package = find_spec("skimage")
+    if package is None or package.origin is None:
+        raise UserError(
+            "photographs come with scikit-image, which is not here; pip install 'imagen-cascade[restoration]'"
+        )
+    return decode((Path(package.origin).parent / "data" / name).read_bytes(), size=MAX_SIDE).pixels
+
+
+def square(pixels: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """uint8 (size, size, 3): a random square of (H, W, 3), shrunk."""
+    short = min(pixels.shape[:2])
+    side = round(np.exp(rng.uniform(np.log(max(size, short / CLOSEST)), np.log(short))))
+    return crop_resize(Picture(window(pixels, side, *rng.random(2)), side, side), size, 0.5, 0.5)
+
+
+def samples(photographs: Sequence[Photograph], size: int, seed: int, folder: int) -> Iterator[Sample]:
+    """Squares of these, without end; `folder` tells the two folders' draws apart."""
+    for number in count():
+        rng = generator(seed, "photographs", folder, number)
+        name, shows, pixels = photographs[rng.integers(len(photographs))]
+        yield square(pixels, size, rng), f"a photograph of {shows}", {"photograph": name}
+
+
+def write(out: Path, *, num: int, held_out: int, size: int, seed: int, shard_size: int) -> str:
+    """Write the data set into the folder `out`, all or nothing; a line that says what is there now.
+
+    If `out` holds the same data set already, nothing is done. Raises UserError if it holds anything else, or if a
+    photograph is smaller than `size`.
+    """
+    arguments = {"num": num, "held_out": held_out, "size": size, "seed": seed, "shard_size": shard_size}
+    if not 0 <= seed < 2**64:
+        raise UserError(f"--seed {seed}: outside [0, 2**64)")
+    if written(out, "photographs.json", arguments):
+        return f"{out}: already there, {num:,} + {held_out:,} squares of {size} px with seed {seed}"
+    photographs = [[(name, shows, read(name)) for name, shows in names.items()] for names in FOLDERS.values()]
+    smallest = min(min(pixels.shape[:2]) for some in photographs for _, _, pixels in some)
+    if size > smallest:
+        raise UserError(f"--size {size}: a photograph has only {smallest} pixels; take at most that")
+    total = 0
+    with writing(out, "photographs.json", arguments) as folder, tqdm(total=num + held_out, unit=" images") as bar:
+        for number, (name, wanted) in enumerate(zip(FOLDERS, (num, held_out), strict=True)):
+            (folder / name).mkdir()
+            squares = samples(photographs[number], size, seed, number)
+            for shard, first in enumerate(range(0, wanted, shard_size)):
+                some = min(shard_size, wanted - first)
+                total += write_tar(folder / name / f"{shard:05d}.tar", first, islice(squares, some))
+                bar.update(some)
+    return f"{out}: {num:,} squares of {size} px to train, {held_out:,} held out, {total:,} bytes"
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = Parser(prog="python -m tools.photographs", description="Cut squares from photographs into tars.")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to make, for train/00000.tar ... and held_out/")
+    parser.add_argument("--size", type=positive, required=True, help="width and height in pixels")
+    parser.add_argument("--num", type=positive, required=True, help="number of squares to train on")
+    parser.add_argument("--held-out", type=positive, default=128, help="number of squares held out (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="which data set (%(default)s)")
+    parser.add_argument("--shard-size", type=positive, default=128, help="squares a tar (%(default)s)")
+    print(write(**vars(parser.parse_args(argv))))
+
+
+if __name__ == "__main__":
+    run(main)
