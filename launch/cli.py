@@ -1,4 +1,4 @@
-"""The `cascade` command: check, train, train-all, status, sample.
+"""The `cascade` command: check, train, train-all, status, sample, restore.
 
 Exit codes: 0 done; 1 the job failed; 2 the user's input, in one line on stderr; 75 stopped by a signal after saving,
 the same command goes on. MindSpore is imported only once the command line is known to be in order.
@@ -20,7 +20,7 @@ T = TypeVar("T")
 def parser() -> Parser:
     """All that can be said on the command line."""
     top = Parser(prog="cascade", description="Train the stages of an Imagen-style cascade and sample from them.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="check|train|train-all|status|sample")
+    commands = top.add_subparsers(dest="command", required=True, metavar="check|train|train-all|status|sample|restore")
 
     check = commands.add_parser("check", help="what a configuration or a cascade amounts to, before anything runs")
     check.add_argument("path", metavar="CONFIG|CASCADE", help="a YAML file of configs/, or a cascade folder")
@@ -61,6 +61,25 @@ def parser() -> Parser:
         sample.add_argument(f"--{name}", metavar=name[0].upper(), type=kind, nargs="+", default=[], help=what)
     sample.add_argument("--from", dest="start", metavar="STAGE", help="first stage to run, from the pictures in --out")
     sample.add_argument("--to", dest="stop", metavar="STAGE", help="last stage to run")
+
+    restore = commands.add_parser("restore", help="pictures mended by an image-to-image stage; again: what is missing")
+    restore.add_argument("path", metavar="STAGE", help="a stage folder, or a cascade folder of that stage and its text")
+    restore.add_argument("--task", required=True, help="one that the stage was trained for, as inpainting")
+    restore.add_argument("--image", metavar="PATH", type=Path, required=True, help="a picture, or a folder of them")
+    hole = restore.add_mutually_exclusive_group()
+    hole.add_argument("--mask", metavar="PATH", type=Path, help="white where to paint; or a folder of NAME.png")
+    hole.add_argument("--extend", metavar=("L", "T", "R", "B"), type=int, nargs=4, help="pixels to add at each side")
+    restore.add_argument(
+        "--out", metavar="DIR", type=Path, required=True, help="gets NAME.png, samples, spreads, manifest.jsonl"
+    )
+    restore.add_argument("--seed", metavar="N", type=int, default=0, help="of the noise (default 0)")
+    restore.add_argument("--steps", metavar="S", type=positive, help="network calls (default: as the stage says)")
+    restore.add_argument("--samples", metavar="N", type=positive, default=1, help="of each picture, and their spread")
+    restore.add_argument("--weights", metavar="W", type=float, nargs="+", help="blend the samples (default: the first)")
+    restore.add_argument(
+        "--resample", metavar="SHARE", type=float, default=0.0, help="of the least certain, made again"
+    )
+    restore.add_argument("--prompt", metavar="TEXT", default="", help="of all pictures, where the stage knows text")
     return top
 
 
@@ -77,6 +96,7 @@ def answer(argv: Sequence[str]) -> int:
         "train-all": run_train_all,
         "status": run_status,
         "sample": run_sample,
+        "restore": run_restore,
     }
     return commands[arguments.command](arguments)
 
@@ -141,9 +161,7 @@ def run_sample(arguments: argparse.Namespace) -> int:
         prompts = [line.strip() for line in lines if line.strip()]
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise UserError("no prompt; give --prompt TEXT or --prompts FILE with a prompt a line")
-    if not 0 <= arguments.seed < 2**63:
-        raise UserError(f"--seed: {arguments.seed} is not in [0, 2**63)")
-
+    check_seed(arguments.seed)
     from pipeline.cascade import Cascade, read_cascade, span
     from pipeline.gallery import generate
     from pipeline.log import setup_logging
@@ -170,6 +188,33 @@ def run_sample(arguments: argparse.Namespace) -> int:
     )
     print(f"{arguments.out}: {written} pictures written for {len(prompts)} prompts, listed in manifest.jsonl")
     return 0
+
+
+def run_restore(arguments: argparse.Namespace) -> int:
+    check_seed(arguments.seed)
+    from pipeline.cascade import Cascade, read_cascade
+    from pipeline.log import setup_logging
+    from pipeline.restoration import Restoring, check_task, damages, restore
+
+    setup_logging()
+    folder, weights = Path(arguments.path), arguments.weights
+    how = Restoring(
+        task=arguments.task,
+        seed=arguments.seed,
+        samples=arguments.samples,
+        weights=weights and tuple(weights),
+        resample=arguments.resample,
+    )
+    check_task(read_cascade(folder)[0], how.task)
+    found = damages(how.task, arguments.image, arguments.mask, arguments.extend and tuple(arguments.extend))
+    done = restore(Cascade.load(folder), found, how, arguments.out, arguments.prompt, arguments.steps)
+    print(f"{arguments.out}: {done} of {len(found)} pictures restored now, listed in manifest.jsonl")
+    return 0
+
+
+def check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed: {seed} is not in [0, 2**63)")
 
 
 def by_stage(name: str, values: Sequence[T], stages: Sequence[str]) -> dict[str, T]:

@@ -71,7 +71,7 @@ class Sampler(Protocol):
         prompt: Arrays,
         seed: int,
         numbers: Sequence[int],
-        low: np.ndarray | None,
+        given: np.ndarray | None,
         *,
         progress: Callable[[], object],
     ) -> np.ndarray: ...
@@ -142,6 +142,7 @@ class Cascade:
         if isinstance(prompts, str) or not prompts:
             raise UserError("prompts: expected a list of at least one prompt")
         names = span(list(self.stages), start, stop)
+        self.check_makes(names[0])
         numbers = range(len(prompts)) if numbers is None else numbers
         if (low is None) != (self.manifests[names[0]].size_in is None):
             raise UserError(f"{names[0]} starts from {'pictures; give low' if low is None else 'no picture'}")
@@ -202,6 +203,11 @@ class Cascade:
             chosen, told = [numbers[row] for row in rows], tuple(array[rows] for array in prompt)
             made.append(self.stages[name].sample(config, told, seed, chosen, part, progress=progress))
         return np.concatenate(made)[: len(numbers)]
+
+    def check_makes(self, name: str) -> None:
+        """UserError if stage `name` is image to image, which starts from neither noise alone nor a low resolution."""
+        if self.manifests[name].tasks:
+            raise UserError(f"{name} restores pictures and makes none; use `cascade restore`")
 
     def check_low(self, name: str, image: Image.Image) -> np.ndarray:
         """The picture that stage `name` starts from, as uint8 (S, S, 3)."""

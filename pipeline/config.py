@@ -165,6 +165,8 @@ def to_dict(config: Any) -> Any:
     """Plain values, tuples as lists: `build(type(config), to_dict(config)) == config`."""
     if is_dataclass(config):
         return {field.name: to_dict(getattr(config, field.name)) for field in fields(config) if field.init}
+    if isinstance(config, dict):
+        return {key: to_dict(value) for key, value in config.items()}
     return [to_dict(item) for item in config] if isinstance(config, tuple) else config
 
 

@@ -2,12 +2,12 @@
 
 Each picture is written whole and then gets its line in `manifest.jsonl`: number, stage, file and the recipe (prompt,
 seed, steps, guidance, augmentation), which also stands in the PNG. The same command again makes only what is missing,
-and refuses to mix pictures of two recipes under one number.
+and refuses to mix pictures of two recipes under one name.
 """
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,52 +25,49 @@ CHUNK = 64  # pictures taken through all stages together: bounds memory, and wha
 
 
 class Gallery:
-    """What is in `folder`: (stage, number) -> the manifest's entry."""
+    """What is in `folder`: file -> the manifest's entry."""
 
-    def __init__(self, folder: Path, last: str) -> None:
-        """`last` is the stage whose pictures lie in `folder` itself; the others' are in folders of their names."""
-        self.folder, self.path, self.last = folder, folder / "manifest.jsonl", last
-        self.entries: dict[tuple[str, int], dict[str, Any]] = {}
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.path = folder, folder / "manifest.jsonl"
+        self.entries: dict[str, dict[str, Any]] = {}
         text = self.path.read_text() if self.path.exists() else ""
         whole = text[: text.rfind("\n") + 1]
         if whole != text:  # a line that a kill cut short; its picture is made again
             write_atomically(self.path, whole.encode())
         for line in whole.splitlines():
             entry = json.loads(line)
-            self.entries[entry["stage"], entry["number"]] = entry
+            self.entries[entry["file"]] = entry
 
-    def file(self, stage: str, number: int) -> str:
-        name = f"{number:05d}.png"
-        return name if stage == self.last else f"{stage}/{name}"
-
-    def has(self, stage: str, number: int, recipe: dict[str, Any]) -> bool:
+    def has(self, file: str, recipe: Mapping[str, Any]) -> bool:
         """Whether the picture is there; UserError if it is there by another recipe."""
-        entry = self.entries.get((stage, number))
-        if entry is None or not (self.folder / entry["file"]).exists():
+        entry = self.entries.get(file)
+        if entry is None or not (self.folder / file).exists():
             return False
         for key, value in recipe.items():
             if entry.get(key) != value:
                 raise UserError(
-                    f"{self.folder / entry['file']}: was made with {key} {entry.get(key)!r} and this command has "
-                    f"{value!r}; choose another --out"
+                    f"{self.folder / file}: was made with {key} {entry.get(key)!r} and this command has {value!r}; "
+                    "choose another --out"
                 )
         return True
 
-    def add(self, stage: str, number: int, picture: np.ndarray, recipe: dict[str, Any]) -> None:
-        entry = {"number": number, "stage": stage, "file": self.file(stage, number), **recipe}
+    def add(self, file: str, picture: np.ndarray, facts: Mapping[str, Any]) -> None:
+        """Writes uint8 (H, W, 3) with `facts`, its recipe and what else is to be known of it."""
+        entry = {**facts, "file": file}
         chunks, buffer = PngInfo(), io.BytesIO()
         for key, value in entry.items():
             chunks.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
         Image.fromarray(picture).save(buffer, "PNG", pnginfo=chunks)
-        path = self.folder / entry["file"]
+        path = self.folder / file
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, buffer.getvalue())
-        with self.path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
-        self.entries[stage, number] = entry
+        with self.path.open("a") as manifest:
+            manifest.write(json.dumps(entry) + "\n")
+        self.entries[file] = entry
 
-    def read(self, stage: str, number: int) -> Image.Image:
-        path = self.folder / self.file(stage, number)
+    def read(self, file: str, stage: str) -> Image.Image:
+        """The picture that `stage` made."""
+        path = self.folder / file
         try:
             with Image.open(path) as image:
                 return image.convert("RGB")
@@ -90,17 +87,25 @@ def generate(
     """Makes the pictures of `prompts` that `folder` lacks, picture i of prompt i; answers how many files it wrote."""
     order = list(cascade.stages)
     names = span(order, start, stop)
+    cascade.check_makes(names[0])
     written = 0
     with lock(folder):
-        gallery = Gallery(folder, order[-1])
+        gallery = Gallery(folder)
         recipes = {}
+
+        def file(stage: str, number: int) -> str:
+            """The last stage's lie in the folder itself, the others' in folders of their names."""
+            return f"{number:05d}.png" if stage == order[-1] else f"{stage}/{number:05d}.png"
+
         for name in order[: order.index(names[-1]) + 1]:
             recipe = asdict(cascade.sampling(name, options))
             del recipe["batch"]  # no picture depends on it
             recipes[name] = {"seed": seed, **recipe}
         missing = {
             name: [
-                i for i, prompt in enumerate(prompts) if not gallery.has(name, i, {"prompt": prompt, **recipes[name]})
+                i
+                for i, prompt in enumerate(prompts)
+                if not gallery.has(file(name, i), {"prompt": prompt, **recipes[name]})
             ]
             for name in names
         }
@@ -115,10 +120,13 @@ def generate(
                     low = None
                     if cascade.manifests[name].size_in is not None:
                         before = order[order.index(name) - 1]
-                        low = np.stack([cascade.check_low(name, gallery.read(before, i)) for i in numbers])
+                        low = np.stack(
+                            [cascade.check_low(name, gallery.read(file(before, i), before)) for i in numbers]
+                        )
                     told = cascade.prompt(name, [prompts[i] for i in numbers])
                     pictures = cascade.run(name, told, seed, numbers, low, options, bar.update)
                     for number, picture in zip(numbers, pictures, strict=True):
-                        gallery.add(name, number, picture, {"prompt": prompts[number], **recipes[name]})
+                        facts = {"number": number, "stage": name, "prompt": prompts[number], **recipes[name]}
+                        gallery.add(file(name, number), picture, facts)
                         written += 1
     return written

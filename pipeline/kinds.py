@@ -26,7 +26,7 @@ def read_stage_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[
     raw = apply_overrides(read_yaml(path), overrides)
     launch = raw.pop("launch", None) or {}
     if "kind" not in raw:
-        raise ConfigError(f"{path}: kind: missing; a stage is of kind base or super_resolution")
+        raise ConfigError(f"{path}: kind: missing; name a kind of stage, as base")
     try:
         return build(stage_class(raw["kind"]).Config, raw), launch
     except UserError as error:

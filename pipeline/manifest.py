@@ -44,6 +44,7 @@ class Manifest:
     augment: tuple[float, float] | None  # noise levels of the low resolution that were trained
     text: TextFacts | None = None
     classes: int | tuple[str, ...] | None = None  # their names in order, or how many
+    tasks: tuple[str, ...] = ()  # of image to image
     ema_decay: float
     step: int
     sha256: str  # of unet.safetensors
@@ -95,6 +96,9 @@ def read_weights(folder: Path, manifest: Manifest) -> dict[str, np.ndarray]:
 def check_chain(stages: dict[str, Manifest]) -> None:
     """UserError unless each stage takes what the one before gives and all that know text have one text encoder."""
     names = list(stages)
+    for name in names if len(names) > 1 else ():
+        if stages[name].tasks:
+            raise UserError(f"{name} restores pictures by itself (`cascade restore`); leave it out of the chain")
     first, text = text_of(stages)
     for before, name in zip([None, *names], names, strict=False):
         size_in = stages[name].size_in

@@ -32,7 +32,7 @@ class Base(Stage):
         return self.network(z, logsnr_B.expand_dims(1), *told)
 
     def condition(
-        self, low: np.ndarray | None, seed: int, numbers: Sequence[int], augment: float
+        self, given: None, seed: int, numbers: Sequence[int], augment: float
     ) -> tuple[tuple[int, ...], Arrays]:
         return (3, self.config.size, self.config.size), ()
 

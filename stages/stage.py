@@ -185,7 +185,7 @@ class Stage:
         prompt: Arrays,
         seed: int,
         numbers: Sequence[int],
-        low: np.ndarray | None = None,
+        given: Any = None,
         edit: Edit | None = None,
         progress: Callable[[], object] = bool,
     ) -> np.ndarray:
@@ -194,11 +194,11 @@ class Stage:
         Args:
             config: usually the stage's own, `self.config.sample`.
             seed, numbers: name the noise of each image.
-            low: uint8 (B, s, s, 3), what a super-resolution stage enlarges; S is then `scale` times s.
+            given: what the kind's `condition` takes; uint8 (B, s, s, 3) to be enlarged, in super-resolution.
             edit: what to start from, if not from noise.
             progress: called after each step.
         """
-        shape, condition = self.condition(low, seed, numbers, config.augment)
+        shape, condition = self.condition(given, seed, numbers, config.augment)
         edit = edit or Edit(np.empty(0))
         logsnrs = levels(config.schedule or self.config.diffusion, config.steps, config.extra_steps, edit.strength)
         before = self.from_pictures(edit.pictures) if edit.pictures.size else None
@@ -257,7 +257,7 @@ class Stage:
         raise NotImplementedError
 
     def condition(
-        self, low: np.ndarray | None, seed: int, numbers: Sequence[int], augment: float
+        self, given: Any, seed: int, numbers: Sequence[int], augment: float
     ) -> tuple[tuple[int, ...], Arrays]:
         """The shape (3, S, S) of the pictures to make, and what `predict` takes beside the prompt, for sampling."""
         raise NotImplementedError

@@ -94,14 +94,14 @@ class SuperResolution(Stage):
         return self.network(seen, ops.stack((logsnr_B, low_logsnr_B), 1), *told[: self.num_prompt])
 
     def condition(
-        self, low: np.ndarray | None, seed: int, numbers: Sequence[int], augment: float
+        self, given: np.ndarray | None, seed: int, numbers: Sequence[int], augment: float
     ) -> tuple[tuple[int, ...], Arrays]:
-        if low is None:
+        if given is None:
             raise ValueError("super-resolution needs low-resolution pictures")
-        side = low.shape[1] * self.scale
-        level = np.full(len(low), augment)
+        side = given.shape[1] * self.scale
+        level = np.full(len(given), augment)
         noise = sampling_noise(seed, numbers, (3, side, side), AUGMENT_STEP)
-        return (3, side, side), (upsample(self.from_pictures(low), side), noise, self.augment_logsnr(level))
+        return (3, side, side), (upsample(self.from_pictures(given), side), noise, self.augment_logsnr(level))
 
     def picture(self, pictures: np.ndarray, *prompt: np.ndarray) -> np.ndarray:
         """True low resolution, enlarged | sample | truth."""

@@ -169,7 +169,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "kind": (
         ("check", BASE, "kind=bass"),
-        f"{BASE}: kind: 'bass' is no kind of stage; there are base, super_resolution",
+        f"{BASE}: kind: 'bass' is no kind of stage; there are base, image_to_image, super_resolution",
     ),
     "override of a cascade's file": (
         ("check", "configs/tiny/cascade.yaml", "folder=x"),

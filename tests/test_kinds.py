@@ -28,7 +28,7 @@ def test_kinds_are_found_by_name() -> None:
 def test_an_unknown_kind(kind: object) -> None:
     with pytest.raises(UserError) as error:
         stage_class(kind)  # type: ignore[arg-type]
-    assert str(error.value) == f"kind: {kind!r} is no kind of stage; there are base, super_resolution"
+    assert str(error.value) == f"kind: {kind!r} is no kind of stage; there are base, image_to_image, super_resolution"
 
 
 @pytest.mark.parametrize(
@@ -49,13 +49,13 @@ def test_overrides_and_the_launchers_section() -> None:
 def test_a_file_without_a_kind(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text("run: runs/a\n")
-    assert message(path) == f"{path}: kind: missing; a stage is of kind base or super_resolution"
+    assert message(path) == f"{path}: kind: missing; name a kind of stage, as base"
 
 
 @pytest.mark.parametrize(
     ("override", "fault"),
     [
-        ("kind=bass", "kind: 'bass' is no kind of stage; there are base, super_resolution"),
+        ("kind=bass", "kind: 'bass' is no kind of stage; there are base, image_to_image, super_resolution"),
         ("train.stesp=7", "train.stesp: no such field in TrainConfig; did you mean 'steps'?"),
         ("low_res.size=16", "low_res: no such field in BaseConfig; its fields are "),
         ("seed=-1", "seed: -1 is not in [0, 2**63)"),

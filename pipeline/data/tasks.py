@@ -29,6 +29,7 @@ Edge = Literal["left", "right", "top", "bottom", "around"]
 FREE_FORM = 0.6  # share of strokes among the holes of inpainting; the others are rectangles
 HOLE = (0.1, 0.4)  # share of the picture that a hole of inpainting covers
 QUALITIES = range(5, 31)
+WITH_HOLE: tuple[TaskName, ...] = ("inpainting", "uncropping")
 ATTEMPTS = 1000  # holes that are drawn until one covers its share: about two of three do
 
 

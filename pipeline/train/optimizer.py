@@ -17,6 +17,7 @@ class OptimizerConfig:
     kind: Literal["adamw", "adafactor"] = "adamw"
     lr: float = 1e-4
     warmup_steps: int = 10_000
+    decay: Literal["cosine", "constant"] = "cosine"
     betas: tuple[float, float] = (0.9, 0.999)  # Adafactor keeps no first moment
     eps: float = 1e-8  # AdamW's
     weight_decay: float = 0.0
@@ -33,24 +34,24 @@ class OptimizerConfig:
             raise ConfigError(f"betas: {list(self.betas)} are not between 0 and 1; usual are [0.9, 0.999]")
 
 
-def mindformers() -> tuple[type, type]:
-    """MindFormers' AdamW and cosine schedule. Its import is slow and warns of packages we do not use."""
+def mindformers() -> tuple[type, dict[str, type]]:
+    """MindFormers' AdamW and schedules. Its import is slow and warns of packages we do not use."""
     quiet = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            from mindformers.core.lr import CosineWithWarmUpLR
+            from mindformers.core.lr import ConstantWarmUpLR, CosineWithWarmUpLR
             from mindformers.core.optim import AdamW
     finally:
         logging.disable(quiet)
-    return AdamW, CosineWithWarmUpLR
+    return AdamW, {"cosine": CosineWithWarmUpLR, "constant": ConstantWarmUpLR}
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> nn.Cell:
-    """Linear warm-up, then cosine decay to 0 at `steps`: a cell from step (from 0) to rate."""
-    _, cosine = mindformers()
-    return cosine(learning_rate=config.lr, warmup_steps=config.warmup_steps, total_steps=steps)
+    """Linear warm-up, then cosine decay to 0 at `steps`, or none: a cell from step (from 0) to rate."""
+    _, schedules = mindformers()
+    return schedules[config.decay](learning_rate=config.lr, warmup_steps=config.warmup_steps, total_steps=steps)
 
 
 def optimizer(config: OptimizerConfig, parameters: list[Parameter], rate: nn.Cell) -> nn.Optimizer:
