@@ -76,9 +76,7 @@ def parser() -> Parser:
     restore.add_argument("--steps", metavar="S", type=positive, help="network calls (default: as the stage says)")
     restore.add_argument("--samples", metavar="N", type=positive, default=1, help="of each picture, and their spread")
     restore.add_argument("--weights", metavar="W", type=float, nargs="+", help="blend the samples (default: the first)")
-    restore.add_argument(
-        "--resample", metavar="SHARE", type=float, default=0.0, help="of the least certain, made again"
-    )
+    restore.add_argument("--resample", metavar="SHARE", type=float, default=0.0, help="least certain, made again")
     restore.add_argument("--prompt", metavar="TEXT", default="", help="of all pictures, where the stage knows text")
     return top
 

@@ -174,9 +174,7 @@ def check_task(manifests: Mapping[str, Manifest], task: str) -> None:
 def check_size(damage: Damage, stride: int) -> None:
     height, width = damage.mask.shape
     if min(height, width) < stride:
-        raise UserError(
-            f"{damage.name}: {width} x {height} pixels; the smallest side that this stage takes is {stride}"
-        )
+        raise UserError(f"{damage.name}: {width} x {height} pixels; this stage takes sides from {stride} on")
 
 
 def chunks(numbers: Sequence[int], shape: Callable[[int], tuple[int, ...]]) -> list[list[int]]:
@@ -231,9 +229,7 @@ class Painter:
         samples: Sequence[int],
         known: Mapping[int, tuple[np.ndarray, np.ndarray]] = MappingProxyType({}),
     ) -> dict[int, np.ndarray]:
-        """uint8 (N, H, W, 3) of each picture; `known`: of a picture and the mask of what is to be made of it, instead of
-        what is given.
-        """
+        """uint8 (N, H, W, 3) of each picture; `known`: pictures and what is to be made of them, instead of what is given."""
         size = self.config.batch
         places = [(number, sample) for number in given for sample in samples]
         made: dict[int, list[np.ndarray]] = {number: [] for number in given}
