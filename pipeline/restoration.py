@@ -229,7 +229,7 @@ class Painter:
         samples: Sequence[int],
         known: Mapping[int, tuple[np.ndarray, np.ndarray]] = MappingProxyType({}),
     ) -> dict[int, np.ndarray]:
-        """uint8 (N, H, W, 3) of each picture; `known`: pictures and what is to be made of them, instead of what is given."""
+        """uint8 (N, H, W, 3) of each; `known`: pictures and what is to be made of them, instead of what is given."""
         size = self.config.batch
         places = [(number, sample) for number in given for sample in samples]
         made: dict[int, list[np.ndarray]] = {number: [] for number in given}
