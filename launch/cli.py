@@ -207,15 +207,13 @@ def run_edit(arguments: argparse.Namespace) -> int:
     if not {len(images), len(prompts)} <= {1, num}:
         raise UserError(f"--image: {len(images)} pictures for {len(prompts)} prompts; give one of either, or as many")
     manifests, _ = read_cascade(Path(arguments.path))
-    options = sampling_options(arguments, manifests)
-    if arguments.resample and not arguments.mask:
+    options, masked = sampling_options(arguments, manifests), arguments.mask is not None
+    if arguments.resample and not masked:
         raise UserError("--resample: it is in a hole that steps are made again; give --mask, or leave it out")
-    if arguments.resample:
-        for chosen in options.values():
-            chosen["resample"] = arguments.resample
-    strength = strengths(
-        by_stage("strength", arguments.strength, list(options)), arguments.mask is not None, list(options)
-    )
+    for chosen in options.values() if arguments.resample else ():
+        chosen["resample"] = arguments.resample
+    names = list(options)
+    strength = strengths(by_stage("strength", arguments.strength, names), masked, names)
     size = list(manifests.values())[-1].size_out
     editing = open_editing(images * (num // len(images)), arguments.mask, size, strength)
     cascade, prompts = Cascade.load(arguments.path), prompts * (num // len(prompts))

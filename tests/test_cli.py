@@ -29,7 +29,12 @@ COMMANDS = {
     "status": ["RUN +", "--json"],
     "sample": [
         *("CASCADE", "--prompt TEXT +", "--prompts FILE", "--out DIR !", "--seed N", "--steps S +"),
-        *("--guidance G +", "--augment A +", "--from STAGE", "--to STAGE"),
+        *("--guidance G +", "--augment A +", "--to STAGE", "--from STAGE"),
+    ],
+    "edit": [
+        *("CASCADE", "--prompt TEXT +", "--prompts FILE", "--out DIR !", "--seed N", "--steps S +"),
+        *("--guidance G +", "--augment A +", "--to STAGE", "--from STAGE"),
+        *("--image PATH !", "--mask PATH", "--strength S +", "--resample N"),
     ],
 }
 TOOLS = {
