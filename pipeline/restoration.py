@@ -72,9 +72,7 @@ def damages(task: str, images: Path, masks: Path | None, extend: Extend | None) 
     if task not in WITH_HOLE and (masks or extend):
         raise UserError(f"--{'mask' if masks else 'extend'}: {task} makes every pixel anew; leave it out")
     if task in WITH_HOLE and (masks is None) == (extend is None):
-        raise UserError(
-            f"{task}: what is to be made is told by --mask FILE or by --extend LEFT TOP RIGHT BOTTOM, by one"
-        )
+        raise UserError(f"{task}: say what is to be made, by --mask PATH or by --extend LEFT TOP RIGHT BOTTOM")
     found = []
     for path in pictures_in(images):
         picture = read(path)
@@ -134,9 +132,7 @@ def check_task(manifests: Mapping[str, Manifest], task: str) -> None:
     """UserError unless this is one stage, which was trained for the task."""
     known = [name for manifest in manifests.values() for name in manifest.tasks]
     if not known:
-        raise UserError(
-            f"{', '.join(manifests)}: no image-to-image stage, which restores pictures; `cascade sample` uses it"
-        )
+        raise UserError(f"{', '.join(manifests)}: not an image-to-image stage; what it makes is for `cascade sample`")
     if task not in known:
         raise UserError(f"--task: {task} is nothing that this stage was trained for; it knows {', '.join(known)}")
 
