@@ -64,11 +64,13 @@ def parser() -> Parser:
 
     restore = commands.add_parser("restore", help="pictures mended by an image-to-image stage; again: what is missing")
     restore.add_argument("path", metavar="STAGE", help="a stage folder, or a cascade folder of that stage and its text")
-    restore.add_argument("--task", required=True, help="one that the stage was trained for, as inpainting")
+    restore.add_argument(
+        "--task", metavar="TASK", required=True, help="one that the stage was trained for, as inpainting"
+    )
     restore.add_argument("--image", metavar="PATH", type=Path, required=True, help="a picture, or a folder of them")
     hole = restore.add_mutually_exclusive_group()
     hole.add_argument("--mask", metavar="PATH", type=Path, help="white where to paint; or a folder of NAME.png")
-    hole.add_argument("--extend", metavar=("L", "T", "R", "B"), type=int, nargs=4, help="pixels to add at each side")
+    hole.add_argument("--extend", metavar="N", type=int, nargs=4, help="pixels to add at left, top, right and bottom")
     restore.add_argument(
         "--out", metavar="DIR", type=Path, required=True, help="gets NAME.png, samples, spreads, manifest.jsonl"
     )

@@ -31,6 +31,10 @@ COMMANDS = {
         *("CASCADE", "--prompt TEXT +", "--prompts FILE", "--out DIR !", "--seed N", "--steps S +"),
         *("--guidance G +", "--augment A +", "--from STAGE", "--to STAGE"),
     ],
+    "restore": [
+        *("STAGE", "--task TASK !", "--image PATH !", "--mask PATH", "--extend N", "--out DIR !", "--seed N"),
+        *("--steps S", "--samples N", "--weights W +", "--resample SHARE", "--prompt TEXT"),
+    ],
 }
 TOOLS = {
     "agreement": "[--manifest MANIFEST] [--json] IMAGES_DIR",
@@ -48,6 +52,7 @@ TOOLS = {
     "overview": "IMAGES PNG",
     "photographs": "--size SIZE --num NUM [--held-out HELD_OUT] [--seed SEED] [--shard-size SHARD_SIZE] OUT",
     "references": "[NAME ...]",
+    "restoration": "--out DIR [--num N] [--samples N] [--steps S] [--seed N] stage shards [shards ...]",
     "shapes": "--num NUM --size SIZE --seed SEED [--shard-size SHARD_SIZE] [--workers WORKERS] OUT",
     "tiny_t5": "--captions FILE [FILE ...] [--width WIDTH] [--layers LAYERS] [--heads HEADS] [--vocab VOCAB] "
     "[--seed SEED] OUT",
@@ -119,7 +124,7 @@ def test_help_comes_from_a_light_program() -> None:
         [sys.executable, "-X", "importtime", "-m", "launch", "--help"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0
-    assert done.stdout.startswith("usage: cascade [-h] check|train|train-all|status|sample ...")
+    assert done.stdout.startswith("usage: cascade [-h] check|train|train-all|status|sample|restore ...")
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
     assert {"launch", "pipeline", "argparse"} <= imported
     assert not imported & {"mindspore", "mindformers", "transformers", "numpy", "yaml", "PIL", "torch"}
