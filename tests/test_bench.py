@@ -10,8 +10,11 @@ import pytest
 import yaml
 
 from pipeline import runtime
+from pipeline.config import build
 from pipeline.data.shards import DataConfig, Shards
 from pipeline.errors import JobError, UserError
+from pipeline.kinds import read_stage_config
+from pipeline.nn.unet import UNetConfig
 from tests.conftest import stage_yaml
 from tools.bench import compile, data, peers, sample, scaling, steps, text, train, turns
 from tools.bench.__main__ import ALL, BENCHES, main
@@ -116,6 +119,13 @@ def test_sampling_is_told_by_stage_and_through_all(tmp_path: Path) -> None:
     assert whole["seconds"] == [(a + b) / 4 for a, b in zip(one["seconds"], other["seconds"], strict=True)]
     assert (len(one["seconds"]), one["steps"], one["batch"]) == (2, 3, 4)
     assert sample.table(report).splitlines()[2].startswith("| base | 0.22M | 3 | 4 | ")
+
+
+def test_larger_stages_are_the_demos_with_other_networks(tmp_path: Path) -> None:
+    base, sr256 = (read_stage_config(path)[0] for path in sample.larger(tmp_path))
+    assert (base.size, sr256.size, sr256.low_res.size) == (64, 256, 64)
+    assert base.unet == build(UNetConfig, train.CASES["base64"]["unet"])
+    assert sr256.unet == build(UNetConfig, train.CASES["sr256"]["unet"])
 
 
 def test_steps_are_told_by_stage_and_sampler(trained: Path) -> None:
