@@ -3,7 +3,8 @@
 Each stage makes a batch by the orchestrator, from the prompt to the picture's bytes, with the sampler, the steps, the
 guidance and the batch of its file, and then calls its network as often and does nothing else: what is over is the
 orchestrator's. The larger ones have the networks of `tools.bench train`, in 8 steps without guidance. The weights are
-those that a training starts from, as speed does not depend on values. Also told: seconds to the end of the first batch, in which the graph is compiled, and peak memory up to that stage.
+those that a training starts from, as speed does not depend on values. Also told: seconds to the end of the first batch,
+in which the graph is compiled, and peak memory up to that stage.
 """
 
 import argparse
@@ -39,7 +40,7 @@ def measure(rounds: int, batches: int, configs: tuple[Path, ...] = CONFIGS) -> d
 
     rows: turns.Rows = {}
     with TemporaryDirectory() as folder:
-        apart = [(path,) for path in larger(Path(folder))] if configs == CONFIGS else []
+        apart: list[tuple[Path, ...]] = [(path,) for path in larger(Path(folder))] if configs == CONFIGS else []
         words, encoder = Path(folder, "captions.txt"), Path(folder, "t5")
         words.write_text("a small red circle on white\na large blue square on grey\n")
         tiny_t5.make(encoder, [words], width=read_yaml(configs[0])["text"]["width"])
