@@ -111,12 +111,12 @@ def test_convolutions_keep_or_divide_the_size():
 
 def test_attention_is_a_mean_of_what_it_may_look_at():
     """Equal scores: the mean of the values without padding; of all values if there is nothing but padding."""
-    v = np.random.default_rng(0).standard_normal((2, 1, 3, 4)).astype(np.float32)
-    bias = np.array([[0, 0, PADDING], [PADDING] * 3], np.float32).reshape(2, 1, 1, 3)
-    zero = Tensor(np.zeros((2, 1, 5, 4), np.float32))
-    found = blocks.attention(zero, Tensor(v * 0), Tensor(v), Tensor(bias)).asnumpy()
-    for image, seen in enumerate((v[0, 0, :2], v[1, 0])):
-        np.testing.assert_allclose(found[image, 0], np.tile(seen.mean(0), (5, 1)), atol=1e-5)
+    v = np.random.default_rng(0).standard_normal((2, 1, 4, 3)).astype(np.float32)
+    bias = np.array([[0, 0, PADDING], [PADDING] * 3], np.float32)
+    zero = Tensor(np.zeros((2, 1, 4, 5), np.float32))
+    found = blocks.Lookup()(zero, Tensor(v * 0), Tensor(v), Tensor(bias)).asnumpy()
+    for image, seen in enumerate((v[0, 0, :, :2], v[1, 0])):
+        np.testing.assert_allclose(found[image, 0], np.tile(seen.mean(1, keepdims=True), 5), atol=1e-5)
 
 
 def test_level_embedding():

@@ -25,8 +25,30 @@ class Conv(nn.Conv2d):
     def construct(self, x_BCHW: Tensor) -> Tensor:
         if self.kernel is None:
             return super().construct(x_BCHW)
-        weight, bias = self.weight.astype(mstype.float32), self.bias.astype(mstype.float32)
-        return self.kernel(x_BCHW.astype(mstype.float32), weight, bias).astype(x_BCHW.dtype)
+        return convolve(self.kernel, x_BCHW, self.weight, self.bias)
+
+
+def convolve(kernel: ops.Custom, x_BCHW: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """By a CPU's kernel, which knows float32 alone."""
+    y = kernel(x_BCHW.astype(mstype.float32), weight.astype(mstype.float32), bias.astype(mstype.float32))
+    return y.astype(x_BCHW.dtype)
+
+
+class Pointwise(nn.Dense):
+    """A dense layer over the channels of each position, which is a convolution of size 1: pictures stay pictures.
+
+    Its weight is a matrix all the same, which Adafactor factors.
+    """
+
+    def __init__(self, width_in: int, width_out: int) -> None:
+        super().__init__(width_in, width_out)
+        self.kernel = kernels.convolution(1)
+
+    def construct(self, x_BCHW: Tensor) -> Tensor:
+        weight = self.weight.reshape((*self.weight.shape, 1, 1))
+        if self.kernel is None:
+            return ops.conv2d(x_BCHW, weight, self.bias)
+        return convolve(self.kernel, x_BCHW, weight, self.bias)
 
 
 def zeroed(cell: nn.Cell) -> nn.Cell:
@@ -61,19 +83,31 @@ def channels_to_space(x_BCHW: Tensor, patch: int) -> Tensor:
     return x.transpose((0, 1, 4, 2, 5, 3)).reshape((B, C // (patch * patch), H * patch, W * patch))
 
 
-def split_heads(tokens_BNC: Tensor, num_heads: int) -> Tensor:
-    """(B, N, C) -> (B, K, N, C / K)."""
-    B, N, C = tokens_BNC.shape
-    return tokens_BNC.reshape((B, N, num_heads, C // num_heads)).swapaxes(1, 2)
+def split_heads(x_BCN: Tensor, num_heads: int) -> Tensor:
+    """(B, C, N) or a picture -> (B, K, C / K, N): channels before positions, so that nothing moves."""
+    B, C = x_BCN.shape[:2]
+    return x_BCN.reshape((B, num_heads, C // num_heads, -1))
 
 
-def attention(q_BKNc: Tensor, k_BKMc: Tensor, v_BKMc: Tensor, bias: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(c) + bias) v, in (B, K, N, c); `bias` goes with (B, K, N, M). The softmax is float32's.
+class Lookup(nn.Cell):
+    """Attention: v softmax(q^T k / sqrt(c) + bias)^T for each head, (B, K, c, N). The softmax is float32's.
 
-    The plain formula: the one place where a device's fused kernel would branch off.
+    The plain formula: the one place where a device's fused kernel would branch off. Products transpose as they read,
+    since MindSpore's transposition on a CPU keeps 8 bytes a number for as long as a graph lives.
     """
-    scores = ops.matmul(q_BKNc * q_BKNc.shape[-1] ** -0.5, k_BKMc.swapaxes(-1, -2)) + bias
-    return ops.matmul(ops.softmax(scores, axis=-1).astype(v_BKMc.dtype), v_BKMc)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = kernels.softmax()
+        self.scores, self.values = ops.BatchMatMul(transpose_a=True), ops.BatchMatMul(transpose_b=True)
+
+    def construct(self, q_BKcN: Tensor, k_BKcM: Tensor, v_BKcM: Tensor, bias_BM: Tensor) -> Tensor:
+        scores = self.scores(q_BKcN * q_BKcN.shape[2] ** -0.5, k_BKcM).astype(mstype.float32)
+        if self.kernel is None:
+            weights = ops.softmax(scores + bias_BM.expand_dims(1).expand_dims(1), axis=-1)
+        else:
+            weights = self.kernel(scores, bias_BM)
+        return self.values(v_BKcM, weights.astype(v_BKcM.dtype))
 
 
 class Norm(nn.Cell):
@@ -157,25 +191,22 @@ class Attention(nn.Cell):
         super().__init__()
         self.heads, self.cross = width // head, cross
         self.norm = Norm(width, silu=False)
-        self.to_q = nn.Dense(width, width) if cross else nn.Dense(width, 3 * width)  # else q, k and v
+        self.to_q = Pointwise(width, width if cross else 3 * width)  # else q, k and v
         self.text_kv = nn.Dense(text_width, 2 * width)
-        self.out = zeroed(nn.Dense(width, width))
+        self.lookup = Lookup()
+        self.out = zeroed(Pointwise(width, width))
 
     def construct(self, x_BCHW: Tensor, emb_BE: Tensor, text_BLD: Tensor, bias_BL: Tensor) -> Tensor:
         B, C, H, W = x_BCHW.shape
-        tokens_BNC = self.norm(x_BCHW).reshape((B, C, H * W)).swapaxes(1, 2)
-        k, v = ops.chunk(self.text_kv(text_BLD), 2, 2)
+        q = self.to_q(self.norm(x_BCHW)).reshape((B, -1, H * W))
+        k, v = ops.chunk(self.text_kv(text_BLD).swapaxes(1, 2), 2, 1)
         bias = bias_BL
-        if self.cross:
-            q = self.to_q(tokens_BNC)
-        else:
-            q, own_k, own_v = ops.chunk(self.to_q(tokens_BNC), 3, 2)
-            k, v = ops.cat((own_k, k), 1), ops.cat((own_v, v), 1)
+        if not self.cross:
+            q, own_k, own_v = ops.chunk(q, 3, 1)
+            k, v = ops.cat((own_k, k), 2), ops.cat((own_v, v), 2)
             bias = ops.cat((ops.zeros((B, H * W), mstype.float32), bias_BL), 1)
         q, k, v = split_heads(q, self.heads), split_heads(k, self.heads), split_heads(v, self.heads)
-        y = attention(q, k, v, bias.reshape((B, 1, 1, -1)))
-        y_BNC = self.out(y.swapaxes(1, 2).reshape((B, H * W, C)))
-        return x_BCHW + y_BNC.swapaxes(1, 2).reshape((B, C, H, W))
+        return x_BCHW + self.out(self.lookup(q, k, v, bias).reshape((B, C, H, W)))
 
 
 class Downsample(nn.Cell):
