@@ -2,10 +2,11 @@
 
 Shapes: B images, C channels, H x W pixels, N = H W positions, L text tokens, D text width, E embedding width, K heads.
 Every layer of a stack answers to `construct(x_BCHW, emb_BE, text_BLD, bias_BL)`, so that a stack is a plain list;
-`bias_BL` is 0 for a text token and a large negative number for padding.
+`bias_BL` is 0 for a text token and a large negative number for padding. It also says, by `kept(pixels, tokens)`, what
+its gradient will need: see `Kept`.
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
@@ -13,6 +14,17 @@ from mindspore import dtype as mstype
 from pipeline.nn import kernels
 
 GROUPS = 32  # of group normalization, as in DDPM and ADM; fewer in narrow layers
+
+
+class Kept(NamedTuple):
+    """What of one image a layer's gradient needs, in numbers: its input, and what it makes on its way. `largest` is the
+    longest of these tensors, `pixels` the positions of the layer's answer, which is the next layer's input.
+    """
+
+    input: int
+    inside: int
+    largest: int
+    pixels: int
 
 
 class Conv(nn.Conv2d):
@@ -181,6 +193,14 @@ class ResBlock(nn.Cell):
         return x + h
 
 
+    def kept(self, pixels: int, tokens: int) -> Kept:
+        """Both convolutions' inputs and what is normalized."""
+        after = {"up": 4 * pixels, "down": pixels // 4, "": pixels}[self.resample]
+        wide, width = self.conv1.in_channels, self.conv1.out_channels
+        largest = max(wide * pixels, wide * after, width * after)
+        return Kept(wide * pixels, (wide + 2 * width) * after, largest, after)
+
+
 class Attention(nn.Cell):
     """Every position looks at the text and, unless `cross` (text alone), at every other position.
 
@@ -209,6 +229,15 @@ class Attention(nn.Cell):
         return x_BCHW + self.out(self.lookup(q, k, v, bias).reshape((B, C, H, W)))
 
 
+    def kept(self, pixels: int, tokens: int) -> Kept:
+        """The normalized picture, queries, keys, values, how much each position looks where, and what it found there."""
+        width = self.out.in_channels
+        seen = tokens if self.cross else pixels + tokens
+        looks = self.heads * pixels * seen
+        inside = 3 * width * pixels + 2 * width * seen + looks
+        return Kept(width * pixels, inside, max(width * pixels, looks), pixels)
+
+
 class Downsample(nn.Cell):
     """A convolution of stride 2."""
 
@@ -220,6 +249,11 @@ class Downsample(nn.Cell):
         return self.conv(x_BCHW)
 
 
+    def kept(self, pixels: int, tokens: int) -> Kept:
+        picture = self.conv.in_channels * pixels
+        return Kept(picture, 0, picture, pixels // 4)
+
+
 class Upsample(nn.Cell):
     """Each pixel repeated, then a convolution."""
 
@@ -229,6 +263,12 @@ class Upsample(nn.Cell):
 
     def construct(self, x_BCHW: Tensor, emb_BE: Tensor, text_BLD: Tensor, bias_BL: Tensor) -> Tensor:
         return self.conv(upsample(x_BCHW))
+
+
+    def kept(self, pixels: int, tokens: int) -> Kept:
+        """The convolution's input alone, which is not the layer's."""
+        picture = 4 * self.conv.in_channels * pixels
+        return Kept(0, picture, picture, 4 * pixels)
 
 
 class Stack(nn.Cell):
