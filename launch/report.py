@@ -1,6 +1,5 @@
 """What `cascade check` says: everything that can be known of a run, or of a cascade, before it costs anything."""
 
-import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
@@ -34,16 +33,17 @@ def check_stage(path: str, overrides: Sequence[str]) -> dict[str, Any]:
     from pipeline.kinds import read_stage_config, stage_class
     from pipeline.nn.parameters import num_parameters
     from pipeline.train.loop import share
+    from pipeline.train.memory import predict
 
     config, raw_launch = read_stage_config(path, overrides)
     launch = read_launch(raw_launch)
     share(config, world=launch.size)  # the global batch can be divided
     with no_init_parameters():  # shapes without memory: the 2B base is counted on a laptop
-        network = stage_class(config.kind)(config).network
+        stage = stage_class(config.kind)(config)
     return {
         "config": {**to_dict(config), "launch": to_dict(launch)},
-        "parameters": num_parameters(network),
-        "memory": memory(network, config, launch.size),
+        "parameters": num_parameters(stage.network),
+        "memory": predict(stage.network, config, stage.window or config.size, launch.size),
         "data": data(config),
         "argv": command(path, overrides),
         **({"nodes": nodes(launch, config.run, path, overrides)} if launch.launcher != "none" else {}),
@@ -56,32 +56,6 @@ def nodes(launch: LaunchConfig, run: str, path: str, overrides: Sequence[str]) -
     every = (replace(launch, node_rank=number) for number in range(launch.nodes))
     program = rank_program(path, overrides)
     return [[vars(process) for process in processes(node, program, attempt, port)] for node in every]
-
-
-def memory(network: Any, config: Any, world: int) -> dict[str, int]:
-    """Bytes that each of `world` ranks holds whatever the batch, in float32; activations come on top.
-
-    Gradients twice, as they are taken and joined to vectors, and once more to add up parts; AdamW works on a copy of
-    the weights and keeps two moments.
-    """
-    shapes = [tuple(parameter.shape) for parameter in network.trainable_params()]
-    number = sum(map(math.prod, shapes))
-    share = number // (world if config.train.shard_optimizer else 1)
-    held = {
-        "weights": number,
-        "gradients": number * (3 if config.train.accumulate > 1 else 2),
-        "ema": share,
-        "optimizer": sum(map(factored, shapes)) if config.optimizer.kind == "adafactor" else 3 * share,
-    }
-    return {name: 4 * size for name, size in {**held, "total": sum(held.values())}.items()}
-
-
-def factored(shape: tuple[int, ...]) -> int:
-    """How many numbers MindSpore's Adafactor keeps of a parameter: a row and a column of each last pair of axes.
-
-    Of a matrix that is next to nothing, of a 3 x 3 convolution two thirds of the weights.
-    """
-    return math.prod(shape[:-1]) + math.prod(shape[:-2] + shape[-1:]) if len(shape) > 1 else math.prod(shape)
 
 
 def data(config: Any) -> dict[str, Any]:
@@ -146,7 +120,7 @@ def as_text(report: dict[str, Any]) -> str:
     return (
         f"{_yaml(report['config'])}\n"
         f"parameters  {report['parameters']:,}\n"
-        f"memory      GiB a process, without activations: {held}\n"
+        f"memory      GiB a process: {held}\n"
         f"data        {found}\n"
         f"runs        {' '.join(report['argv'])}{started}"
     )

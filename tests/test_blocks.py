@@ -72,15 +72,17 @@ def test_linear_attention(text):
     """Against its definition in float64; what the bias keeps out does not count."""
     stream = np.random.default_rng(0)
     q, k, v = stream.standard_normal((3, 2, 2, 5, 4))
-    bias = np.zeros((2, 1, 1, 5))
-    bias[1, ..., 3:] = PADDING * text
-    found = blocks.linear_attention(*(Tensor(array.astype(np.float32)) for array in (q, k, v, bias))).asnumpy()
+    bias = np.zeros((2, 5))
+    bias[1, 3:] = PADDING * text
+    first = (array.swapaxes(-1, -2) for array in (q, k, v))  # channels before positions
+    found = blocks.LinearLookup()(*(Tensor(array.astype(np.float32)) for array in (*first, bias))).asnumpy()
+    found = found.swapaxes(-1, -2)
 
     def softmax(x, axis):
         e = np.exp(x - x.max(axis, keepdims=True))
         return e / e.sum(axis, keepdims=True)
 
-    k = softmax(k + bias.swapaxes(-1, -2), -2)
+    k = softmax(k + bias[:, None, :, None], -2)
     if text:
         k, v = k[1:, :, :3], v[1:, :, :3]
     wanted = softmax(q, -1)[-len(k) :] / 2 @ (k.swapaxes(-1, -2) @ v)
@@ -180,12 +182,12 @@ def test_convolutions_keep_or_divide_the_size():
 
 def test_attention_is_a_mean_of_what_it_may_look_at():
     """Equal scores: the mean of the values without padding; of all values if there is nothing but padding."""
-    v = np.random.default_rng(0).standard_normal((2, 1, 3, 4)).astype(np.float32)
-    bias = np.array([[0, 0, PADDING], [PADDING] * 3], np.float32).reshape(2, 1, 1, 3)
-    zero = Tensor(np.zeros((2, 1, 5, 4), np.float32))
-    found = blocks.attention(zero, Tensor(v * 0), Tensor(v), Tensor(bias)).asnumpy()
-    for image, seen in enumerate((v[0, 0, :2], v[1, 0])):
-        np.testing.assert_allclose(found[image, 0], np.tile(seen.mean(0), (5, 1)), atol=1e-5)
+    v = np.random.default_rng(0).standard_normal((2, 1, 4, 3)).astype(np.float32)
+    bias = np.array([[0, 0, PADDING], [PADDING] * 3], np.float32)
+    zero = Tensor(np.zeros((2, 1, 4, 5), np.float32))
+    found = blocks.Lookup()(zero, Tensor(v * 0), Tensor(v), Tensor(bias)).asnumpy()
+    for image, seen in enumerate((v[0, 0, :, :2], v[1, 0])):
+        np.testing.assert_allclose(found[image, 0], np.tile(seen.mean(1, keepdims=True), 5), atol=1e-5)
 
 
 def test_level_embedding():

@@ -24,6 +24,7 @@ from pipeline.nn.blocks import (
     BlockConfig,
     Conv,
     Downsample,
+    Kept,
     Norm,
     ResBlock,
     Stack,
@@ -142,6 +143,20 @@ class UNet(nn.Cell):
             h = ops.cat((h, skips[0] * self.skip_scale), 1)
         y_BCHW = channels_to_space(self.head(h), self.patch).astype(mstype.float32)
         return y_BCHW[:, :, :H, :W] if H % self.stride or W % self.stride else y_BCHW
+
+    def kept(self, side: int, tokens: int) -> list[Kept]:
+        """What of one picture of `side` pixels the gradient needs: of each layer in the order they run, and of the head.
+
+        A skip connection counts once on the way down, as the next layer's input, and once more where it is joined to
+        another's, which is a copy.
+        """
+        pixels, found = (side // self.patch) ** 2, []
+        for stack in [*self.down, self.middle, *self.up]:
+            for layer in stack.layers:
+                found.append(layer.kept(pixels, tokens))
+                pixels = found[-1].pixels
+        width, head = self.stem.out_channels * pixels, self.head.in_channels * pixels
+        return [*found, Kept(width, head, max(width, head), pixels)]
 
 
 Stacks = tuple[list[Stack], Stack, list[Stack]]

@@ -213,14 +213,19 @@ class State:
         def finish(factor: Tensor, *sums: Tensor) -> Tensor:
             gradients: tuple[Tensor, ...] = ()
             for number, start, stop, weight in cuts:
-                piece = ops.narrow(sums[number], 0, start, stop - start)  # a CPU's [:] of a whole vector is 80 x slower
+                piece = sums[number]
+                if stop - start < piece.size:
+                    piece = ops.narrow(piece, 0, start, stop - start)  # a CPU's [:] of a whole vector is 80 x slower
                 gradients = (*gradients, piece.reshape(weight.shape) * factor)
             done = update(gradients)
             decay = ops.minimum((1.0 + ema_step) / (10.0 + ema_step), ema_decay)
             for mean, weight in zip(average, weights):  # noqa: B905
-                ops.assign(mean, mean * decay + ops.depend(weight, done) * (1.0 - decay))
+                before, now = ops.depend(mean, done), ops.depend(weight, done)
+                done = ops.assign(
+                    mean, before * decay + now * (1.0 - decay)
+                )  # in turn, for one's memory to be the next's
             ops.assign(ema_step, ema_step + 1.0)
-            return decay
+            return ops.depend(decay, done)
 
         return finish
 
