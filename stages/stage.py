@@ -9,7 +9,9 @@ Shapes: B images, C channels, S side, L text tokens, D text width, T noise level
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -26,6 +28,7 @@ from pipeline.diffusion.loss import loss as score  # in a compiled method `loss`
 from pipeline.diffusion.process import add_noise, x_from
 from pipeline.diffusion.sampler import TERMS, SamplerConfig, combine, levels, sample
 from pipeline.diffusion.schedule import SCHEDULES
+from pipeline.nn.bands import in_bands
 from pipeline.nn.text_encoder import TextConfig
 from pipeline.nn.unet import UNet, UNetConfig
 from pipeline.rng import generator
@@ -161,14 +164,15 @@ class Stage:
 
         Compiled once for whatever agrees in all that shapes it. See `diffusion.sampler.sample`.
         """
-        guided, num = config.guidance != 1.0, len(TERMS[config.sampler])
+        stage, guided, num = copy(self), config.guidance != 1.0, len(TERMS[config.sampler])
+        stage.network = partial(in_bands, self.network)
         kind, percentile, prediction = config.threshold, config.percentile, self.config.diffusion.prediction
 
         def advance(
             weight: Tensor, numbers: Tensor, logsnr_B: Tensor, z: Tensor, *rest: Tensor
         ) -> tuple[Tensor, Tensor]:
             terms, fixed = rest[:num], rest[num:]
-            output = self.predict_guided(weight, z, logsnr_B, *fixed) if guided else self.predict(z, logsnr_B, *fixed)
+            output = stage.predict_guided(weight, z, logsnr_B, *fixed) if guided else stage.predict(z, logsnr_B, *fixed)
             x = threshold(x_from(prediction, output, z, logsnr_B), kind, percentile)
             return combine(numbers, z, x, *terms), x
 

@@ -81,6 +81,8 @@ class Norm(nn.Cell):
 
     All of it but SiLU is one multiplication and one addition a channel, so the image is passed over once: it is read as
     rows (B C, H W), the factors as a column. Computed in float32, answered in the input's type.
+
+    `moments` are mean and variance of each group (B G, 1) where x is a part of the picture: they are the whole's.
     """
 
     def __init__(self, width: int, silu: bool = True) -> None:
@@ -92,7 +94,9 @@ class Norm(nn.Cell):
         self.bias = Parameter(ops.zeros(width))
         self.kernel = kernels.normalization(silu)
 
-    def construct(self, x_BCHW: Tensor, scale_shift: Tensor | None = None) -> Tensor:
+    def construct(
+        self, x_BCHW: Tensor, scale_shift: Tensor | None = None, moments: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
         B, C, H, W = x_BCHW.shape
         x, per_group = x_BCHW.astype(mstype.float32), (B, self.groups, C // self.groups)
         factor, offset = self.gain, self.bias
@@ -100,12 +104,15 @@ class Norm(nn.Cell):
             scale, shift = ops.chunk(scale_shift, 2, 1)
             factor, offset = factor * (1.0 + scale), offset * (1.0 + scale) + shift
         factor, offset = ops.broadcast_to(factor, (B, C)), ops.broadcast_to(offset, (B, C))
-        if self.kernel is not None:
+        if self.kernel is not None and moments is None:
             y = self.kernel(x, factor.reshape(per_group), offset.reshape(per_group))
             return y.astype(x_BCHW.dtype)
-        rows = x.reshape((B * self.groups, -1))
-        mean = rows.mean(axis=1, keep_dims=True)
-        variance = (rows * rows).mean(axis=1, keep_dims=True) - mean * mean
+        if moments is None:
+            rows = x.reshape((B * self.groups, -1))
+            mean = rows.mean(axis=1, keep_dims=True)
+            variance = (rows * rows).mean(axis=1, keep_dims=True) - mean * mean
+        else:
+            mean, variance = moments
         rate = ops.rsqrt(ops.maximum(variance, 0.0) + kernels.EPSILON)
         mean, rate = (ops.broadcast_to(n.reshape((B, self.groups, 1)), per_group).reshape((B, C)) for n in (mean, rate))
         factor = rate * factor
@@ -207,8 +214,11 @@ class Stack(nn.Cell):
         super().__init__()
         self.layers = nn.CellList(layers)
 
-    def construct(self, x_BCHW: Tensor, emb_BE: Tensor, text_BLD: Tensor, bias_BL: Tensor) -> Tensor:
+    def construct(
+        self, x_BCHW: Tensor, emb_BE: Tensor, text_BLD: Tensor, bias_BL: Tensor, start: int = 0, stop: int = 0
+    ) -> Tensor:
+        """But for `start` layers at the start and `stop` at the end, which the caller has in bands (see bands.py)."""
         x = x_BCHW
-        for layer in self.layers:
-            x = layer(x, emb_BE, text_BLD, bias_BL)
+        for layer in range(start, len(self.layers) - stop):
+            x = self.layers[layer](x, emb_BE, text_BLD, bias_BL)
         return x

@@ -109,24 +109,33 @@ class UNet(nn.Cell):
                     layer.recompute()
 
     def construct(self, x_BCHW: Tensor, logsnr_BT: Tensor, text_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+        emb, text, bias_BL = self.conditions(logsnr_BT, text_BLD, mask_BL)
+        stem = self.stem(space_to_channels(x_BCHW, self.patch))
+        h = self.norm(self.stacks(stem, emb, text, bias_BL))
+        if self.stem_to_head:  # not normalized: so the low resolution keeps its contrast, and copying it is linear
+            h = ops.cat((h, stem * self.skip_scale), 1)
+        return channels_to_space(self.head(h), self.patch).astype(mstype.float32)
+
+    def conditions(self, logsnr_BT: Tensor, text_BLD: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What every layer takes beside the picture."""
         bias_BL = (1.0 - mask_BL) * PADDING
         text = self.text_in(self.text_norm(text_BLD)).astype(mstype.float32)
         emb = self.text_pool(text, bias_BL)
         for i, level in enumerate(self.levels):
             emb = emb + level(logsnr_BT[:, i])
-        emb = ops.silu(emb)  # which every block would start with
-        h = self.stem(space_to_channels(x_BCHW, self.patch))
+        return ops.silu(emb), text, bias_BL  # SiLU, as every block would start with it
+
+    def stacks(self, h: Tensor, emb: Tensor, text: Tensor, bias_BL: Tensor, outer: int = 0) -> Tensor:
+        """All between stem and head, but for `outer` layers at either end."""
         skips: tuple[Tensor, ...] = (h,)  # a tuple, as a list's pop() leaves the compiled graph
-        for stack in self.down:
-            h = stack(h, emb, text, bias_BL)
+        for i, stack in enumerate(self.down):
+            h = stack(h, emb, text, bias_BL, outer if i == 0 else 0)
             skips = (*skips, h)
         h = self.middle(h, emb, text, bias_BL)
         for i, stack in enumerate(self.up):
-            h = stack(ops.cat((h, skips[-1 - i] * self.skip_scale), 1), emb, text, bias_BL)
-        h = self.norm(h)
-        if self.stem_to_head:  # not normalized: so the low resolution keeps its contrast, and copying it is linear
-            h = ops.cat((h, skips[0] * self.skip_scale), 1)
-        return channels_to_space(self.head(h), self.patch).astype(mstype.float32)
+            h = ops.cat((h, skips[-1 - i] * self.skip_scale), 1)
+            h = stack(h, emb, text, bias_BL, 0, outer if i == len(self.up) - 1 else 0)
+        return h
 
 
 Stacks = tuple[list[Stack], Stack, list[Stack]]
