@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, ClassVar
+from functools import cached_property
+from typing import Any, ClassVar, cast
 
 import numpy as np
 from mindspore import Tensor, ops
@@ -145,7 +145,7 @@ class Stage:
         """
         shape, condition = self.condition(low, seed, numbers, config.augment)
         fixed = [Tensor(np.asarray(array, np.float32)) for array in (text_BLD, mask_BL, *condition)]
-        weight, compiled = Tensor(np.float32(config.guidance)), self.advance(config)
+        weight, compiled = Tensor(np.float32(config.guidance)), self.bounded.advance(config)
 
         def advance(level: float, factors: tuple[float, ...], *tensors: Tensor) -> tuple[Tensor, Tensor]:
             logsnr_B = Tensor(np.full(len(numbers), level, np.float32))
@@ -159,20 +159,30 @@ class Stage:
         logsnrs = levels(self.config.diffusion.schedule, config.steps)
         return to_uint8(sample(advance, noise, config.sampler, logsnrs).asnumpy())
 
+    @cached_property
+    def bounded(self) -> "Stage":
+        """This stage, for sampling: what its network is asked about large pictures is answered in bounded memory."""
+
+        def network(*tensors: Tensor) -> Tensor:  # no `partial`, as an attribute of that kind would not be compiled
+            return in_bands(self.network, *tensors)
+
+        stage: Any = copy(self)
+        stage.network = network
+        return cast(Stage, stage)
+
     def advance(self, config: SamplerConfig) -> Callable[..., tuple[Tensor, Tensor]]:
         """(weight, numbers, logsnr_B, z, terms and what `predict` takes) -> z', x: a step of sampling as one graph.
 
         Compiled once for whatever agrees in all that shapes it. See `diffusion.sampler.sample`.
         """
-        stage, guided, num = copy(self), config.guidance != 1.0, len(TERMS[config.sampler])
-        stage.network = partial(in_bands, self.network)
+        guided, num = config.guidance != 1.0, len(TERMS[config.sampler])
         kind, percentile, prediction = config.threshold, config.percentile, self.config.diffusion.prediction
 
         def advance(
             weight: Tensor, numbers: Tensor, logsnr_B: Tensor, z: Tensor, *rest: Tensor
         ) -> tuple[Tensor, Tensor]:
             terms, fixed = rest[:num], rest[num:]
-            output = stage.predict_guided(weight, z, logsnr_B, *fixed) if guided else stage.predict(z, logsnr_B, *fixed)
+            output = self.predict_guided(weight, z, logsnr_B, *fixed) if guided else self.predict(z, logsnr_B, *fixed)
             x = threshold(x_from(prediction, output, z, logsnr_B), kind, percentile)
             return combine(numbers, z, x, *terms), x
 

@@ -13,7 +13,7 @@ from pipeline import runtime
 from pipeline.data.shards import DataConfig, Shards
 from pipeline.errors import JobError, UserError
 from tests.conftest import stage_yaml
-from tools.bench import compile, data, peers, sample, scaling, steps, text, train, turns
+from tools.bench import compile, data, peers, sample, scaling, steps, text, train, turns, whole
 from tools.bench.__main__ import ALL, BENCHES, main
 
 
@@ -116,6 +116,16 @@ def test_sampling_is_told_by_stage_and_through_all(tmp_path: Path) -> None:
     assert whole["seconds"] == [(a + b) / 4 for a, b in zip(one["seconds"], other["seconds"], strict=True)]
     assert (len(one["seconds"]), one["steps"], one["batch"]) == (2, 3, 4)
     assert sample.table(report).splitlines()[2].startswith("| base | 0.22M | 3 | 4 | ")
+
+
+def test_a_whole_step_is_told_in_bands_and_at_once(tmp_path: Path) -> None:
+    config = tmp_path / "sr32.yaml"
+    config.write_text(yaml.safe_dump(stage_yaml("sr32", tmp_path / "run", tmp_path, tmp_path)))
+    report = whole.measure(rounds=1, config=config, guidance={"guided": 2.0})
+    assert list(report["rows"]) == ["whole_guided/at_once", "whole_guided/ours"]
+    assert all(len(rounds[0]["seconds"]) == 1 and rounds[0]["peak"] > 0 for rounds in report["rows"].values())
+    assert report["ratios"].keys() == {"whole_guided/at_once"}
+    assert whole.table(report).splitlines()[3].startswith("| guided/ours | 0.")
 
 
 def test_steps_are_told_by_stage_and_sampler(trained: Path) -> None:

@@ -5,24 +5,11 @@ import pytest
 from compare import assert_close, differentiate, reference
 from mindspore import Tensor
 
-from pipeline.nn import blocks, kernels
+from pipeline import runtime
+from pipeline.nn import blocks
 from pipeline.nn.embeddings import PADDING, LevelEmbedding
 from pipeline.nn.parameters import assign, initialize
 from tools.references import LAYERS, random_weights
-
-
-@pytest.fixture(params=["kernels", "operators"])
-def both(request, monkeypatch):
-    """The cells with our kernels, and with MindSpore's operators."""
-    if request.param == "operators":
-        monkeypatch.setattr(kernels, "library", lambda: None)
-    elif kernels.library() is None:
-        pytest.skip("the kernels are not built here: no C++ compiler")
-    kernels.convolution.cache_clear()
-    kernels.normalization.cache_clear()
-    yield
-    kernels.convolution.cache_clear()
-    kernels.normalization.cache_clear()
 
 
 @pytest.mark.usefixtures("both")
@@ -117,6 +104,26 @@ def test_attention_is_a_mean_of_what_it_may_look_at():
     found = blocks.attention(zero, Tensor(v * 0), Tensor(v), Tensor(bias)).asnumpy()
     for image, seen in enumerate((v[0, 0, :2], v[1, 0])):
         np.testing.assert_allclose(found[image, 0], np.tile(seen.mean(0), (5, 1)), atol=1e-5)
+
+
+def test_attention_answers_some_queries_after_the_others(monkeypatch):
+    """Where their scores are many: never more at once than are allowed, also when the last are fewer."""
+    stream = np.random.default_rng(0)
+    q, k, v = (Tensor(stream.standard_normal((2, 3, n, 4)).astype(np.float32)) for n in (11, 7, 7))
+    bias = Tensor(np.where(np.arange(7) < [[5], [7]], 0, PADDING).astype(np.float32).reshape(2, 1, 1, 7))
+    softmax, seen = blocks.ops.softmax, []
+
+    def spy(scores, axis):
+        seen.append(scores.shape)
+        return softmax(scores, axis)
+
+    monkeypatch.setattr(blocks.ops, "softmax", spy)
+    wanted = blocks.attention(q, k, v, bias).asnumpy()
+    monkeypatch.setattr(blocks, "SCORES", 3 * 7 * 4 + 5)
+    np.testing.assert_allclose(blocks.attention(q, k, v, bias).asnumpy(), wanted, atol=1e-6)
+    assert seen == [(2, 3, 11, 7), (2, 3, 4, 7), (2, 3, 4, 7), (2, 3, 3, 7)]
+    compiled = runtime.compile(blocks.attention)
+    np.testing.assert_allclose(compiled(q, k, v, bias).asnumpy(), wanted, atol=1e-6)
 
 
 def test_level_embedding():

@@ -13,6 +13,7 @@ from mindspore import dtype as mstype
 from pipeline.nn import kernels
 
 GROUPS = 32  # of group normalization, as in DDPM and ADM; fewer in narrow layers
+SCORES = 2**26  # of a picture's attention at a time, 256 MiB in float32; none of configs/ has as many
 
 
 class Conv(nn.Conv2d):
@@ -67,13 +68,22 @@ def split_heads(tokens_BNC: Tensor, num_heads: int) -> Tensor:
     return tokens_BNC.reshape((B, N, num_heads, C // num_heads)).swapaxes(1, 2)
 
 
-def attention(q_BKNc: Tensor, k_BKMc: Tensor, v_BKMc: Tensor, bias: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(c) + bias) v, in (B, K, N, c); `bias` goes with (B, K, N, M). The softmax is float32's.
+def attention(q_BKNc: Tensor, k_BKMc: Tensor, v_BKMc: Tensor, bias_B11M: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(c) + bias) v, in (B, K, N, c). The softmax is float32's.
 
-    The plain formula: the one place where a device's fused kernel would branch off.
+    The plain formula: the one place where a device's fused kernel would branch off. A query's answer does not depend on
+    the others, so where a picture's scores (K, N, M) are many, some queries are answered after the others.
     """
-    scores = ops.matmul(q_BKNc * q_BKNc.shape[-1] ** -0.5, k_BKMc.swapaxes(-1, -2)) + bias
-    return ops.matmul(ops.softmax(scores, axis=-1).astype(v_BKMc.dtype), v_BKMc)
+    _, K, N, _ = q_BKNc.shape
+    num = max(SCORES // (K * k_BKMc.shape[2]), 1)  # queries at a time
+    answers: tuple[Tensor, ...] = ()
+    for start in range(0, N, num):
+        q = q_BKNc if num >= N else ops.narrow(q_BKNc, 2, start, min(num, N - start))
+        if start > 0:
+            q = ops.depend(q, answers[-1])  # else all scores might be there at once
+        scores = ops.matmul(q * q.shape[-1] ** -0.5, k_BKMc.swapaxes(-1, -2)) + bias_B11M
+        answers = (*answers, ops.matmul(ops.softmax(scores, axis=-1).astype(v_BKMc.dtype), v_BKMc))
+    return answers[0] if num >= N else ops.cat(answers, 2)
 
 
 class Norm(nn.Cell):
