@@ -9,8 +9,10 @@ Shapes: B images, C channels, S side, T noise levels an image.
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from functools import cached_property
+from typing import Any, ClassVar, cast
 
 import numpy as np
 from mindspore import Tensor, ops
@@ -25,6 +27,7 @@ from pipeline.diffusion.loss import DiffusionConfig
 from pipeline.diffusion.loss import loss as score  # in a compiled method `loss` would be the method itself
 from pipeline.diffusion.process import add_noise, x_from
 from pipeline.diffusion.sampler import TERMS, SamplerConfig, combine, levels, sample
+from pipeline.nn.bands import in_bands
 from pipeline.nn.text_encoder import TextConfig
 from pipeline.nn.unet import UNet, UNetConfig
 from pipeline.rng import generator
@@ -204,7 +207,7 @@ class Stage:
         before = self.from_pictures(edit.pictures) if edit.pictures.size else None
         kept = () if edit.mask is None else (before, edit.mask)
         fixed = [Tensor(np.asarray(array, np.float32)) for array in (*kept, *prompt, *condition)]
-        weight, compiled = Tensor(np.float32(config.guidance)), self.advance(config, edit.mask is not None)
+        weight, compiled = Tensor(np.float32(config.guidance)), self.bounded.advance(config, edit.mask is not None)
 
         def advance(level: float, factors: tuple[float, ...], *tensors: Tensor) -> tuple[Tensor, Tensor]:
             logsnr_B = Tensor(np.full(len(numbers), level, np.float32))
@@ -220,6 +223,17 @@ class Stage:
 
         resample = config.resample if edit.mask is not None else 1
         return self.to_pictures(sample(advance, noise, config.sampler, logsnrs, resample).asnumpy())
+
+    @cached_property
+    def bounded(self) -> "Stage":
+        """This stage, for sampling: what its network is asked about large pictures is answered in bounded memory."""
+
+        def network(*tensors: Tensor) -> Tensor:  # no `partial`, as an attribute of that kind would not be compiled
+            return in_bands(self.network, *tensors)
+
+        stage: Any = copy(self)
+        stage.network = network
+        return cast(Stage, stage)
 
     def advance(self, config: SamplerConfig, masked: bool = False) -> Callable[..., tuple[Tensor, Tensor]]:
         """(weight, numbers, logsnr_B, z, terms and what `predict` takes) -> z', x: a step of sampling as one graph.

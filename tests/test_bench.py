@@ -16,7 +16,7 @@ from pipeline.errors import JobError, UserError
 from pipeline.kinds import read_stage_config
 from pipeline.nn.unet import UNetConfig
 from tests.conftest import stage_yaml
-from tools.bench import compile, data, peers, sample, scaling, steps, text, train, turns
+from tools.bench import compile, data, peers, sample, scaling, steps, text, train, turns, whole
 from tools.bench.__main__ import ALL, BENCHES, main
 
 
@@ -126,6 +126,16 @@ def test_larger_stages_are_the_demos_with_other_networks(tmp_path: Path) -> None
     assert (base.size, sr256.size, sr256.low_res.size) == (64, 256, 64)
     assert base.unet == build(UNetConfig, train.CASES["base64"]["unet"])
     assert sr256.unet == build(UNetConfig, train.CASES["sr256"]["unet"])
+
+
+def test_a_whole_step_is_told_in_bands_and_at_once(tmp_path: Path) -> None:
+    config = tmp_path / "sr32.yaml"
+    config.write_text(yaml.safe_dump(stage_yaml("sr32", tmp_path / "run", tmp_path, tmp_path)))
+    report = whole.measure(rounds=1, config=config, guidance={"guided": 2.0})
+    assert list(report["rows"]) == ["whole_guided/at_once", "whole_guided/ours"]
+    assert all(len(rounds[0]["seconds"]) == 1 and rounds[0]["peak"] > 0 for rounds in report["rows"].values())
+    assert report["ratios"].keys() == {"whole_guided/at_once"}
+    assert whole.table(report).splitlines()[3].startswith("| guided/ours | 0.")
 
 
 def test_steps_are_told_by_stage_and_sampler(trained: Path) -> None:

@@ -7,7 +7,8 @@ import pytest
 from compare import assert_close, differentiate, reference
 from mindspore import Tensor
 
-from pipeline.nn import blocks, kernels
+from pipeline import runtime
+from pipeline.nn import blocks
 from pipeline.nn.embeddings import PADDING, LevelEmbedding
 from pipeline.nn.parameters import assign, initialize
 from tools.references import LAYERS, random_weights
@@ -21,20 +22,6 @@ def built(kind, width, **sizes):
         return blocks.ResBlock(sizes.pop("width_in"), width, sizes.pop("emb"), CONFIG, **sizes)
     config = blocks.BlockConfig(head_channels=sizes["head"], text_channels=sizes["text_width"])
     return blocks.Attention(width, config, "cross" if sizes["cross"] else "self")
-
-
-@pytest.fixture(params=["kernels", "operators"])
-def both(request, monkeypatch):
-    """The cells with our kernels, and with MindSpore's operators."""
-    if request.param == "operators":
-        monkeypatch.setattr(kernels, "library", lambda: None)
-    elif kernels.library() is None:
-        pytest.skip("the kernels are not built here: no C++ compiler")
-    kernels.convolution.cache_clear()
-    kernels.normalization.cache_clear()
-    yield
-    kernels.convolution.cache_clear()
-    kernels.normalization.cache_clear()
 
 
 @pytest.mark.usefixtures("both")
@@ -188,6 +175,28 @@ def test_attention_is_a_mean_of_what_it_may_look_at():
     found = blocks.Lookup()(zero, Tensor(v * 0), Tensor(v), Tensor(bias)).asnumpy()
     for image, seen in enumerate((v[0, 0, :, :2], v[1, 0])):
         np.testing.assert_allclose(found[image, 0], np.tile(seen.mean(1, keepdims=True), 5), atol=1e-5)
+
+
+@pytest.mark.usefixtures("both")
+def test_attention_answers_some_queries_after_the_others(monkeypatch):
+    """Where their scores are many: never more at once than are allowed, also when the last are fewer."""
+    stream = np.random.default_rng(0)
+    q, k, v = (Tensor(stream.standard_normal((2, 3, 4, n)).astype(np.float32)) for n in (11, 7, 7))
+    bias = Tensor(np.where(np.arange(7) < [[5], [7]], 0, PADDING).astype(np.float32))
+    lookup = blocks.Lookup()
+    product, seen = lookup.scores, []
+
+    def spy(one, other):
+        seen.append(one.shape[3])
+        return product(one, other)
+
+    wanted = lookup(q, k, v, bias).asnumpy()
+    lookup.scores = spy
+    monkeypatch.setattr(blocks, "SCORES", 3 * 7 * 4 + 5)
+    np.testing.assert_allclose(lookup(q, k, v, bias).asnumpy(), wanted, atol=1e-6)
+    assert seen == [4, 4, 3]
+    lookup.scores = product
+    np.testing.assert_allclose(runtime.compile(lookup)(q, k, v, bias).asnumpy(), wanted, atol=1e-6)
 
 
 def test_level_embedding():

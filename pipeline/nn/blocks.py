@@ -15,6 +15,7 @@ from mindspore import dtype as mstype
 from pipeline.nn import kernels
 
 GROUPS = 32  # of group normalization, as in DDPM and ADM; fewer in narrow layers
+SCORES = 2**26  # of a picture's attention at a time, 256 MiB in float32; none of configs/ has as many
 
 AttentionKind = Literal["none", "self", "cross", "linear"]
 NormKind = Literal["group", "layer", "instance"]
@@ -120,7 +121,8 @@ class Lookup(nn.Cell):
     """Attention: v softmax(q^T k / sqrt(c) + bias)^T for each head, (B, K, c, N). The softmax is float32's.
 
     The plain formula: the one place where a device's fused kernel would branch off. Products transpose as they read,
-    since MindSpore's transposition on a CPU keeps 8 bytes a number for as long as a graph lives.
+    since MindSpore's transposition on a CPU keeps 8 bytes a number for as long as a graph lives. A query's answer does
+    not depend on the others, so where a picture's scores (K, N, M) are many, some queries are answered after others.
     """
 
     def __init__(self) -> None:
@@ -129,12 +131,20 @@ class Lookup(nn.Cell):
         self.scores, self.values = ops.BatchMatMul(transpose_a=True), ops.BatchMatMul(transpose_b=True)
 
     def construct(self, q_BKcN: Tensor, k_BKcM: Tensor, v_BKcM: Tensor, bias_BM: Tensor) -> Tensor:
-        scores = self.scores(q_BKcN * q_BKcN.shape[2] ** -0.5, k_BKcM).astype(mstype.float32)
-        if self.kernel is None:
-            weights = ops.softmax(scores + bias_BM.expand_dims(1).expand_dims(1), axis=-1)
-        else:
-            weights = self.kernel(scores, bias_BM)
-        return self.values(v_BKcM, weights.astype(v_BKcM.dtype))
+        _, K, c, N = q_BKcN.shape
+        num = max(SCORES // (K * k_BKcM.shape[3]), 1)  # queries at a time
+        answers: tuple[Tensor, ...] = ()
+        for start in range(0, N, num):
+            q = q_BKcN if num >= N else ops.narrow(q_BKcN, 3, start, min(num, N - start))
+            if start > 0:
+                q = ops.depend(q, answers[-1])  # else all scores might be there at once
+            scores = self.scores(q * c**-0.5, k_BKcM).astype(mstype.float32)
+            if self.kernel is None:
+                weights = ops.softmax(scores + bias_BM.expand_dims(1).expand_dims(1), axis=-1)
+            else:
+                weights = self.kernel(scores, bias_BM)
+            answers = (*answers, self.values(v_BKcM, weights.astype(v_BKcM.dtype)))
+        return answers[0] if num >= N else ops.cat(answers, 3)
 
 
 class LinearLookup(nn.Cell):
@@ -157,6 +167,8 @@ class Norm(nn.Cell):
 
     All of it but SiLU is one multiplication and one addition a channel, so the image is passed over once: it is read as
     rows (B C, H W), the factors as a column. Computed in float32, answered in the input's type.
+
+    `moments` are mean and variance of each group (B G, 1) where x is a part of the picture: they are the whole's.
     """
 
     def __init__(self, width: int, kind: NormKind = "group", silu: bool = True) -> None:
@@ -169,7 +181,9 @@ class Norm(nn.Cell):
         self.bias = Parameter(ops.zeros(width))
         self.kernel = kernels.normalization(silu)
 
-    def construct(self, x_BCHW: Tensor, scale_shift: Tensor | None = None) -> Tensor:
+    def construct(
+        self, x_BCHW: Tensor, scale_shift: Tensor | None = None, moments: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
         B, C, H, W = x_BCHW.shape
         x, per_group = x_BCHW.astype(mstype.float32), (B, self.groups, C // self.groups)
         factor, offset = self.gain, self.bias
@@ -177,12 +191,15 @@ class Norm(nn.Cell):
             scale, shift = ops.chunk(scale_shift, 2, 1)
             factor, offset = factor * (1.0 + scale), offset * (1.0 + scale) + shift
         factor, offset = ops.broadcast_to(factor, (B, C)), ops.broadcast_to(offset, (B, C))
-        if self.kernel is not None:
+        if self.kernel is not None and moments is None:
             y = self.kernel(x, factor.reshape(per_group), offset.reshape(per_group))
             return y.astype(x_BCHW.dtype)
-        rows = x.reshape((B * self.groups, -1))
-        mean = rows.mean(axis=1, keep_dims=True)
-        variance = (rows * rows).mean(axis=1, keep_dims=True) - mean * mean
+        if moments is None:
+            rows = x.reshape((B * self.groups, -1))
+            mean = rows.mean(axis=1, keep_dims=True)
+            variance = (rows * rows).mean(axis=1, keep_dims=True) - mean * mean
+        else:
+            mean, variance = moments
         rate = ops.rsqrt(ops.maximum(variance, 0.0) + kernels.EPSILON)
         mean, rate = (ops.broadcast_to(n.reshape((B, self.groups, 1)), per_group).reshape((B, C)) for n in (mean, rate))
         factor = rate * factor
@@ -279,7 +296,7 @@ class Attention(nn.Cell):
         return x_BCHW + self.out(self.lookup(q, k, v, bias).reshape((B, C, H, W)))
 
     def kept(self, pixels: int, tokens: int) -> Kept:
-        """The normalized picture, queries, keys, values, how much each position looks where, and what it finds there."""
+        """The normalized picture, queries, keys, values, how far each position looks where, what it finds."""
         width = self.out.in_channels
         seen = (0 if self.cross else pixels) + (tokens if self.text_channels else 0)
         looks = self.heads * pixels * seen
@@ -325,8 +342,11 @@ class Stack(nn.Cell):
         super().__init__()
         self.layers = nn.CellList(layers)
 
-    def construct(self, x_BCHW: Tensor, emb_BE: Tensor, text_BLD: Tensor, bias_BL: Tensor) -> Tensor:
+    def construct(
+        self, x_BCHW: Tensor, emb_BE: Tensor, text_BLD: Tensor, bias_BL: Tensor, start: int = 0, stop: int = 0
+    ) -> Tensor:
+        """But for `start` layers at the start and `stop` at the end, which the caller has in bands (see bands.py)."""
         x = x_BCHW
-        for layer in self.layers:
-            x = layer(x, emb_BE, text_BLD, bias_BL)
+        for layer in range(start, len(self.layers) - stop):
+            x = self.layers[layer](x, emb_BE, text_BLD, bias_BL)
         return x
