@@ -192,7 +192,6 @@ class ResBlock(nn.Cell):
             x = self.skip(x)
         return x + h
 
-
     def kept(self, pixels: int, tokens: int) -> Kept:
         """Both convolutions' inputs and what is normalized."""
         after = {"up": 4 * pixels, "down": pixels // 4, "": pixels}[self.resample]
@@ -228,9 +227,8 @@ class Attention(nn.Cell):
         q, k, v = split_heads(q, self.heads), split_heads(k, self.heads), split_heads(v, self.heads)
         return x_BCHW + self.out(self.lookup(q, k, v, bias).reshape((B, C, H, W)))
 
-
     def kept(self, pixels: int, tokens: int) -> Kept:
-        """The normalized picture, queries, keys, values, how much each position looks where, and what it found there."""
+        """The normalized picture, queries, keys, values, how much each position looks where, and what it finds."""
         width = self.out.in_channels
         seen = tokens if self.cross else pixels + tokens
         looks = self.heads * pixels * seen
@@ -248,7 +246,6 @@ class Downsample(nn.Cell):
     def construct(self, x_BCHW: Tensor, emb_BE: Tensor, text_BLD: Tensor, bias_BL: Tensor) -> Tensor:
         return self.conv(x_BCHW)
 
-
     def kept(self, pixels: int, tokens: int) -> Kept:
         picture = self.conv.in_channels * pixels
         return Kept(picture, 0, picture, pixels // 4)
@@ -263,7 +260,6 @@ class Upsample(nn.Cell):
 
     def construct(self, x_BCHW: Tensor, emb_BE: Tensor, text_BLD: Tensor, bias_BL: Tensor) -> Tensor:
         return self.conv(upsample(x_BCHW))
-
 
     def kept(self, pixels: int, tokens: int) -> Kept:
         """The convolution's input alone, which is not the layer's."""

@@ -48,7 +48,7 @@ class UNetConfig:
     head_channels: int = 64
     text_channels: int = 1024  # width to which the text is projected, once, for all blocks
     patch: int = 1  # side of the pixel patch that is one position of the first level ("simple diffusion", 2301.11093)
-    recompute: bool = False  # forget a block's activations and compute them again for the gradient
+    recompute: bool = False  # forget a layer's activations and compute them again for the gradient
 
     def __post_init__(self) -> None:
         levels = len(self.channel_mults)
@@ -130,7 +130,7 @@ class UNet(nn.Cell):
         return channels_to_space(self.head(h), self.patch).astype(mstype.float32)
 
     def kept(self, side: int, tokens: int) -> list[Kept]:
-        """What of one picture of `side` pixels the gradient needs: of each layer in the order they run, and of the head.
+        """What of one picture of `side` pixels the gradient needs, by layer in the order they run, the head the last.
 
         A skip connection counts once on the way down, as the next layer's input, and once more where it is joined to
         another's, which is a copy.

@@ -17,7 +17,7 @@ from tools.bench import turns
 from tools.bench.train import CASES
 
 FOLDER = Path(__file__).parent.parent.parent / "configs" / "tiny"
-TEXT = {"width": 64, "length": 16}  # as in the demo
+TEXT: dict[str, Any] = {"width": 64, "length": 16}  # as in the demo
 # By name: a network of `bench train` or a stage of the demo, and what is changed.
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "base64": ("base64", {}),
@@ -96,7 +96,10 @@ def as_overrides(folder: Path, steps: int, changes: dict[str, Any]) -> list[str]
         "train.report_every": 1,
         "train.sample_every": 0,
     }
-    return [f"{key}={json.dumps(value) if isinstance(value, bool) else value}" for key, value in {**every, **changes}.items()]
+    return [
+        f"{key}={json.dumps(value) if isinstance(value, bool) else value}"
+        for key, value in {**every, **changes}.items()
+    ]
 
 
 def write_data(folder: Path) -> None:
