@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from launch.terminal import Parser, positive, run
+from launch.terminal import Parser, positive, positive_number, run
 from pipeline.errors import UserError
 
 T = TypeVar("T")
@@ -26,6 +26,12 @@ def parser() -> Parser:
     check.add_argument("path", metavar="CONFIG|CASCADE", help="a YAML file of configs/, or a cascade folder")
     check.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="instead of the file's, as data.global_batch=8"
+    )
+    check.add_argument(
+        "--memory",
+        metavar="GIB",
+        type=positive_number,
+        help="of a device: whether a training fits, else what to turn on",
     )
     check.add_argument("--json", action="store_true", help="one JSON object instead of text")
 
@@ -104,7 +110,7 @@ def answer(argv: Sequence[str]) -> int:
 def run_check(arguments: argparse.Namespace) -> int:
     from launch.report import as_text, check
 
-    report = check(arguments.path, arguments.overrides)
+    report = check(arguments.path, arguments.overrides, arguments.memory)
     print(json.dumps(report) if arguments.json else as_text(report))
     return 0
 

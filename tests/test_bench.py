@@ -14,9 +14,10 @@ from pipeline.config import build
 from pipeline.data.shards import DataConfig, Shards
 from pipeline.errors import JobError, UserError
 from pipeline.kinds import read_stage_config
+from pipeline.nn import kernels
 from pipeline.nn.unet import UNetConfig
 from tests.conftest import stage_yaml
-from tools.bench import compile, data, peers, sample, scaling, steps, text, train, turns, whole
+from tools.bench import compile, data, memory, peers, sample, scaling, steps, text, train, turns, whole
 from tools.bench.__main__ import ALL, BENCHES, main
 
 
@@ -290,6 +291,16 @@ def test_compilation_is_told_with_and_without_the_kept_graphs(tmp_path: Path) ->
         *("|", "|---|---|---|---|---|", "| tiny", "| gradient of one picture", "|---|---|---|---|", "| base"),
         compile.table(report).splitlines()[-1],
     ]
+
+
+@pytest.mark.skipif(kernels.library() is None, reason="foretold for the kernels, which are not built here")
+def test_a_training_holds_what_was_foretold() -> None:
+    """The demo's base, as `cascade train` runs it, in a process of its own that finds its graphs."""
+    report = memory.measure(steps=4, rows={"tiny": ("tiny/base64", {"data.global_batch": 64})})
+    (answer,) = report["rows"]["memory/tiny"]
+    assert answer["predicted"] == pytest.approx(answer["peak"], rel=0.15)
+    assert answer["predicted"] == answer["memory"]["total"]
+    assert memory.table(report).splitlines()[2].startswith("| tiny | 0.9M | ")
 
 
 @pytest.mark.usefixtures("no_peers")

@@ -23,7 +23,7 @@ BASE = "configs/tiny/base64.yaml"
 
 # What scripts may rely on. A change here is a change for the users.
 COMMANDS = {
-    "check": ["CONFIG|CASCADE", "key=value *", "--json"],
+    "check": ["CONFIG|CASCADE", "key=value *", "--memory GIB", "--json"],
     "train": ["CONFIG", "key=value *"],
     "train-all": ["CASCADE", "key=value *", "--at-once N"],
     "status": ["RUN +", "--json"],
@@ -41,6 +41,7 @@ TOOLS = {
     "bench": "all|{benches} ...",
     "bench compile": "[--rounds N] [--json]",
     "bench data": "[--shards DIR] [--seconds S] [--rounds N] [--cores N [N ...]] [--memory N] [--json]",
+    "bench memory": "[--steps N] [--rows ROW [ROW ...]] [--json]",
     "bench sample": "[--rounds N] [--batches N] [--json]",
     "bench scaling": "[--steps N] [--rounds N] [--json]",
     "bench steps": "[--images N] [--large N] [--json] CASCADE",
@@ -188,6 +189,14 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
         ("train", BASE, "run={tmp}/run", "data.shards={tmp}/*.tar"),
         f"data.shards: {{tmp}}/*.tar: matches no file (looked from {ROOT})",
     ),
+    "memory that is none": (
+        ("check", BASE, "--memory", "0"),
+        "argument --memory: 0 is not a number above 0; see cascade check --help",
+    ),
+    "memory for a cascade's folder": (
+        ("check", "{tmp}", "--memory", "16"),
+        "--memory: a cascade folder is not trained; give the YAML file of a stage or of a cascade",
+    ),
     "no prompt": (SAMPLE, "no prompt; give --prompt TEXT or --prompts FILE with a prompt a line"),
     "blank prompt": (
         (*SAMPLE, "--prompt", "a circle", " "),
@@ -299,6 +308,18 @@ def test_check_is_one_json_object(shards_folder: Path, capsys: pytest.CaptureFix
     assert report["memory"]["weights"] == 4 * report["parameters"] > 0
     assert report["data"] == {"shards": 2, "samples": 24, "steps_per_epoch": 3.0, "removed": {}, "damaged": 0}
     assert report["argv"] == [sys.executable, "-m", "launch", "train", BASE, *overrides]
+
+
+def test_check_says_whether_a_training_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "check", "configs/sr256.yaml", "data.global_batch=16", "--memory", "24", "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert not report["fit"]["fits"]
+    assert report["fit"]["device"] == 24 * 2**30 < report["memory"]["total"]
+    assert report["fit"]["instead"][0]["set"].keys() == {"train.accumulate"}
+    code, out, _ = run(capsys, "check", BASE, "--memory", "24")
+    assert code == 0
+    assert "fits        yes, 24.00 GiB are enough\n" in out
 
 
 def test_check_away_from_the_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,7 +46,7 @@ class UNetConfig(BlockConfig):
     num_blocks: tuple[int, ...] = (3, 3, 3, 3)  # residual blocks on a level's way down
     attention: tuple[AttentionKind, ...] = ("none", "self", "self", "self")  # self, linear: and text; cross: text alone
     patch: int = 1  # side of the pixel patch that is one position of the first level ("simple diffusion", 2301.11093)
-    recompute: bool = False  # forget a block's activations and compute them again for the gradient
+    recompute: bool = False  # forget a layer's activations and compute them again for the gradient
 
     def __post_init__(self) -> None:
         levels = len(self.channel_mults)
@@ -163,7 +163,7 @@ class UNet(nn.Cell):
         return h
 
     def kept(self, side: int, tokens: int) -> list[Kept]:
-        """What of one picture of `side` pixels the gradient needs: of each layer in the order they run, and of the head.
+        """What of one picture of `side` pixels the gradient needs, by layer in the order they run, the head the last.
 
         A skip connection counts once on the way down, as the next layer's input, and once more where it is joined to
         another's, which is a copy.

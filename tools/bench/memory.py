@@ -17,7 +17,7 @@ from tools.bench import turns
 from tools.bench.train import CASES
 
 FOLDER = Path(__file__).parent.parent.parent / "configs" / "tiny"
-TEXT = {"width": 64, "length": 16}  # as in the demo
+TEXT: dict[str, Any] = {"width": 64, "length": 16}  # as in the demo
 # By name: a network of `bench train` or a stage of the demo, and what is changed.
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "base64": ("base64", {}),

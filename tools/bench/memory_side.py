@@ -1,4 +1,4 @@
-"""One training of `python -m tools.bench memory`, as `cascade train` runs it: what it took, as JSON on the last line."""
+"""A training of `python -m tools.bench memory`, as `cascade train` runs it: what it took, as JSON on the last line."""
 
 import json
 import sys
