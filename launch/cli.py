@@ -1,4 +1,4 @@
-"""The `cascade` command: check, train, train-all, status, sample, restore.
+"""The `cascade` command: check, train, train-all, status, sample, edit, restore.
 
 Exit codes: 0 done; 1 the job failed; 2 the user's input, in one line on stderr; 75 stopped by a signal after saving,
 the same command goes on. MindSpore is imported only once the command line is known to be in order.
@@ -7,12 +7,15 @@ the same command goes on. MindSpore is imported only once the command line is kn
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from launch.terminal import Parser, positive, positive_number, run
 from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.manifest import Manifest
 
 T = TypeVar("T")
 
@@ -20,7 +23,9 @@ T = TypeVar("T")
 def parser() -> Parser:
     """All that can be said on the command line."""
     top = Parser(prog="cascade", description="Train the stages of an Imagen-style cascade and sample from them.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="check|train|train-all|status|sample|restore")
+    commands = top.add_subparsers(
+        dest="command", required=True, metavar="check|train|train-all|status|sample|edit|restore"
+    )
 
     check = commands.add_parser("check", help="what a configuration or a cascade amounts to, before anything runs")
     check.add_argument("path", metavar="CONFIG|CASCADE", help="a YAML file of configs/, or a cascade folder")
@@ -51,22 +56,26 @@ def parser() -> Parser:
     status.add_argument("--json", action="store_true", help="one JSON object a line instead of text")
 
     sample = commands.add_parser("sample", help="text to pictures; the same command again makes what is missing")
-    sample.add_argument("path", metavar="CASCADE", help="a cascade folder")
-    text = sample.add_mutually_exclusive_group()
-    text.add_argument("--prompt", metavar="TEXT", nargs="+", default=[], help="one picture each")
-    text.add_argument("--prompts", metavar="FILE", type=Path, help="one prompt a line; empty lines do not count")
-    sample.add_argument(
-        "--out", metavar="DIR", type=Path, required=True, help="gets 00000.png, STAGE/00000.png, manifest.jsonl"
-    )
-    sample.add_argument("--seed", metavar="N", type=int, default=0, help="of the noise (default 0)")
-    for name, kind, what in (
-        ("steps", int, "network calls, for each stage that runs or one for all"),
-        ("guidance", float, "weight of the text, for each stage that runs or one for all; 1 is no guidance"),
-        ("augment", float, "noise on the low resolution, for each super-resolution stage that runs or one for all"),
-    ):
-        sample.add_argument(f"--{name}", metavar=name[0].upper(), type=kind, nargs="+", default=[], help=what)
+    add_sampling(sample)
     sample.add_argument("--from", dest="start", metavar="STAGE", help="first stage to run, from the pictures in --out")
-    sample.add_argument("--to", dest="stop", metavar="STAGE", help="last stage to run")
+
+    edit = commands.add_parser(
+        "edit", help="a picture painted anew in a hole or in part, as a text says; again: missing"
+    )
+    add_sampling(edit)
+    edit.add_argument("--from", dest="start", metavar="STAGE", help="first stage to run, from the picture itself")
+    edit.add_argument("--image", metavar="PATH", type=Path, required=True, help="a picture, or a folder of them")
+    edit.add_argument("--mask", metavar="PATH", type=Path, help="white where to paint; or a folder of NAME.png")
+    edit.add_argument(
+        "--strength",
+        metavar="S",
+        type=float,
+        nargs="+",
+        default=[],
+        help="how much is painted anew, above 0 to 1, for each stage that runs or one for all (default: 1 with a mask, "
+        "else 0.8)",
+    )
+    edit.add_argument("--resample", metavar="N", type=positive, help="times that each step in a hole is made (RePaint)")
 
     restore = commands.add_parser("restore", help="pictures mended by an image-to-image stage; again: what is missing")
     restore.add_argument("path", metavar="STAGE", help="a stage folder, or a cascade folder of that stage and its text")
@@ -89,6 +98,25 @@ def parser() -> Parser:
     return top
 
 
+def add_sampling(command: argparse.ArgumentParser) -> None:
+    """What `sample` and `edit` both take."""
+    command.add_argument("path", metavar="CASCADE", help="a cascade folder")
+    text = command.add_mutually_exclusive_group()
+    text.add_argument("--prompt", metavar="TEXT", nargs="+", default=[], help="one picture each")
+    text.add_argument("--prompts", metavar="FILE", type=Path, help="one prompt a line; empty lines do not count")
+    command.add_argument(
+        "--out", metavar="DIR", type=Path, required=True, help="gets 00000.png, STAGE/00000.png, manifest.jsonl"
+    )
+    command.add_argument("--seed", metavar="N", type=int, default=0, help="of the noise (default 0)")
+    for name, kind, what in (
+        ("steps", int, "network calls, for each stage that runs or one for all"),
+        ("guidance", float, "weight of the text, for each stage that runs or one for all; 1 is no guidance"),
+        ("augment", float, "noise on the low resolution, for each super-resolution stage that runs or one for all"),
+    ):
+        command.add_argument(f"--{name}", metavar=name[0].upper(), type=kind, nargs="+", default=[], help=what)
+    command.add_argument("--to", dest="stop", metavar="STAGE", help="last stage to run")
+
+
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     run(answer, argv)
 
@@ -102,6 +130,7 @@ def answer(argv: Sequence[str]) -> int:
         "train-all": run_train_all,
         "status": run_status,
         "sample": run_sample,
+        "edit": run_edit,
         "restore": run_restore,
     }
     return commands[arguments.command](arguments)
@@ -158,6 +187,53 @@ def run_status(arguments: argparse.Namespace) -> int:
 
 
 def run_sample(arguments: argparse.Namespace) -> int:
+    prompts = prompts_in(arguments)
+    from pipeline.cascade import Cascade, read_cascade
+    from pipeline.gallery import generate
+    from pipeline.log import setup_logging
+
+    setup_logging()
+    manifests, _ = read_cascade(Path(arguments.path))
+    options = sampling_options(arguments, manifests)
+    cascade = Cascade.load(arguments.path)
+    written = generate(cascade, prompts, arguments.out, arguments.seed, options, arguments.start, arguments.stop)
+    print(f"{arguments.out}: {written} pictures written for {len(prompts)} prompts, listed in manifest.jsonl")
+    return 0
+
+
+def run_edit(arguments: argparse.Namespace) -> int:
+    prompts = prompts_in(arguments)
+    from pipeline.cascade import Cascade, read_cascade
+    from pipeline.data.pictures import pictures_in
+    from pipeline.editing import open_editing, strengths
+    from pipeline.gallery import generate
+    from pipeline.log import setup_logging
+
+    setup_logging()
+    images = pictures_in(arguments.image)
+    num = max(len(images), len(prompts))
+    if not {len(images), len(prompts)} <= {1, num}:
+        raise UserError(f"--image: {len(images)} pictures for {len(prompts)} prompts; give one of either, or as many")
+    manifests, _ = read_cascade(Path(arguments.path))
+    options, masked = sampling_options(arguments, manifests), arguments.mask is not None
+    if arguments.resample and not masked:
+        raise UserError("--resample: it is in a hole that steps are made again; give --mask, or leave it out")
+    for chosen in options.values() if arguments.resample else ():
+        chosen["resample"] = arguments.resample
+    names = list(options)
+    strength = strengths(by_stage("strength", arguments.strength, names), masked, names)
+    size = list(manifests.values())[-1].size_out
+    editing = open_editing(images * (num // len(images)), arguments.mask, size, strength)
+    cascade, prompts = Cascade.load(arguments.path), prompts * (num // len(prompts))
+    written = generate(
+        cascade, prompts, arguments.out, arguments.seed, options, arguments.start, arguments.stop, editing
+    )
+    print(f"{arguments.out}: {written} pictures written for {num} edits, listed in manifest.jsonl")
+    return 0
+
+
+def prompts_in(arguments: argparse.Namespace) -> list[str]:
+    """Those of --prompt or --prompts."""
     prompts = arguments.prompt
     if arguments.prompts:
         try:
@@ -168,13 +244,13 @@ def run_sample(arguments: argparse.Namespace) -> int:
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise UserError("no prompt; give --prompt TEXT or --prompts FILE with a prompt a line")
     check_seed(arguments.seed)
-    from pipeline.cascade import Cascade, read_cascade, span
-    from pipeline.gallery import generate
-    from pipeline.log import setup_logging
+    return prompts
 
-    setup_logging()
-    folder = Path(arguments.path)
-    manifests, _ = read_cascade(folder)
+
+def sampling_options(arguments: argparse.Namespace, manifests: Mapping[str, "Manifest"]) -> dict[str, dict[str, Any]]:
+    """What --steps, --guidance and --augment say of each stage that runs."""
+    from pipeline.cascade import span
+
     names = span(list(manifests), arguments.start, arguments.stop)
     enlarging = [name for name in names if manifests[name].size_in is not None]
     options: dict[str, dict[str, Any]] = {name: {} for name in names}
@@ -189,11 +265,7 @@ def run_sample(arguments: argparse.Namespace) -> int:
             raise UserError(f"--augment: {level} is not in [{low}, {high}], which {name} was trained with")
     if any(number < 1 for number in arguments.steps):
         raise UserError(f"--steps: {arguments.steps} holds a number below 1; give positive numbers")
-    written = generate(
-        Cascade.load(folder), prompts, arguments.out, arguments.seed, options, arguments.start, arguments.stop
-    )
-    print(f"{arguments.out}: {written} pictures written for {len(prompts)} prompts, listed in manifest.jsonl")
-    return 0
+    return options
 
 
 def run_restore(arguments: argparse.Namespace) -> int:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from pipeline.data.captions import clean
 from pipeline.data.prompts import Arrays, number_of, one_hot
 from pipeline.diffusion.sampler import SamplerConfig
+from pipeline.editing import Edit, Images, edits_of, shrunk
 from pipeline.errors import UserError
 from pipeline.files import replace_folder
 from pipeline.kinds import stage_class
@@ -72,7 +73,7 @@ class Sampler(Protocol):
         seed: int,
         numbers: Sequence[int],
         given: np.ndarray | None,
-        *,
+        edit: Edit | None,
         progress: Callable[[], object],
     ) -> np.ndarray: ...
 
@@ -124,6 +125,9 @@ class Cascade:
         start: str | None = None,
         stop: str | None = None,
         low: Sequence[Image.Image] | None = None,
+        image: Images | None = None,
+        mask: Images | None = None,
+        strength: float | Mapping[str, float] | None = None,
         progress: bool = False,
     ) -> Result:
         """Pictures of `prompts`.
@@ -133,30 +137,34 @@ class Cascade:
             seed, numbers: name the noise; picture `numbers[i]` (i if not given) of a seed is the same in any company.
             options: what to change of the stages' sampling, as {"sr256": {"steps": 8, "augment": 0.2}}.
             start, stop: the first and the last stage to run; all if not given.
-            low: the pictures to start from where `start` is not the first stage, of the size that it takes.
+            low: the pictures to enlarge where `start` is not the first stage, of the size that it takes; if not given,
+                `image` shrunk.
+            image: what is edited, one for all or one each, of the size that the last stage makes.
+            mask: white where `image` is painted anew, likewise (inpainting); if not given, all of it changes in part.
+            strength: by how much, in (0, 1], at all stages or by stage; see pipeline/editing.py.
             progress: shows a bar.
 
         Raises:
-            UserError: no prompt, an unknown stage, pictures of another size.
+            UserError: no prompt, an unknown stage, pictures of another size, a strength out of its range.
         """
         if isinstance(prompts, str) or not prompts:
             raise UserError("prompts: expected a list of at least one prompt")
         names = span(list(self.stages), start, stop)
         self.check_makes(names[0])
         numbers = range(len(prompts)) if numbers is None else numbers
-        if (low is None) != (self.manifests[names[0]].size_in is None):
-            raise UserError(f"{names[0]} starts from {'pictures; give low' if low is None else 'no picture'}")
-        if low is not None and len(low) != len(prompts):
-            raise UserError(f"low: {len(low)} pictures for {len(prompts)} prompts; give one each")
-        pictures = None if low is None else np.stack([self.check_low(names[0], image) for image in low])
+        size = list(self.manifests.values())[-1].size_out
+        edits = edits_of(image, mask, strength, len(prompts), size, names)
+        pictures = self.first(names[0], len(prompts), low, edits.get(names[0]))
         told = {name: self.prompt(name, prompts) for name in names}
         made = {}
         with tqdm(
-            total=sum(self.calls(name, len(prompts), options) for name in names), unit="step", disable=not progress
+            total=sum(self.calls(name, len(prompts), options, *(edits[name].how if edits else ())) for name in names),
+            unit="step",
+            disable=not progress,
         ) as bar:
             for name in names:
                 bar.set_description(name)
-                pictures = self.run(name, told[name], seed, numbers, pictures, options, bar.update)
+                pictures = self.run(name, told[name], seed, numbers, pictures, options, edits.get(name), bar.update)
                 made[name] = [Image.fromarray(picture) for picture in pictures]
         return Result(made[names[-1]], made)
 
@@ -179,10 +187,10 @@ class Cascade:
         """How stage `name` is sampled."""
         return replace(self.stages[name].config.sample, **options.get(name, {}))
 
-    def calls(self, name: str, num: int, options: Options) -> int:
+    def calls(self, name: str, num: int, options: Options, strength: float = 1.0, masked: bool = False) -> int:
         """How many calls of its network stage `name` needs for `num` pictures."""
         config = self.sampling(name, options)
-        return -(-num // config.batch) * config.steps
+        return -(-num // config.batch) * config.calls(strength, masked)
 
     def run(
         self,
@@ -192,6 +200,7 @@ class Cascade:
         numbers: Sequence[int],
         low: np.ndarray | None,
         options: Options,
+        edit: Edit | None = None,
         progress: Callable[[], object] = bool,
     ) -> np.ndarray:
         """One stage for all pictures, uint8 (N, S, S, 3), in batches of one size, the last filled with repetitions."""
@@ -201,13 +210,26 @@ class Cascade:
             rows = np.arange(begin, begin + config.batch).clip(max=len(numbers) - 1)
             part = None if low is None else low[rows]
             chosen, told = [numbers[row] for row in rows], tuple(array[rows] for array in prompt)
-            made.append(self.stages[name].sample(config, told, seed, chosen, part, progress=progress))
+            piece = edit and edit.at(rows, self.manifests[name].size_out, part)
+            painted = self.stages[name].sample(config, told, seed, chosen, part, piece, progress)
+            made.append(piece.joined(painted[: len(numbers) - begin]) if piece else painted)
         return np.concatenate(made)[: len(numbers)]
 
     def check_makes(self, name: str) -> None:
         """UserError if stage `name` is image to image, which starts from neither noise alone nor a low resolution."""
         if self.manifests[name].tasks:
             raise UserError(f"{name} restores pictures and makes none; use `cascade restore`")
+
+    def first(self, name: str, num: int, low: Sequence[Image.Image] | None, edit: Edit | None) -> np.ndarray | None:
+        """What stage `name` enlarges if it is the first to run: the pictures given, or else those that are edited."""
+        size = self.manifests[name].size_in
+        if low is None and edit and size:
+            return shrunk(edit.pictures, size)
+        if (low is None) != (size is None):
+            raise UserError(f"{name} starts from {'pictures; give low' if low is None else 'no picture'}")
+        if low is not None and len(low) != num:
+            raise UserError(f"low: {len(low)} pictures for {num} prompts; give one each")
+        return None if low is None else np.stack([self.check_low(name, image) for image in low])
 
     def check_low(self, name: str, image: Image.Image) -> np.ndarray:
         """The picture that stage `name` starts from, as uint8 (S, S, 3)."""

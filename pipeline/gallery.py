@@ -18,6 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from pipeline.cascade import Cascade, Options, span
+from pipeline.editing import Editing
 from pipeline.errors import UserError
 from pipeline.files import lock, write_atomically
 
@@ -83,8 +84,12 @@ def generate(
     options: Options,
     start: str | None = None,
     stop: str | None = None,
+    editing: Editing | None = None,
 ) -> int:
-    """Makes the pictures of `prompts` that `folder` lacks, picture i of prompt i; answers how many files it wrote."""
+    """Makes the pictures of `prompts` that `folder` lacks, picture i of prompt i; answers how many files it wrote.
+
+    With `editing`, picture i is its picture i, edited; the first stage that runs enlarges that itself.
+    """
     order = list(cascade.stages)
     names = span(order, start, stop)
     cascade.check_makes(names[0])
@@ -98,18 +103,26 @@ def generate(
             return f"{number:05d}.png" if stage == order[-1] else f"{stage}/{number:05d}.png"
 
         for name in order[: order.index(names[-1]) + 1]:
-            recipe = asdict(cascade.sampling(name, options))
-            del recipe["batch"]  # no picture depends on it
-            recipes[name] = {"seed": seed, **recipe}
+            sampling = asdict(cascade.sampling(name, options))
+            del sampling["batch"]  # no picture depends on it
+            recipes[name] = {"seed": seed, **sampling}
+
+        def recipe(stage: str, number: int) -> dict[str, Any]:
+            edited = editing.recipe(stage, number) if editing else {}
+            return {"prompt": prompts[number], **recipes[stage], **edited}
+
         missing = {
             name: [
                 i
-                for i, prompt in enumerate(prompts)
-                if not gallery.has(file(name, i), {"prompt": prompt, **recipes[name]})
+                for i in range(len(prompts))
+                if not gallery.has(file(name, i), {"image_sha256": None, **recipe(name, i)})  # or it is an edited one
             ]
             for name in names
         }
-        total = sum(cascade.calls(name, len(numbers), options) for name, numbers in missing.items())
+        total = sum(
+            cascade.calls(name, len(numbers), options, *(editing.how(name) if editing else ()))
+            for name, numbers in missing.items()
+        )
         with tqdm(total=total, unit="step") as bar:
             for begin in range(0, len(prompts), CHUNK):
                 for name in names:
@@ -117,16 +130,21 @@ def generate(
                     if not numbers:
                         continue
                     bar.set_description(name)
-                    low = None
-                    if cascade.manifests[name].size_in is not None:
+                    edit = editing.edit(name, numbers) if editing else None
+                    if edit and name == names[0]:
+                        low = cascade.first(name, len(numbers), None, edit)
+                    elif cascade.manifests[name].size_in is None:
+                        low = None
+                    else:
                         before = order[order.index(name) - 1]
                         low = np.stack(
                             [cascade.check_low(name, gallery.read(file(before, i), before)) for i in numbers]
                         )
                     told = cascade.prompt(name, [prompts[i] for i in numbers])
-                    pictures = cascade.run(name, told, seed, numbers, low, options, bar.update)
+                    pictures = cascade.run(name, told, seed, numbers, low, options, edit, bar.update)
                     for number, picture in zip(numbers, pictures, strict=True):
-                        facts = {"number": number, "stage": name, "prompt": prompts[number], **recipes[name]}
+                        facts = {"number": number, "stage": name, **recipe(name, number)}
+                        facts |= editing.names(number) if editing else {}
                         gallery.add(file(name, number), picture, facts)
                         written += 1
     return written

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pipeline.cascade import Cascade
-from pipeline.data.decode import MAX_SIDE, BadImage, decode
+from pipeline.data.pictures import hole, mask_for, pictures_in, read
 from pipeline.data.prompts import Arrays
 from pipeline.data.restore import blend, composite, heat, least_certain, padded, seam, spread
 from pipeline.data.tasks import WITH_HOLE, Given, grey, whole, with_hole
@@ -27,7 +27,6 @@ from pipeline.gallery import Gallery
 from pipeline.manifest import Manifest
 from pipeline.rng import generator
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 CHUNK = 64  # pictures in memory with all their samples
 Extend = tuple[int, int, int, int]  # pixels to add at the left, top, right and bottom
 
@@ -68,27 +67,6 @@ class Restoring:
 # Input.
 
 
-def read(path: Path) -> np.ndarray:
-    """A picture's file as uint8 (H, W, 3), upright. UserError if it is none."""
-    try:
-        return np.ascontiguousarray(decode(path.read_bytes(), MAX_SIDE).upright())
-    except (OSError, BadImage) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"{path}: {reason}; give a picture ({', '.join(SUFFIXES)})") from None
-
-
-def pictures_in(place: Path) -> list[Path]:
-    """A picture, or those of a folder by name."""
-    if not place.is_dir():
-        return [place]
-    found = sorted(path for path in place.iterdir() if path.suffix.lower() in SUFFIXES)
-    if not found:
-        raise UserError(f"{place}: there is no picture in this folder ({', '.join(SUFFIXES)})")
-    if len({path.stem for path in found}) < len(found):
-        raise UserError(f"{place}: two pictures have one name but for its ending; the results would have one name, too")
-    return found
-
-
 def damages(task: str, images: Path, masks: Path | None, extend: Extend | None) -> list[Damage]:
     """The pictures to restore. UserError for what is missing, does not fit, or does not belong to the task."""
     if task not in WITH_HOLE and (masks or extend):
@@ -102,16 +80,8 @@ def damages(task: str, images: Path, masks: Path | None, extend: Extend | None) 
         if extend:
             picture, mask = extended(picture, extend)
         elif masks:
-            source = masks / f"{path.stem}.png" if masks.is_dir() else masks
-            mask = grey(read(source))[..., 0] >= 128
-            if mask.shape != picture.shape[:2]:
-                height, width = picture.shape[:2]
-                raise UserError(
-                    f"{source}: the mask has {mask.shape[1]} x {mask.shape[0]} pixels and {path} {width} x {height}; "
-                    "give one of the picture's size, white where it is to be made"
-                )
-            if not mask.any():
-                raise UserError(f"{source}: nothing in this mask is white, which is what would be made")
+            source = mask_for(path, masks)
+            mask = hole(read(source), picture.shape, source, path)
         found.append(Damage(path.stem, picture, mask))
     return found
 
@@ -149,7 +119,7 @@ def restore(
         left = [number for number, each in enumerate(pictures) if not gallery.has(f"{each.name}.png", recipe)]
         groups = chunks(left, lambda number: pictures[number].picture.shape)
         rows = [count for group in groups for count in (len(group) * how.samples, len(group) * (how.resample > 0))]
-        total = sum(-(-count // config.batch) for count in rows) * (config.steps + config.extra_steps)
+        total = sum(-(-count // config.batch) for count in rows) * config.calls(masked=True)
         with tqdm(total=total, unit="step", disable=not left) as bar:
             painter = Painter(stage, config, how, cascade.prompt(name, [prompt]), bar.update)
             for group in groups:

@@ -22,7 +22,8 @@ from pipeline.data.tasks import TASKS, Given, damaged
 from pipeline.diffusion.loss import loss as score
 from pipeline.diffusion.process import add_noise
 from pipeline.diffusion.sampler import SamplerConfig
-from stages.stage import Edit, Stage, StageConfig, sheet
+from pipeline.editing import Edit
+from stages.stage import Stage, StageConfig, sheet
 
 
 @dataclass(frozen=True, kw_only=True)

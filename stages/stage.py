@@ -27,6 +27,7 @@ from pipeline.diffusion.loss import DiffusionConfig
 from pipeline.diffusion.loss import loss as score  # in a compiled method `loss` would be the method itself
 from pipeline.diffusion.process import add_noise, x_from
 from pipeline.diffusion.sampler import TERMS, SamplerConfig, combine, levels, sample
+from pipeline.editing import Edit
 from pipeline.nn.bands import in_bands
 from pipeline.nn.text_encoder import TextConfig
 from pipeline.nn.unet import UNet, UNetConfig
@@ -85,21 +86,6 @@ class StageConfig:
             wanted = self.classes.filter if self.classes else {}
             chosen = replace(self.data.filter, fields=self.data.filter.fields | wanted)
             object.__setattr__(self, "data", replace(self.data, captions={}, filter=chosen))
-
-
-@dataclass(frozen=True)
-class Edit:
-    """A picture to start from instead of noise, and what of it may change.
-
-    Args:
-        pictures: uint8 (B, S, S, 3).
-        mask: float32 (B, 1, S, S), 1 where it is painted anew; None: all of it.
-        strength: the time in (0, 1] from which on it is painted: 1 leaves nothing of what was there.
-    """
-
-    pictures: np.ndarray
-    mask: np.ndarray | None = None
-    strength: float = 1.0
 
 
 class Stage:

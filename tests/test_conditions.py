@@ -13,11 +13,12 @@ from PIL import Image
 from pipeline import Cascade
 from pipeline.config import ConfigError, build
 from pipeline.data.image import to_float
+from pipeline.editing import Edit
 from pipeline.errors import UserError
 from pipeline.kinds import stage_class
 from pipeline.nn.unet import UNet, UNetConfig
 from pipeline.train.loop import train
-from stages.stage import Edit, Stage
+from stages.stage import Stage
 from tests.conftest import stage_yaml
 from tools.shapes import SHAPES
 

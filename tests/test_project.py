@@ -21,8 +21,10 @@ FLOORS = (
     ("pipeline.data",),
     ("pipeline.manifest", "pipeline.kinds"),
     ("pipeline.train",),
+    ("pipeline.editing",),
     ("pipeline.cascade",),
     ("pipeline.gallery",),
+    ("pipeline.restoration",),
     ("pipeline",),  # the door: `from pipeline import Cascade`
     ("stages",),
     ("launch",),

@@ -51,6 +51,10 @@ class SamplerConfig:
         if not 0 < self.percentile <= 1:
             raise ConfigError(f"percentile: {self.percentile} is not in (0, 1]; Imagen has 0.995")
 
+    def calls(self, strength: float = 1.0, masked: bool = False) -> int:
+        """How often the network is called for a batch, if it starts at the time `strength`: see `levels`, `sample`."""
+        return 1 + (steps_from(strength, self.steps) - 1 + self.extra_steps) * (self.resample if masked else 1)
+
 
 class Step(NamedTuple):
     """The coefficients of one step. Python's floats: NumPy's, multiplied with a tensor, would give a NumPy array."""
@@ -100,6 +104,11 @@ SAMPLERS: dict[SamplerName, Callable[[float | None, float, float], Step]] = {
 }
 
 
+def steps_from(strength: float, steps: int) -> int:
+    """How many of `steps` from t = 1 are left at the time `strength`."""
+    return math.ceil(steps * strength - 1e-9)
+
+
 def levels(schedule: ScheduleConfig, steps: int, extra: int = 0, strength: float = 1.0) -> np.ndarray:
     """The logsnr of each network call, evenly spaced in time from t = 1, and infinity: (calls + 1,), rising.
 
@@ -110,7 +119,7 @@ def levels(schedule: ScheduleConfig, steps: int, extra: int = 0, strength: float
     """
     if schedule.timesteps is not None and steps > schedule.timesteps:
         raise ConfigError(f"steps: {steps} are more than the {schedule.timesteps} of this stage's discrete time")
-    times = np.linspace(strength, 0, math.ceil(steps * strength - 1e-9) + 1)
+    times = np.linspace(strength, 0, steps_from(strength, steps) + 1)
     times = np.append(times[:-1], np.linspace(times[-2], 0, extra + 2)[1:-1])
     return np.append(np.unique(schedule.logsnr(times)), np.inf)
 
