@@ -26,6 +26,7 @@ PURPOSES = {
     "caption": 14,  # which of a sample's captions
     "damage": 15,  # what becomes of a picture that is to be restored
     "photographs": 16,  # crops of photographs
+    "glyphs": 17,  # handwriting of digits
 }
 
 
