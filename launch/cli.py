@@ -1,4 +1,4 @@
-"""The `cascade` command: check, train, train-all, status, sample.
+"""The `cascade` command: check, train, train-all, status, sample, explore.
 
 Exit codes: 0 done; 1 the job failed; 2 the user's input, in one line on stderr; 75 stopped by a signal after saving,
 the same command goes on. MindSpore is imported only once the command line is known to be in order.
@@ -20,7 +20,7 @@ T = TypeVar("T")
 def parser() -> Parser:
     """All that can be said on the command line."""
     top = Parser(prog="cascade", description="Train the stages of an Imagen-style cascade and sample from them.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="check|train|train-all|status|sample")
+    commands = top.add_subparsers(dest="command", required=True, metavar="check|train|train-all|status|sample|explore")
 
     check = commands.add_parser("check", help="what a configuration or a cascade amounts to, before anything runs")
     check.add_argument("path", metavar="CONFIG|CASCADE", help="a YAML file of configs/, or a cascade folder")
@@ -44,11 +44,14 @@ def parser() -> Parser:
     status.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="a run folder")
     status.add_argument("--json", action="store_true", help="one JSON object a line instead of text")
 
-    sample = commands.add_parser("sample", help="text to pictures; the same command again makes what is missing")
-    sample.add_argument("path", metavar="CASCADE", help="a cascade folder")
+    sample = commands.add_parser("sample", help="prompts to pictures; the same command again makes what is missing")
+    sample.add_argument("path", metavar="CASCADE|STAGE", help="a cascade folder, or that of a stage without text")
     text = sample.add_mutually_exclusive_group()
-    text.add_argument("--prompt", metavar="TEXT", nargs="+", default=[], help="one picture each")
+    text.add_argument("--prompt", metavar="TEXT", nargs="+", default=[], help="one picture each; or names of classes")
     text.add_argument("--prompts", metavar="FILE", type=Path, help="one prompt a line; empty lines do not count")
+    text.add_argument(
+        "--num", metavar="N", type=positive, help="so many pictures of a stage without text, of its classes in turn"
+    )
     sample.add_argument(
         "--out", metavar="DIR", type=Path, required=True, help="gets 00000.png, STAGE/00000.png, manifest.jsonl"
     )
@@ -61,6 +64,22 @@ def parser() -> Parser:
         sample.add_argument(f"--{name}", metavar=name[0].upper(), type=kind, nargs="+", default=[], help=what)
     sample.add_argument("--from", dest="start", metavar="STAGE", help="first stage to run, from the pictures in --out")
     sample.add_argument("--to", dest="stop", metavar="STAGE", help="last stage to run")
+
+    explore = commands.add_parser(
+        "explore", help="a look at a stage: five sheets of its samples and of what makes them"
+    )
+    explore.add_argument("path", metavar="STAGE|CASCADE", help="the folder of a stage without text, or a cascade's")
+    explore.add_argument(
+        "--out", metavar="DIR", type=Path, required=True, help="gets grid, path, steps, interpolation and noising.png"
+    )
+    explore.add_argument("--seed", metavar="N", type=int, default=0, help="of the noise (default 0)")
+    explore.add_argument("--num", metavar="N", type=positive, default=16, help="pictures in grid.png (default 16)")
+    explore.add_argument(
+        "--prompt", metavar="TEXT", nargs="+", default=[], help="in turn; from the first to the second is interpolated"
+    )
+    explore.add_argument(
+        "--image", metavar="FILE", type=Path, help="the picture that noising.png shows (default: the first of grid.png)"
+    )
     return top
 
 
@@ -77,6 +96,7 @@ def answer(argv: Sequence[str]) -> int:
         "train-all": run_train_all,
         "status": run_status,
         "sample": run_sample,
+        "explore": run_explore,
     }
     return commands[arguments.command](arguments)
 
@@ -139,18 +159,18 @@ def run_sample(arguments: argparse.Namespace) -> int:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{arguments.prompts}: cannot be read ({error}); give a UTF-8 text file") from None
         prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts or not all(prompt.strip() for prompt in prompts):
-        raise UserError("no prompt; give --prompt TEXT or --prompts FILE with a prompt a line")
-    if not 0 <= arguments.seed < 2**63:
-        raise UserError(f"--seed: {arguments.seed} is not in [0, 2**63)")
+    if arguments.num is None and not (prompts and all(prompt.strip() for prompt in prompts)):
+        raise UserError("no prompt; give --prompt TEXT, --prompts FILE with one a line, or --num N where none is told")
+    check_seed(arguments.seed)
 
-    from pipeline.cascade import Cascade, read_cascade, span
+    from pipeline.cascade import Cascade, prompts_of, read_cascade, span
     from pipeline.gallery import generate
     from pipeline.log import setup_logging
 
     setup_logging()
     folder = Path(arguments.path)
     manifests, _ = read_cascade(folder)
+    prompts = prompts_of(manifests, prompts, arguments.num)
     names = span(list(manifests), arguments.start, arguments.stop)
     enlarging = [name for name in names if manifests[name].size_in is not None]
     options: dict[str, dict[str, Any]] = {name: {} for name in names}
@@ -168,8 +188,36 @@ def run_sample(arguments: argparse.Namespace) -> int:
     written = generate(
         Cascade.load(folder), prompts, arguments.out, arguments.seed, options, arguments.start, arguments.stop
     )
-    print(f"{arguments.out}: {written} pictures written for {len(prompts)} prompts, listed in manifest.jsonl")
+    told = f" for {len(prompts)} prompts" if any(prompts) else ""
+    print(f"{arguments.out}: {written} pictures written{told}, listed in manifest.jsonl")
     return 0
+
+
+def run_explore(arguments: argparse.Namespace) -> int:
+    check_seed(arguments.seed)
+    if not all(prompt.strip() for prompt in arguments.prompt):
+        raise UserError("--prompt: holds an empty one; give words, or leave it out")
+
+    from pipeline.cascade import Cascade, prompts_of, read_cascade
+    from pipeline.explore import explore, read_picture
+    from pipeline.log import setup_logging
+
+    setup_logging()
+    manifests, _ = read_cascade(Path(arguments.path))
+    name, first = next(iter(manifests.items()))
+    if first.size_in is not None:
+        raise UserError(f"{arguments.path}: {name} starts from a picture; give the folder of a stage that needs none")
+    prompts = prompts_of({name: first}, arguments.prompt, None if arguments.prompt else arguments.num)
+    picture = read_picture(arguments.image, first.size_out) if arguments.image else None
+    cascade = Cascade.load(arguments.path)
+    sheets = explore(cascade, prompts, arguments.out, arguments.seed, arguments.num, picture)
+    print(f"{arguments.out}: {', '.join(sheets)}")
+    return 0
+
+
+def check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed: {seed} is not in [0, 2**63)")
 
 
 def by_stage(name: str, values: Sequence[T], stages: Sequence[str]) -> dict[str, T]:

@@ -28,9 +28,10 @@ COMMANDS = {
     "train-all": ["CASCADE", "key=value *", "--at-once N"],
     "status": ["RUN +", "--json"],
     "sample": [
-        *("CASCADE", "--prompt TEXT +", "--prompts FILE", "--out DIR !", "--seed N", "--steps S +"),
+        *("CASCADE|STAGE", "--prompt TEXT +", "--prompts FILE", "--num N", "--out DIR !", "--seed N", "--steps S +"),
         *("--guidance G +", "--augment A +", "--from STAGE", "--to STAGE"),
     ],
+    "explore": ["STAGE|CASCADE", "--out DIR !", "--seed N", "--num N", "--prompt TEXT +", "--image FILE"],
 }
 TOOLS = {
     "agreement": "[--manifest MANIFEST] [--json] IMAGES_DIR",
@@ -44,9 +45,11 @@ TOOLS = {
     "bench train": "[--steps N] [--rounds N] [--json]",
     "cache_text": "config [key=value ...]",
     "export": "config",
+    "glyphs": "--num NUM --seed SEED [--shard-size SHARD_SIZE] [--workers WORKERS] OUT",
     "index": "[--weights W [W ...]] [--cache DIR] [--workers WORKERS] [--json] SHARDS [SHARDS ...]",
     "overview": "IMAGES PNG",
     "photographs": "--size SIZE --num NUM [--held-out HELD_OUT] [--seed SEED] [--shard-size SHARD_SIZE] OUT",
+    "pixels": "SHARDS [SHARDS ...]",
     "references": "[NAME ...]",
     "shapes": "--num NUM --size SIZE --seed SEED [--shard-size SHARD_SIZE] [--workers WORKERS] OUT",
     "tiny_t5": "--captions FILE [FILE ...] [--width WIDTH] [--layers LAYERS] [--heads HEADS] [--vocab VOCAB] "
@@ -119,7 +122,7 @@ def test_help_comes_from_a_light_program() -> None:
         [sys.executable, "-X", "importtime", "-m", "launch", "--help"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0
-    assert done.stdout.startswith("usage: cascade [-h] check|train|train-all|status|sample ...")
+    assert done.stdout.startswith("usage: cascade [-h] check|train|train-all|status|sample|explore ...")
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
     assert {"launch", "pipeline", "argparse"} <= imported
     assert not imported & {"mindspore", "mindformers", "transformers", "numpy", "yaml", "PIL", "torch"}
@@ -130,11 +133,11 @@ SAMPLE_HELP = "; see cascade sample --help"
 SAMPLE = ("sample", "nowhere", "--out", "{tmp}/out")
 
 MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
-    "nothing": ((), f"the following arguments are required: check|train|train-all|status|sample{HELP}"),
+    "nothing": ((), f"the following arguments are required: check|train|train-all|status|sample|explore{HELP}"),
     "command": (
         ("trian",),
-        "argument check|train|train-all|status|sample: invalid choice: 'trian' (choose from 'check', 'train', "
-        f"'train-all', 'status', 'sample'){HELP}",
+        "argument check|train|train-all|status|sample|explore: invalid choice: 'trian' (choose from 'check', 'train', "
+        f"'train-all', 'status', 'sample', 'explore'){HELP}",
     ),
     "option": (("check", BASE, "--jsn"), f"unrecognized arguments: --jsn{HELP}"),
     "no file named": (("train",), "the following arguments are required: CONFIG; see cascade train --help"),
@@ -183,14 +186,17 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
         ("train", BASE, "run={tmp}/run", "data.shards={tmp}/*.tar"),
         f"data.shards: {{tmp}}/*.tar: matches no file (looked from {ROOT})",
     ),
-    "no prompt": (SAMPLE, "no prompt; give --prompt TEXT or --prompts FILE with a prompt a line"),
+    "no prompt": (
+        SAMPLE,
+        "no prompt; give --prompt TEXT, --prompts FILE with one a line, or --num N where none is told",
+    ),
     "blank prompt": (
         (*SAMPLE, "--prompt", "a circle", " "),
-        "no prompt; give --prompt TEXT or --prompts FILE with a prompt a line",
+        "no prompt; give --prompt TEXT, --prompts FILE with one a line, or --num N where none is told",
     ),
     "blank file": (
         (*SAMPLE, "--prompts", "{tmp}/blank.txt"),
-        "no prompt; give --prompt TEXT or --prompts FILE with a prompt a line",
+        "no prompt; give --prompt TEXT, --prompts FILE with one a line, or --num N where none is told",
     ),
     "no such prompts": (
         (*SAMPLE, "--prompts", "{tmp}/none.txt"),
@@ -205,6 +211,11 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
         (*SAMPLE, "--prompt", "a", "--prompts", "{tmp}/blank.txt"),
         f"argument --prompts: not allowed with argument --prompt{SAMPLE_HELP}",
     ),
+    "prompt and number": (
+        (*SAMPLE, "--prompt", "a", "--num", "3"),
+        f"argument --num: not allowed with argument --prompt{SAMPLE_HELP}",
+    ),
+    "no number": ((*SAMPLE, "--num", "0"), f"argument --num: 0 is less than 1{SAMPLE_HELP}"),
     "no out": (
         ("sample", "nowhere", "--prompt", "a"),
         f"the following arguments are required: --out{SAMPLE_HELP}",

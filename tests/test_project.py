@@ -22,7 +22,7 @@ FLOORS = (
     ("pipeline.manifest", "pipeline.kinds"),
     ("pipeline.train",),
     ("pipeline.cascade",),
-    ("pipeline.gallery",),
+    ("pipeline.gallery", "pipeline.explore"),
     ("pipeline",),  # the door: `from pipeline import Cascade`
     ("stages",),
     ("launch",),

@@ -23,12 +23,12 @@ from tools.dataset import write_files, write_shards, writing, written
 
 SIDE = 28  # pixels
 SUPERSAMPLING = 4  # a digit is drawn this much larger, then averaged, for smooth edges
-HEIGHT = (15.0, 21.0)  # of the digit, upright, in pixels
+HEIGHT = (13.0, 18.0)  # of the digit, upright and thin, in pixels
 WIDTH = (0.8, 1.15)  # of the digit, as a share of the font's
 STROKE = (0.0, 1.0)  # pixels added to the font's lines on each side
 TILT = 12.0  # degrees to either side
 SLANT = 0.25  # columns a row, to either side
-SHIFT = 2.0  # pixels to each side
+SHIFT = 1.5  # pixels to each side
 
 
 def draw(rng: np.random.Generator) -> tuple[int, Image.Image]:
@@ -40,11 +40,11 @@ def draw(rng: np.random.Generator) -> tuple[int, Image.Image]:
     side = SIDE * SUPERSAMPLING
     font = ImageFont.load_default(size=side / 2)
     left, top, right, bottom = font.getbbox(str(digit))
+    scale = (bottom - top) / (height * SUPERSAMPLING)  # from here it is an upright digit, to be shrunk by this
     upright = Image.new("L", (side, side))
     corner = ((side - left - right) / 2, (side - top - bottom) / 2)  # so that the digit's middle is the picture's
-    ImageDraw.Draw(upright).text(corner, str(digit), 255, font, stroke_width=stroke * SUPERSAMPLING)
+    ImageDraw.Draw(upright).text(corner, str(digit), 255, font, stroke_width=stroke * scale * SUPERSAMPLING)
     # Pillow asks where in the upright picture each pixel comes from, so this is the inverse of what happens to it.
-    scale = (bottom - top) / (height * SUPERSAMPLING)
     turn = np.array([[np.cos(tilt), np.sin(tilt)], [-np.sin(tilt), np.cos(tilt)]])
     back = scale * np.array([[1 / width, 0], [0, 1]]) @ np.array([[1, slant], [0, 1]]) @ turn
     middle = np.full(2, side / 2)
