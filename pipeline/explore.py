@@ -20,6 +20,7 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,7 +42,7 @@ from pipeline.rng import sampling_noise
 COLUMNS = 8  # pictures a row and a call of the network
 STEPS = (2, 4, 8, 16, 32)
 PATHS, PAIRS = 3, 4  # rows of path.png and of interpolation.png
-TILE, GAP, LINE = 96, 4, 18  # pixels: a small picture's least side, the space between, a line of text
+TILE, GAP, LINE, LETTER = 96, 4, 18, 6  # pixels: a small picture's least side, the space between, a line, a letter
 
 
 def slerp(one: np.ndarray, other: np.ndarray, shares: Sequence[float]) -> np.ndarray:
@@ -86,7 +87,8 @@ def sheet(rows: Sequence[Row]) -> Image.Image:
         for i, picture in enumerate(row.pictures):
             left = margin + i * (side + GAP)
             if row.captions:
-                draw.text((left + side // 2, top + LINE // 2), row.captions[i], "black", font, anchor="mm")
+                caption = shorten(row.captions[i], side // LETTER, placeholder="...")
+                draw.text((left + side // 2, top + LINE // 2), caption, "black", font, anchor="mm")
             page.paste(Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST), (left, begin))
         top += height
     return page

@@ -1,5 +1,6 @@
 """A look at a stage: what lies between two noises and two prompts, what noising shows, and the sheets themselves."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -94,8 +95,7 @@ def test_interpolation_ends_at_the_pictures_of_its_noises(explorer):
     ]
     assert all(row.pictures.shape == (COLUMNS, 16, 16, 3) for row in rows)
     stage, told = explorer.stage, tuple(array[[0, 0, 1]] for array in explorer.prompt)
-    config = explorer.config
-    object.__setattr__(config, "sampler", "ddim")
+    config = replace(explorer.config, sampler="ddim")
     made = stage.sample(config, tuple(np.resize(a, (COLUMNS, a.shape[1])) for a in told), 7, [0, 1, 0] * 2 + [0, 1])
     ends = np.stack([rows[0].pictures[0], rows[0].pictures[-1], rows[-1].pictures[-1]])
     assert np.abs(ends.astype(int) - made[:3]).max() <= 1
