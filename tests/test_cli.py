@@ -28,11 +28,11 @@ COMMANDS = {
     "train-all": ["CASCADE", "key=value *", "--at-once N"],
     "status": ["RUN +", "--json"],
     "sample": [
-        *("CASCADE", "--prompt TEXT +", "--prompts FILE", "--out DIR !", "--seed N", "--steps S +"),
-        *("--guidance G +", "--augment A +", "--to STAGE", "--from STAGE"),
+        *("CASCADE|STAGE", "--prompt TEXT +", "--prompts FILE", "--out DIR !", "--seed N", "--steps S +"),
+        *("--guidance G +", "--augment A +", "--to STAGE", "--num N", "--from STAGE"),
     ],
     "edit": [
-        *("CASCADE", "--prompt TEXT +", "--prompts FILE", "--out DIR !", "--seed N", "--steps S +"),
+        *("CASCADE|STAGE", "--prompt TEXT +", "--prompts FILE", "--out DIR !", "--seed N", "--steps S +"),
         *("--guidance G +", "--augment A +", "--to STAGE", "--from STAGE"),
         *("--image PATH !", "--mask PATH", "--strength S +", "--resample N"),
     ],
@@ -40,6 +40,7 @@ COMMANDS = {
         *("STAGE", "--task TASK !", "--image PATH !", "--mask PATH", "--extend N", "--out DIR !", "--seed N"),
         *("--steps S", "--samples N", "--weights W +", "--resample SHARE", "--prompt TEXT"),
     ],
+    "explore": ["STAGE|CASCADE", "--out DIR !", "--seed N", "--num N", "--prompt TEXT +", "--image FILE"],
 }
 TOOLS = {
     "agreement": "[--manifest MANIFEST] [--json] IMAGES_DIR",
@@ -52,11 +53,14 @@ TOOLS = {
     "bench steps": "[--images N] [--large N] [--json] CASCADE",
     "bench text": "[--captions N] [--rounds N] [--json]",
     "bench train": "[--steps N] [--rounds N] [--json]",
+    "bench whole": "[--rounds N] [--json]",
     "cache_text": "config [key=value ...]",
     "export": "config",
+    "glyphs": "--num NUM --seed SEED [--shard-size SHARD_SIZE] [--workers WORKERS] OUT",
     "index": "[--weights W [W ...]] [--cache DIR] [--workers WORKERS] [--json] SHARDS [SHARDS ...]",
     "overview": "IMAGES PNG",
     "photographs": "--size SIZE --num NUM [--held-out HELD_OUT] [--seed SEED] [--shard-size SHARD_SIZE] OUT",
+    "pixels": "SHARDS [SHARDS ...]",
     "references": "[NAME ...]",
     "restoration": "--out DIR [--num N] [--samples N] [--steps S] [--seed N] stage shards [shards ...]",
     "shapes": "--num NUM --size SIZE --seed SEED [--shard-size SHARD_SIZE] [--workers WORKERS] OUT",
@@ -202,14 +206,17 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
         ("check", "{tmp}", "--memory", "16"),
         "--memory: a cascade folder is not trained; give the YAML file of a stage or of a cascade",
     ),
-    "no prompt": (SAMPLE, "no prompt; give --prompt TEXT or --prompts FILE with a prompt a line"),
+    "no prompt": (
+        SAMPLE,
+        "no prompt; give --prompt TEXT, --prompts FILE with one a line, or --num N where none is told",
+    ),
     "blank prompt": (
         (*SAMPLE, "--prompt", "a circle", " "),
-        "no prompt; give --prompt TEXT or --prompts FILE with a prompt a line",
+        "no prompt; give --prompt TEXT, --prompts FILE with one a line, or --num N where none is told",
     ),
     "blank file": (
         (*SAMPLE, "--prompts", "{tmp}/blank.txt"),
-        "no prompt; give --prompt TEXT or --prompts FILE with a prompt a line",
+        "no prompt; give --prompt TEXT, --prompts FILE with one a line, or --num N where none is told",
     ),
     "no such prompts": (
         (*SAMPLE, "--prompts", "{tmp}/none.txt"),
@@ -224,6 +231,11 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
         (*SAMPLE, "--prompt", "a", "--prompts", "{tmp}/blank.txt"),
         f"argument --prompts: not allowed with argument --prompt{SAMPLE_HELP}",
     ),
+    "prompt and number": (
+        (*SAMPLE, "--prompt", "a", "--num", "3"),
+        f"argument --num: not allowed with argument --prompt{SAMPLE_HELP}",
+    ),
+    "no number": ((*SAMPLE, "--num", "0"), f"argument --num: 0 is less than 1{SAMPLE_HELP}"),
     "no out": (
         ("sample", "nowhere", "--prompt", "a"),
         f"the following arguments are required: --out{SAMPLE_HELP}",
