@@ -29,8 +29,9 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from pipeline.cascade import Cascade
-from pipeline.data.decode import BadImage, decode
+from pipeline.data.decode import Picture
 from pipeline.data.image import crop_resize
+from pipeline.data.pictures import read
 from pipeline.data.prompts import Arrays
 from pipeline.diffusion.process import add_noise
 from pipeline.diffusion.sampler import SamplerConfig, levels
@@ -215,10 +216,8 @@ class Explorer:
 
 def read_picture(path: Path, size: int) -> np.ndarray:
     """A picture's file as uint8 (size, size, 3), its middle."""
-    try:
-        return crop_resize(decode(path.read_bytes(), size), size, 0.5, 0.5)
-    except (OSError, BadImage) as error:
-        raise UserError(f"{path}: cannot be read ({error}); give a picture's file") from None
+    pixels = read(path)
+    return crop_resize(Picture(pixels, *pixels.shape[:2]), size, 0.5, 0.5)
 
 
 def explore(

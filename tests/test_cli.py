@@ -134,7 +134,8 @@ def test_help_comes_from_a_light_program() -> None:
         [sys.executable, "-X", "importtime", "-m", "launch", "--help"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0
-    assert done.stdout.startswith(f"usage: cascade [-h] {EVERY} ...")
+    assert done.stdout.startswith("usage: cascade [-h]")
+    assert f"{EVERY} ...\n" in done.stdout
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
     assert {"launch", "pipeline", "argparse"} <= imported
     assert not imported & {"mindspore", "mindformers", "transformers", "numpy", "yaml", "PIL", "torch"}
