@@ -68,22 +68,31 @@ def split_heads(tokens_BNC: Tensor, num_heads: int) -> Tensor:
     return tokens_BNC.reshape((B, N, num_heads, C // num_heads)).swapaxes(1, 2)
 
 
-def attention(q_BKNc: Tensor, k_BKMc: Tensor, v_BKMc: Tensor, bias_B11M: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(c) + bias) v, in (B, K, N, c). The softmax is float32's.
+def attention(q_BKNc: Tensor, k_BKMc: Tensor, v_BKMc: Tensor, bias: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(c) + bias) v, in (B, K, N, c); `bias` (B, 1, 1, M). The softmax is float32's.
 
-    The plain formula: the one place where a device's fused kernel would branch off. A query's answer does not depend on
-    the others, so where a picture's scores (K, N, M) are many, some queries are answered after the others.
+    The plain formula: the one place where a device's fused kernel would branch off. No query's answer depends on other
+    queries, so where a picture's scores (K, N, M) are many, some queries are answered after the others.
     """
-    _, K, N, _ = q_BKNc.shape
-    num = max(SCORES // (K * k_BKMc.shape[2]), 1)  # queries at a time
+    B, K, N, _ = q_BKNc.shape
+    M = k_BKMc.shape[2]
+    num = SCORES // (K * M)  # queries at a time
+    if num >= N:
+        return answer(q_BKNc, k_BKMc, v_BKMc, bias)
     answers: tuple[Tensor, ...] = ()
+    q, num = q_BKNc, max(num, 1)
     for start in range(0, N, num):
-        q = q_BKNc if num >= N else ops.narrow(q_BKNc, 2, start, min(num, N - start))
-        if start > 0:
-            q = ops.depend(q, answers[-1])  # else all scores might be there at once
-        scores = ops.matmul(q * q.shape[-1] ** -0.5, k_BKMc.swapaxes(-1, -2)) + bias_B11M
-        answers = (*answers, ops.matmul(ops.softmax(scores, axis=-1).astype(v_BKMc.dtype), v_BKMc))
-    return answers[0] if num >= N else ops.cat(answers, 2)
+        some = min(num, N - start)
+        spread = ops.broadcast_to(bias, (B, K, some, M))  # as an addition that does so keeps memory, see bands.moments
+        answers = (*answers, answer(ops.narrow(q, 2, start, some), k_BKMc, v_BKMc, spread))
+        q = ops.depend(q, answers[-1])  # else all scores might be there at once
+    return ops.cat(answers, 2)
+
+
+def answer(q_BKNc: Tensor, k_BKMc: Tensor, v_BKMc: Tensor, bias: Tensor) -> Tensor:
+    """The same for all queries at once; `bias` goes with (B, K, N, M)."""
+    scores = ops.matmul(q_BKNc * q_BKNc.shape[-1] ** -0.5, k_BKMc.swapaxes(-1, -2)) + bias
+    return ops.matmul(ops.softmax(scores, axis=-1).astype(v_BKMc.dtype), v_BKMc)
 
 
 class Norm(nn.Cell):
@@ -91,8 +100,6 @@ class Norm(nn.Cell):
 
     All of it but SiLU is one multiplication and one addition a channel, so the image is passed over once: it is read as
     rows (B C, H W), the factors as a column. Computed in float32, answered in the input's type.
-
-    `moments` are mean and variance of each group (B G, 1) where x is a part of the picture: they are the whole's.
     """
 
     def __init__(self, width: int, silu: bool = True) -> None:
@@ -104,9 +111,7 @@ class Norm(nn.Cell):
         self.bias = Parameter(ops.zeros(width))
         self.kernel = kernels.normalization(silu)
 
-    def construct(
-        self, x_BCHW: Tensor, scale_shift: Tensor | None = None, moments: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
+    def construct(self, x_BCHW: Tensor, scale_shift: Tensor | None = None) -> Tensor:
         B, C, H, W = x_BCHW.shape
         x, per_group = x_BCHW.astype(mstype.float32), (B, self.groups, C // self.groups)
         factor, offset = self.gain, self.bias
@@ -114,15 +119,12 @@ class Norm(nn.Cell):
             scale, shift = ops.chunk(scale_shift, 2, 1)
             factor, offset = factor * (1.0 + scale), offset * (1.0 + scale) + shift
         factor, offset = ops.broadcast_to(factor, (B, C)), ops.broadcast_to(offset, (B, C))
-        if self.kernel is not None and moments is None:
+        if self.kernel is not None:
             y = self.kernel(x, factor.reshape(per_group), offset.reshape(per_group))
             return y.astype(x_BCHW.dtype)
-        if moments is None:
-            rows = x.reshape((B * self.groups, -1))
-            mean = rows.mean(axis=1, keep_dims=True)
-            variance = (rows * rows).mean(axis=1, keep_dims=True) - mean * mean
-        else:
-            mean, variance = moments
+        rows = x.reshape((B * self.groups, -1))
+        mean = rows.mean(axis=1, keep_dims=True)
+        variance = (rows * rows).mean(axis=1, keep_dims=True) - mean * mean
         rate = ops.rsqrt(ops.maximum(variance, 0.0) + kernels.EPSILON)
         mean, rate = (ops.broadcast_to(n.reshape((B, self.groups, 1)), per_group).reshape((B, C)) for n in (mean, rate))
         factor = rate * factor
