@@ -18,10 +18,11 @@ up-sampling is done twice and the stem three times.
 from mindspore import Tensor, ops
 from mindspore import dtype as mstype
 
-from pipeline.nn.blocks import channels_to_space, space_to_channels
+from pipeline.nn import kernels
+from pipeline.nn.blocks import Norm, channels_to_space, space_to_channels
 from pipeline.nn.unet import UNet
 
-LIMIT = 2**23  # numbers of a picture at full resolution (32 MiB in float32) above which it is made in bands of so many
+LIMIT = 2**24  # numbers of a picture at full resolution (64 MiB in float32) above which it is made in bands of so many
 
 Band = tuple[int, int, int, int]  # rows at half the side: [start, stop) in the middle, with its halo [first, end)
 
@@ -75,7 +76,7 @@ def picture(unet: UNet, x_BCHW: Tensor, emb: Tensor, text: Tensor | None, bias_B
 
     answers: tuple[Tensor, ...] = ()
     for band in bands:
-        y = unet.norm(leave(with_halo(h, band, 1), emb, text, bias_BL), None, (mean, variance))
+        y = normalized(unet.norm, leave(with_halo(h, band, 1), emb, text, bias_BL), mean, variance)
         y = ops.cat((y, unet.stem(with_halo(x, band, 2)) * unet.skip_scale), 1)
         answers = (*answers, without_halo(unet.head(y), band, 2))
         h, x = ops.depend(h, answers[-1]), ops.depend(x, answers[-1])
@@ -103,8 +104,20 @@ def without_halo(x_BCHW: Tensor, band: Band, scale: int) -> Tensor:
     return ops.narrow(x_BCHW, 2, (start - first) * scale, (stop - start) * scale)
 
 
-def moments(x_BCHW: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each group (B G, 1)."""
-    rows = x_BCHW.astype(mstype.float32).reshape((x_BCHW.shape[0] * groups, -1))
+def moments(x_1CHW: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each group (G, 1).
+
+    The mean is spread by hand, as a CPU's subtraction that does so keeps 16 bytes a number until the graph has ended.
+    """
+    rows = x_1CHW.astype(mstype.float32).reshape((groups, -1))
     mean = rows.mean(axis=1, keep_dims=True)
-    return mean, ops.square(rows - mean).mean(axis=1, keep_dims=True)
+    return mean, ops.square(rows - ops.broadcast_to(mean, rows.shape)).mean(axis=1, keep_dims=True)
+
+
+def normalized(norm: Norm, x_1CHW: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """What `norm` makes of a picture whose groups have these moments; known ones are what batch normalization takes."""
+    C = norm.gain.shape[0]
+    mean_C, variance_C = (ops.broadcast_to(n, (norm.groups, C // norm.groups)).reshape(C) for n in (mean, variance))
+    x = x_1CHW.astype(mstype.float32)
+    y = ops.batch_norm(x, mean_C, variance_C, norm.gain, norm.bias, False, 0.1, kernels.EPSILON)
+    return (y * ops.sigmoid(y)).astype(x_1CHW.dtype)

@@ -140,7 +140,8 @@ class Lookup(nn.Cell):
                 q = ops.depend(q, answers[-1])  # else all scores might be there at once
             scores = self.scores(q * c**-0.5, k_BKcM).astype(mstype.float32)
             if self.kernel is None:
-                weights = ops.softmax(scores + bias_BM.expand_dims(1).expand_dims(1), axis=-1)
+                bias = ops.broadcast_to(bias_BM.expand_dims(1).expand_dims(1), scores.shape)  # see bands.moments
+                weights = ops.softmax(scores + bias, axis=-1)
             else:
                 weights = self.kernel(scores, bias_BM)
             answers = (*answers, self.values(v_BKcM, weights.astype(v_BKcM.dtype)))
@@ -167,8 +168,6 @@ class Norm(nn.Cell):
 
     All of it but SiLU is one multiplication and one addition a channel, so the image is passed over once: it is read as
     rows (B C, H W), the factors as a column. Computed in float32, answered in the input's type.
-
-    `moments` are mean and variance of each group (B G, 1) where x is a part of the picture: they are the whole's.
     """
 
     def __init__(self, width: int, kind: NormKind = "group", silu: bool = True) -> None:
@@ -181,9 +180,7 @@ class Norm(nn.Cell):
         self.bias = Parameter(ops.zeros(width))
         self.kernel = kernels.normalization(silu)
 
-    def construct(
-        self, x_BCHW: Tensor, scale_shift: Tensor | None = None, moments: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
+    def construct(self, x_BCHW: Tensor, scale_shift: Tensor | None = None) -> Tensor:
         B, C, H, W = x_BCHW.shape
         x, per_group = x_BCHW.astype(mstype.float32), (B, self.groups, C // self.groups)
         factor, offset = self.gain, self.bias
@@ -191,15 +188,12 @@ class Norm(nn.Cell):
             scale, shift = ops.chunk(scale_shift, 2, 1)
             factor, offset = factor * (1.0 + scale), offset * (1.0 + scale) + shift
         factor, offset = ops.broadcast_to(factor, (B, C)), ops.broadcast_to(offset, (B, C))
-        if self.kernel is not None and moments is None:
+        if self.kernel is not None:
             y = self.kernel(x, factor.reshape(per_group), offset.reshape(per_group))
             return y.astype(x_BCHW.dtype)
-        if moments is None:
-            rows = x.reshape((B * self.groups, -1))
-            mean = rows.mean(axis=1, keep_dims=True)
-            variance = (rows * rows).mean(axis=1, keep_dims=True) - mean * mean
-        else:
-            mean, variance = moments
+        rows = x.reshape((B * self.groups, -1))
+        mean = rows.mean(axis=1, keep_dims=True)
+        variance = (rows * rows).mean(axis=1, keep_dims=True) - mean * mean
         rate = ops.rsqrt(ops.maximum(variance, 0.0) + kernels.EPSILON)
         mean, rate = (ops.broadcast_to(n.reshape((B, self.groups, 1)), per_group).reshape((B, C)) for n in (mean, rate))
         factor = rate * factor
