@@ -1,4 +1,4 @@
-"""The `cascade` command: check, train, train-all, status, sample, edit, restore.
+"""The `cascade` command: check, train, train-all, status, sample, edit, restore, explore.
 
 Exit codes: 0 done; 1 the job failed; 2 the user's input, in one line on stderr; 75 stopped by a signal after saving,
 the same command goes on. MindSpore is imported only once the command line is known to be in order.
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from launch.terminal import Parser, positive, run
+from launch.terminal import Parser, positive, positive_number, run
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,13 +24,19 @@ def parser() -> Parser:
     """All that can be said on the command line."""
     top = Parser(prog="cascade", description="Train the stages of an Imagen-style cascade and sample from them.")
     commands = top.add_subparsers(
-        dest="command", required=True, metavar="check|train|train-all|status|sample|edit|restore"
+        dest="command", required=True, metavar="check|train|train-all|status|sample|edit|restore|explore"
     )
 
     check = commands.add_parser("check", help="what a configuration or a cascade amounts to, before anything runs")
     check.add_argument("path", metavar="CONFIG|CASCADE", help="a YAML file of configs/, or a cascade folder")
     check.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="instead of the file's, as data.global_batch=8"
+    )
+    check.add_argument(
+        "--memory",
+        metavar="GIB",
+        type=positive_number,
+        help="of a device: whether a training fits, else what to turn on",
     )
     check.add_argument("--json", action="store_true", help="one JSON object instead of text")
 
@@ -49,8 +55,10 @@ def parser() -> Parser:
     status.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="a run folder")
     status.add_argument("--json", action="store_true", help="one JSON object a line instead of text")
 
-    sample = commands.add_parser("sample", help="text to pictures; the same command again makes what is missing")
-    add_sampling(sample)
+    sample = commands.add_parser("sample", help="prompts to pictures; the same command again makes what is missing")
+    add_sampling(sample).add_argument(
+        "--num", metavar="N", type=positive, help="so many pictures of a stage without text, of its classes in turn"
+    )
     sample.add_argument("--from", dest="start", metavar="STAGE", help="first stage to run, from the pictures in --out")
 
     edit = commands.add_parser(
@@ -74,12 +82,12 @@ def parser() -> Parser:
     restore = commands.add_parser("restore", help="pictures mended by an image-to-image stage; again: what is missing")
     restore.add_argument("path", metavar="STAGE", help="a stage folder, or a cascade folder of that stage and its text")
     restore.add_argument(
-        "--task", metavar="NAME", required=True, help="one that the stage was trained for, as inpainting"
+        "--task", metavar="TASK", required=True, help="one that the stage was trained for, as inpainting"
     )
     restore.add_argument("--image", metavar="PATH", type=Path, required=True, help="a picture, or a folder of them")
     hole = restore.add_mutually_exclusive_group()
     hole.add_argument("--mask", metavar="PATH", type=Path, help="white where to paint; or a folder of NAME.png")
-    hole.add_argument("--extend", metavar=("L", "T", "R", "B"), type=int, nargs=4, help="pixels to add at each side")
+    hole.add_argument("--extend", metavar="N", type=int, nargs=4, help="pixels to add at left, top, right and bottom")
     restore.add_argument(
         "--out", metavar="DIR", type=Path, required=True, help="gets NAME.png, samples, spreads, manifest.jsonl"
     )
@@ -89,14 +97,29 @@ def parser() -> Parser:
     restore.add_argument("--weights", metavar="W", type=float, nargs="+", help="blend the samples (default: the first)")
     restore.add_argument("--resample", metavar="SHARE", type=float, default=0.0, help="least certain, made again")
     restore.add_argument("--prompt", metavar="TEXT", default="", help="of all pictures, where the stage knows text")
+    explore = commands.add_parser(
+        "explore", help="a look at a stage: five sheets of its samples and of what makes them"
+    )
+    explore.add_argument("path", metavar="STAGE|CASCADE", help="the folder of a stage without text, or a cascade's")
+    explore.add_argument(
+        "--out", metavar="DIR", type=Path, required=True, help="gets grid, path, steps, interpolation and noising.png"
+    )
+    explore.add_argument("--seed", metavar="N", type=int, default=0, help="of the noise (default 0)")
+    explore.add_argument("--num", metavar="N", type=positive, default=16, help="pictures in grid.png (default 16)")
+    explore.add_argument(
+        "--prompt", metavar="TEXT", nargs="+", default=[], help="in turn; from the first to the second is interpolated"
+    )
+    explore.add_argument(
+        "--image", metavar="FILE", type=Path, help="the picture that noising.png shows (default: the first of grid.png)"
+    )
     return top
 
 
-def add_sampling(command: argparse.ArgumentParser) -> None:
-    """What `sample` and `edit` both take."""
-    command.add_argument("path", metavar="CASCADE", help="a cascade folder")
+def add_sampling(command: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
+    """What `sample` and `edit` both take; the ways to tell prompts."""
+    command.add_argument("path", metavar="CASCADE|STAGE", help="a cascade folder, or that of a stage without text")
     text = command.add_mutually_exclusive_group()
-    text.add_argument("--prompt", metavar="TEXT", nargs="+", default=[], help="one picture each")
+    text.add_argument("--prompt", metavar="TEXT", nargs="+", default=[], help="one picture each; or names of classes")
     text.add_argument("--prompts", metavar="FILE", type=Path, help="one prompt a line; empty lines do not count")
     command.add_argument(
         "--out", metavar="DIR", type=Path, required=True, help="gets 00000.png, STAGE/00000.png, manifest.jsonl"
@@ -109,6 +132,7 @@ def add_sampling(command: argparse.ArgumentParser) -> None:
     ):
         command.add_argument(f"--{name}", metavar=name[0].upper(), type=kind, nargs="+", default=[], help=what)
     command.add_argument("--to", dest="stop", metavar="STAGE", help="last stage to run")
+    return text
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -126,6 +150,7 @@ def answer(argv: Sequence[str]) -> int:
         "sample": run_sample,
         "edit": run_edit,
         "restore": run_restore,
+        "explore": run_explore,
     }
     return commands[arguments.command](arguments)
 
@@ -133,7 +158,7 @@ def answer(argv: Sequence[str]) -> int:
 def run_check(arguments: argparse.Namespace) -> int:
     from launch.report import as_text, check
 
-    report = check(arguments.path, arguments.overrides)
+    report = check(arguments.path, arguments.overrides, arguments.memory)
     print(json.dumps(report) if arguments.json else as_text(report))
     return 0
 
@@ -181,17 +206,19 @@ def run_status(arguments: argparse.Namespace) -> int:
 
 
 def run_sample(arguments: argparse.Namespace) -> int:
-    prompts = prompts_in(arguments)
-    from pipeline.cascade import Cascade, read_cascade
+    said = prompts_in(arguments, arguments.num)
+    from pipeline.cascade import Cascade, prompts_of, read_cascade
     from pipeline.gallery import generate
     from pipeline.log import setup_logging
 
     setup_logging()
     manifests, _ = read_cascade(Path(arguments.path))
+    prompts = prompts_of(manifests, said, arguments.num)
     options = sampling_options(arguments, manifests)
     cascade = Cascade.load(arguments.path)
     written = generate(cascade, prompts, arguments.out, arguments.seed, options, arguments.start, arguments.stop)
-    print(f"{arguments.out}: {written} pictures written for {len(prompts)} prompts, listed in manifest.jsonl")
+    told = f" for {len(prompts)} prompts" if any(prompts) else ""
+    print(f"{arguments.out}: {written} pictures written{told}, listed in manifest.jsonl")
     return 0
 
 
@@ -226,8 +253,8 @@ def run_edit(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def prompts_in(arguments: argparse.Namespace) -> list[str]:
-    """Those of --prompt or --prompts."""
+def prompts_in(arguments: argparse.Namespace, num: int | None = None) -> list[str]:
+    """Those of --prompt or --prompts, of which there may be none if `num` says how many pictures are wanted."""
     prompts = arguments.prompt
     if arguments.prompts:
         try:
@@ -235,8 +262,8 @@ def prompts_in(arguments: argparse.Namespace) -> list[str]:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{arguments.prompts}: cannot be read ({error}); give a UTF-8 text file") from None
         prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts or not all(prompt.strip() for prompt in prompts):
-        raise UserError("no prompt; give --prompt TEXT or --prompts FILE with a prompt a line")
+    if num is None and not (prompts and all(prompt.strip() for prompt in prompts)):
+        raise UserError("no prompt; give --prompt TEXT, --prompts FILE with one a line, or --num N where none is told")
     check_seed(arguments.seed)
     return prompts
 
@@ -281,6 +308,28 @@ def run_restore(arguments: argparse.Namespace) -> int:
     found = damages(how.task, arguments.image, arguments.mask, arguments.extend and tuple(arguments.extend))
     done = restore(Cascade.load(folder), found, how, arguments.out, arguments.prompt, arguments.steps)
     print(f"{arguments.out}: {done} of {len(found)} pictures restored now, listed in manifest.jsonl")
+    return 0
+
+
+def run_explore(arguments: argparse.Namespace) -> int:
+    check_seed(arguments.seed)
+    if not all(prompt.strip() for prompt in arguments.prompt):
+        raise UserError("--prompt: holds an empty one; give words, or leave it out")
+
+    from pipeline.cascade import Cascade, prompts_of, read_cascade
+    from pipeline.explore import explore, read_picture
+    from pipeline.log import setup_logging
+
+    setup_logging()
+    manifests, _ = read_cascade(Path(arguments.path))
+    name, first = next(iter(manifests.items()))
+    if first.size_in is not None:
+        raise UserError(f"{arguments.path}: {name} starts from a picture; give the folder of a stage that needs none")
+    prompts = prompts_of({name: first}, arguments.prompt, None if arguments.prompt else arguments.num)
+    picture = read_picture(arguments.image, first.size_out) if arguments.image else None
+    cascade = Cascade.load(arguments.path)
+    sheets = explore(cascade, prompts, arguments.out, arguments.seed, arguments.num, picture)
+    print(f"{arguments.out}: {', '.join(sheets)}")
     return 0
 
 

@@ -1,6 +1,5 @@
 """What `cascade check` says: everything that can be known of a run, or of a cascade, before it costs anything."""
 
-import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
@@ -8,42 +7,51 @@ from pathlib import Path
 from typing import Any
 
 from launch.command import LaunchConfig, command, processes, rank_program, read_launch
+from launch.fit import as_lines, fit
 from pipeline.config import ConfigError, build, dump, read_yaml, to_dict
 from pipeline.errors import JobError, UserError
 
 GIB = 2**30
 
 
-def check(path: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """The report on a cascade folder, on configs/cascade.yaml, or on a stage's configuration."""
+def check(path: str, overrides: Sequence[str], memory: float | None = None) -> dict[str, Any]:
+    """The report on a cascade folder, on configs/cascade.yaml, or on a stage's configuration.
+
+    With `memory`, the GiB that a device has, also whether a training fits and what would make it fit.
+    """
     if Path(path).is_dir():
+        if memory is not None:
+            raise UserError("--memory: a cascade folder is not trained; give the YAML file of a stage or of a cascade")
         if overrides:
             raise UserError(f"{overrides[0]}: a cascade folder takes no overrides; give a YAML file")
         return check_folder(Path(path))
     if "stages" in read_yaml(path):
         if overrides:
             raise UserError(f"{overrides[0]}: a cascade's file takes no overrides; check its stages one by one")
-        return check_cascade_config(path)
-    return check_stage(path, overrides)
+        return check_cascade_config(path, memory)
+    return check_stage(path, overrides, memory)
 
 
-def check_stage(path: str, overrides: Sequence[str]) -> dict[str, Any]:
+def check_stage(path: str, overrides: Sequence[str], memory: float | None = None) -> dict[str, Any]:
     """The resolved configuration, parameters, memory, data and argv of a stage's run."""
     from mindspore.nn.utils import no_init_parameters
 
     from pipeline.kinds import read_stage_config, stage_class
     from pipeline.nn.parameters import num_parameters
     from pipeline.train.loop import share
+    from pipeline.train.memory import predict
 
     config, raw_launch = read_stage_config(path, overrides)
     launch = read_launch(raw_launch)
     share(config, world=launch.size)  # the global batch can be divided
     with no_init_parameters():  # shapes without memory: the 2B base is counted on a laptop
-        network = stage_class(config.kind)(config).network
+        stage = stage_class(config.kind)(config)
+    side, device = stage.window or config.size, None if memory is None else round(memory * GIB)
     return {
         "config": {**to_dict(config), "launch": to_dict(launch)},
-        "parameters": num_parameters(network),
-        "memory": memory(network, config, launch.size),
+        "parameters": num_parameters(stage.network),
+        "memory": predict(stage.network, config, side, launch.size),
+        **({} if device is None else {"fit": fit(stage.network, config, side, launch.size, device)}),
         "data": data(config),
         "argv": command(path, overrides),
         **({"nodes": nodes(launch, config.run, path, overrides)} if launch.launcher != "none" else {}),
@@ -56,32 +64,6 @@ def nodes(launch: LaunchConfig, run: str, path: str, overrides: Sequence[str]) -
     every = (replace(launch, node_rank=number) for number in range(launch.nodes))
     program = rank_program(path, overrides)
     return [[vars(process) for process in processes(node, program, attempt, port)] for node in every]
-
-
-def memory(network: Any, config: Any, world: int) -> dict[str, int]:
-    """Bytes that each of `world` ranks holds whatever the batch, in float32; activations come on top.
-
-    Gradients twice, as they are taken and joined to vectors, and once more to add up parts; AdamW works on a copy of
-    the weights and keeps two moments.
-    """
-    shapes = [tuple(parameter.shape) for parameter in network.trainable_params()]
-    number = sum(map(math.prod, shapes))
-    share = number // (world if config.train.shard_optimizer else 1)
-    held = {
-        "weights": number,
-        "gradients": number * (3 if config.train.accumulate > 1 else 2),
-        "ema": share,
-        "optimizer": sum(map(factored, shapes)) if config.optimizer.kind == "adafactor" else 3 * share,
-    }
-    return {name: 4 * size for name, size in {**held, "total": sum(held.values())}.items()}
-
-
-def factored(shape: tuple[int, ...]) -> int:
-    """How many numbers MindSpore's Adafactor keeps of a parameter: a row and a column of each last pair of axes.
-
-    Of a matrix that is next to nothing, of a 3 x 3 convolution two thirds of the weights.
-    """
-    return math.prod(shape[:-1]) + math.prod(shape[:-2] + shape[-1:]) if len(shape) > 1 else math.prod(shape)
 
 
 def data(config: Any) -> dict[str, Any]:
@@ -110,12 +92,12 @@ def check_folder(folder: Path) -> dict[str, Any]:
     return {"stages": stages, "text": to_dict(text)}
 
 
-def check_cascade_config(path: str) -> dict[str, Any]:
+def check_cascade_config(path: str, memory: float | None) -> dict[str, Any]:
     """The reports on all stages of a cascade's file, whose sizes must form a chain."""
     from pipeline.cascade import CascadeConfig
 
     config = build(CascadeConfig, read_yaml(path))
-    reports = {entry.name: check_stage(entry.config, ()) for entry in config.stages}
+    reports = {entry.name: check_stage(entry.config, (), memory) for entry in config.stages}
     before = None
     for name, report in reports.items():
         takes = report["config"].get("low_res", {}).get("size")
@@ -136,6 +118,7 @@ def as_text(report: dict[str, Any]) -> str:
             parts.append(f"== {name}\n{as_text(stage) if 'parameters' in stage else _yaml(stage)}")
         return "\n".join(parts)
     held = ", ".join(f"{name} {size / GIB:.2f}" for name, size in report["memory"].items())
+    fitting = "".join(f"\nfits        {line}" for line in as_lines(report["fit"])) if "fit" in report else ""
     found = ", ".join(f"{name} {value or 'none'}" for name, value in report["data"].items())
     started = "".join(
         f"\nnode {number:<6} {' '.join(f'{name}={value}' for name, value in process['environment'].items())} "
@@ -146,7 +129,7 @@ def as_text(report: dict[str, Any]) -> str:
     return (
         f"{_yaml(report['config'])}\n"
         f"parameters  {report['parameters']:,}\n"
-        f"memory      GiB a process, without activations: {held}\n"
+        f"memory      GiB a process: {held}{fitting}\n"
         f"data        {found}\n"
         f"runs        {' '.join(report['argv'])}{started}"
     )

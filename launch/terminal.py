@@ -28,6 +28,14 @@ def positive(text: str) -> int:
     return number
 
 
+def positive_number(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return number
+
+
 def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> NoReturn:
     """`main` with `argv` or else this process's arguments, and its answer (None is 0) as the exit code."""
     try:

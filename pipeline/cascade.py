@@ -253,6 +253,26 @@ def span(names: Sequence[str], start: str | None, stop: str | None) -> list[str]
     return list(names[first : last + 1])
 
 
+def prompts_of(manifests: Mapping[str, Manifest], said: Sequence[str], num: int | None = None) -> list[str]:
+    """One prompt a picture: what was said, or for `num` pictures the classes in turn, or "" where nothing is told.
+
+    UserError if these stages are told something else.
+    """
+    classes = next((stage.classes for stage in manifests.values() if stage.classes is not None), None)
+    if text_of(manifests)[1] is not None:
+        if num is not None:
+            raise UserError("no prompt: these stages are told a text; give --prompt TEXT, one a picture")
+        return list(said)
+    if classes is not None:
+        for prompt in said:
+            number_of(classes, prompt)
+        names = [str(number) for number in range(classes)] if isinstance(classes, int) else classes
+        return list(said) if num is None else [names[i % len(names)] for i in range(num)]
+    if num is None:
+        raise UserError(f"--prompt: {said[0]!r}, but these stages are told nothing; give --num N pictures instead")
+    return [""] * num
+
+
 def read_cascade(folder: Path) -> tuple[dict[str, Manifest], TextFacts | None]:
     """The manifests of a cascade folder in order, checked against one another, and its text encoder's facts.
 

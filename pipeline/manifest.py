@@ -6,6 +6,7 @@ holds its EMA weights. Whether stages fit one another is decided from the manife
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,6 @@ def check_chain(stages: dict[str, Manifest]) -> None:
                 )
 
 
-def text_of(stages: dict[str, Manifest]) -> tuple[str, TextFacts | None]:
+def text_of(stages: Mapping[str, Manifest]) -> tuple[str, TextFacts | None]:
     """The first stage that knows text, and its text encoder's facts; "" and None if there is none."""
     return next(((name, stage.text) for name, stage in stages.items() if stage.text), ("", None))

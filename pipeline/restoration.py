@@ -128,11 +128,17 @@ def restore(
     return len(left)
 
 
-def check_task(manifests: Mapping[str, Manifest], task: str) -> None:
-    """UserError unless this is one stage, which was trained for the task."""
-    known = [name for manifest in manifests.values() for name in manifest.tasks]
+def check_restores(manifests: Mapping[str, Manifest]) -> tuple[str, ...]:
+    """The tasks of the one stage that this is; UserError if it has none."""
+    known = tuple(name for manifest in manifests.values() for name in manifest.tasks)
     if not known:
         raise UserError(f"{', '.join(manifests)}: not an image-to-image stage; what it makes is for `cascade sample`")
+    return known
+
+
+def check_task(manifests: Mapping[str, Manifest], task: str) -> None:
+    """UserError unless this is one stage, which was trained for the task."""
+    known = check_restores(manifests)
     if task not in known:
         raise UserError(f"--task: {task} is nothing that this stage was trained for; it knows {', '.join(known)}")
 

@@ -26,6 +26,7 @@ from pipeline.errors import JobError
 # is what rank 0 may take for samples or a slow disk. A rank that died is found by the launcher, long before.
 PATIENCE = 1800
 GATHERING = 600  # seconds for all ranks to have started
+CALLS = 10_000  # within each other, that the compiler follows; MindSpore's 1,000 are too few for 298 parameters
 
 # Of what may have started us: mpirun would take itself for a part of it, and ranks would take its numbers for theirs.
 FOREIGN = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "SLURM_")
@@ -164,6 +165,8 @@ def compile(function):  # type: ignore[no-untyped-def]
     """`function` of tensors, given positionally, as one compiled graph."""
     import mindspore as ms
 
+    # Each turn of a loop is a call to the compiler, and Adafactor's step loops over hundreds of parameters.
+    ms.set_recursion_limit(CALLS)
     return ms.jit(function)
 
 

@@ -6,11 +6,11 @@ A stage differs from another in what its network sees beside the noisy picture: 
 Shapes: B images, C channels, S side, T noise levels an image.
 """
 
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from functools import cached_property
+from typing import Any, ClassVar, cast
 
 import numpy as np
 from mindspore import Tensor, ops
@@ -26,9 +26,10 @@ from pipeline.diffusion.loss import loss as score  # in a compiled method `loss`
 from pipeline.diffusion.process import add_noise, x_from
 from pipeline.diffusion.sampler import TERMS, SamplerConfig, combine, levels, sample
 from pipeline.editing import Edit
+from pipeline.nn.bands import in_bands
 from pipeline.nn.text_encoder import TextConfig
 from pipeline.nn.unet import UNet, UNetConfig
-from pipeline.rng import generator
+from pipeline.rng import generator, sampling_noise, unit_noise
 from pipeline.train.optimizer import OptimizerConfig
 from pipeline.train.trainee import TrainConfig
 
@@ -174,6 +175,8 @@ class Stage:
         given: Any = None,
         edit: Edit | None = None,
         progress: Callable[[], object] = bool,
+        start: np.ndarray | None = None,
+        watch: Callable[[float, Tensor, Tensor], None] | None = None,
     ) -> np.ndarray:
         """Pictures uint8 (B, S, S, 3); each depends on the seed, its number and its own inputs alone.
 
@@ -183,6 +186,8 @@ class Stage:
             given: what the kind's `condition` takes; uint8 (B, s, s, 3) to be enlarged, in super-resolution.
             edit: what to start from, if not from noise.
             progress: called after each step.
+            start: unit noise float32 (B, 3, S, S) to start from instead of the one that seed and numbers name.
+            watch: shown each step's logsnr, z and the x that the network sees in it.
         """
         shape, condition = self.condition(given, seed, numbers, config.augment)
         edit = edit or Edit(np.empty(0))
@@ -190,22 +195,35 @@ class Stage:
         before = self.from_pictures(edit.pictures) if edit.pictures.size else None
         kept = () if edit.mask is None else (before, edit.mask)
         fixed = [Tensor(np.asarray(array, np.float32)) for array in (*kept, *prompt, *condition)]
-        weight, compiled = Tensor(np.float32(config.guidance)), self.advance(config, edit.mask is not None)
+        weight, compiled = Tensor(np.float32(config.guidance)), self.bounded.advance(config, edit.mask is not None)
 
         def advance(level: float, factors: tuple[float, ...], *tensors: Tensor) -> tuple[Tensor, Tensor]:
             logsnr_B = Tensor(np.full(len(numbers), level, np.float32))
             z, x = compiled(weight, Tensor(np.array(factors, np.float32)), logsnr_B, *tensors, *fixed)
             progress()
+            if watch:
+                watch(level, tensors[0], x)
             return z, x
 
         def noise(draw: int) -> Tensor:
-            unit = Tensor(sampling_noise(seed, numbers, shape, draw))
+            unit = Tensor(sampling_noise(seed, numbers, shape, draw) if draw or start is None else start)
             if draw or before is None or edit.strength == 1:
                 return unit
             return add_noise(Tensor(before), unit, Tensor(np.full(len(numbers), logsnrs[0], np.float32)))
 
         resample = config.resample if edit.mask is not None else 1
         return self.to_pictures(sample(advance, noise, config.sampler, logsnrs, resample).asnumpy())
+
+    @cached_property
+    def bounded(self) -> "Stage":
+        """This stage, for sampling: what its network is asked about large pictures is answered in bounded memory."""
+
+        def network(*tensors: Tensor) -> Tensor:  # no `partial`, as an attribute of that kind would not be compiled
+            return in_bands(self.network, *tensors)
+
+        stage: Any = copy(self)
+        stage.network = network
+        return cast(Stage, stage)
 
     def advance(self, config: SamplerConfig, masked: bool = False) -> Callable[..., tuple[Tensor, Tensor]]:
         """(weight, numbers, logsnr_B, z, terms and what `predict` takes) -> z', x: a step of sampling as one graph.
@@ -255,23 +273,6 @@ class Stage:
     def facts(self) -> dict[str, Any]:
         """What the manifest says of the kind: sizes and augmentation."""
         raise NotImplementedError
-
-
-def unit_noise(streams: Sequence[np.random.Generator], shape: tuple[int, ...]) -> np.ndarray:
-    """float32 (B, *shape). Drawn in threads: at 1024 px a batch's draws take as long as a small network's call."""
-    noise = np.empty((len(streams), *shape), np.float32)
-
-    def draw(stream: np.random.Generator, out: np.ndarray) -> None:
-        stream.standard_normal(dtype=np.float32, out=out)
-
-    with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as threads:
-        list(threads.map(draw, streams, noise))
-    return noise
-
-
-def sampling_noise(seed: int, numbers: Sequence[int], shape: tuple[int, ...], step: int) -> np.ndarray:
-    """Unit noise float32 (B, *shape); the size of the picture tells the stages of a cascade apart."""
-    return unit_noise([generator(seed, "sample", number, shape[-1], step) for number in numbers], shape)
 
 
 def sheet(*columns: np.ndarray) -> np.ndarray:

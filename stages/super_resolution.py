@@ -17,7 +17,8 @@ from pipeline.config import ConfigError
 from pipeline.data.image import downsample, upsample
 from pipeline.data.prompts import Arrays
 from pipeline.diffusion.process import add_noise
-from stages.stage import Stage, StageConfig, sampling_noise, sheet, unit_noise
+from pipeline.rng import sampling_noise, unit_noise
+from stages.stage import Stage, StageConfig, sheet
 
 AUGMENT_STEP = 2**32  # names the low resolution's noise among the draws of sampling; no sampler takes as many steps
 

@@ -17,10 +17,26 @@ from jobs import QUICK, Running, leaving_nothing
 from pipeline.data.shards import DataConfig, Shards
 from pipeline.data.text import load_encoder, recipe
 from pipeline.data.text_store import TextStore
+from pipeline.nn import kernels
 from pipeline.nn.text_encoder import TextConfig
 from tools import shapes, tiny_t5
 
 LENGTH = 12  # tokens a caption
+
+
+@pytest.fixture(params=["kernels", "operators"])
+def both(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The cells with our kernels, and with MindSpore's operators."""
+    if request.param == "operators":
+        monkeypatch.setattr(kernels, "library", lambda: None)
+    elif kernels.library() is None:
+        pytest.skip("the kernels are not built here: no C++ compiler")
+    cached = (kernels.convolution, kernels.normalization, kernels.softmax)
+    for kernel in cached:
+        kernel.cache_clear()
+    yield
+    for kernel in cached:
+        kernel.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -10,10 +10,14 @@ import pytest
 import yaml
 
 from pipeline import runtime
+from pipeline.config import build
 from pipeline.data.shards import DataConfig, Shards
 from pipeline.errors import JobError, UserError
+from pipeline.kinds import read_stage_config
+from pipeline.nn import kernels
+from pipeline.nn.unet import UNetConfig
 from tests.conftest import stage_yaml
-from tools.bench import compile, data, peers, sample, scaling, steps, text, train, turns
+from tools.bench import compile, data, memory, peers, sample, scaling, steps, text, train, turns, whole
 from tools.bench.__main__ import ALL, BENCHES, main
 
 
@@ -116,6 +120,23 @@ def test_sampling_is_told_by_stage_and_through_all(tmp_path: Path) -> None:
     assert whole["seconds"] == [(a + b) / 4 for a, b in zip(one["seconds"], other["seconds"], strict=True)]
     assert (len(one["seconds"]), one["steps"], one["batch"]) == (2, 3, 4)
     assert sample.table(report).splitlines()[2].startswith("| base | 0.22M | 3 | 4 | ")
+
+
+def test_larger_stages_are_the_demos_with_other_networks(tmp_path: Path) -> None:
+    base, sr256 = (read_stage_config(path)[0] for path in sample.larger(tmp_path))
+    assert (base.size, sr256.size, sr256.low_res.size) == (64, 256, 64)
+    assert base.unet == build(UNetConfig, train.CASES["base64"]["unet"])
+    assert sr256.unet == build(UNetConfig, train.CASES["sr256"]["unet"])
+
+
+def test_a_whole_step_is_told_in_bands_and_at_once(tmp_path: Path) -> None:
+    config = tmp_path / "sr32.yaml"
+    config.write_text(yaml.safe_dump(stage_yaml("sr32", tmp_path / "run", tmp_path, tmp_path)))
+    report = whole.measure(rounds=1, config=config, guidance={"guided": 2.0})
+    assert list(report["rows"]) == ["whole_guided/at_once", "whole_guided/ours"]
+    assert all(len(rounds[0]["seconds"]) == 1 and rounds[0]["peak"] > 0 for rounds in report["rows"].values())
+    assert report["ratios"].keys() == {"whole_guided/at_once"}
+    assert whole.table(report).splitlines()[3].startswith("| guided/ours | 0.")
 
 
 def test_steps_are_told_by_stage_and_sampler(trained: Path) -> None:
@@ -270,6 +291,16 @@ def test_compilation_is_told_with_and_without_the_kept_graphs(tmp_path: Path) ->
         *("|", "|---|---|---|---|---|", "| tiny", "| gradient of one picture", "|---|---|---|---|", "| base"),
         compile.table(report).splitlines()[-1],
     ]
+
+
+@pytest.mark.skipif(kernels.library() is None, reason="foretold for the kernels, which are not built here")
+def test_a_training_holds_what_was_foretold() -> None:
+    """The demo's base, as `cascade train` runs it, in a process of its own that finds its graphs."""
+    report = memory.measure(steps=4, rows={"tiny": ("tiny/base64", {"data.global_batch": 64})})
+    (answer,) = report["rows"]["memory/tiny"]
+    assert answer["predicted"] == pytest.approx(answer["peak"], rel=0.15)
+    assert answer["predicted"] == answer["memory"]["total"]
+    assert memory.table(report).splitlines()[2].startswith("| tiny | 0.9M | ")
 
 
 @pytest.mark.usefixtures("no_peers")

@@ -7,7 +7,8 @@ import pytest
 from compare import assert_close, differentiate, reference
 from mindspore import Tensor
 
-from pipeline.nn import blocks, kernels
+from pipeline import runtime
+from pipeline.nn import blocks
 from pipeline.nn.embeddings import PADDING, LevelEmbedding
 from pipeline.nn.parameters import assign, initialize
 from tools.references import LAYERS, random_weights
@@ -21,20 +22,6 @@ def built(kind, width, **sizes):
         return blocks.ResBlock(sizes.pop("width_in"), width, sizes.pop("emb"), CONFIG, **sizes)
     config = blocks.BlockConfig(head_channels=sizes["head"], text_channels=sizes["text_width"])
     return blocks.Attention(width, config, "cross" if sizes["cross"] else "self")
-
-
-@pytest.fixture(params=["kernels", "operators"])
-def both(request, monkeypatch):
-    """The cells with our kernels, and with MindSpore's operators."""
-    if request.param == "operators":
-        monkeypatch.setattr(kernels, "library", lambda: None)
-    elif kernels.library() is None:
-        pytest.skip("the kernels are not built here: no C++ compiler")
-    kernels.convolution.cache_clear()
-    kernels.normalization.cache_clear()
-    yield
-    kernels.convolution.cache_clear()
-    kernels.normalization.cache_clear()
 
 
 @pytest.mark.usefixtures("both")
@@ -72,15 +59,17 @@ def test_linear_attention(text):
     """Against its definition in float64; what the bias keeps out does not count."""
     stream = np.random.default_rng(0)
     q, k, v = stream.standard_normal((3, 2, 2, 5, 4))
-    bias = np.zeros((2, 1, 1, 5))
-    bias[1, ..., 3:] = PADDING * text
-    found = blocks.linear_attention(*(Tensor(array.astype(np.float32)) for array in (q, k, v, bias))).asnumpy()
+    bias = np.zeros((2, 5))
+    bias[1, 3:] = PADDING * text
+    first = (array.swapaxes(-1, -2) for array in (q, k, v))  # channels before positions
+    found = blocks.LinearLookup()(*(Tensor(array.astype(np.float32)) for array in (*first, bias))).asnumpy()
+    found = found.swapaxes(-1, -2)
 
     def softmax(x, axis):
         e = np.exp(x - x.max(axis, keepdims=True))
         return e / e.sum(axis, keepdims=True)
 
-    k = softmax(k + bias.swapaxes(-1, -2), -2)
+    k = softmax(k + bias[:, None, :, None], -2)
     if text:
         k, v = k[1:, :, :3], v[1:, :, :3]
     wanted = softmax(q, -1)[-len(k) :] / 2 @ (k.swapaxes(-1, -2) @ v)
@@ -180,12 +169,34 @@ def test_convolutions_keep_or_divide_the_size():
 
 def test_attention_is_a_mean_of_what_it_may_look_at():
     """Equal scores: the mean of the values without padding; of all values if there is nothing but padding."""
-    v = np.random.default_rng(0).standard_normal((2, 1, 3, 4)).astype(np.float32)
-    bias = np.array([[0, 0, PADDING], [PADDING] * 3], np.float32).reshape(2, 1, 1, 3)
-    zero = Tensor(np.zeros((2, 1, 5, 4), np.float32))
-    found = blocks.attention(zero, Tensor(v * 0), Tensor(v), Tensor(bias)).asnumpy()
-    for image, seen in enumerate((v[0, 0, :2], v[1, 0])):
-        np.testing.assert_allclose(found[image, 0], np.tile(seen.mean(0), (5, 1)), atol=1e-5)
+    v = np.random.default_rng(0).standard_normal((2, 1, 4, 3)).astype(np.float32)
+    bias = np.array([[0, 0, PADDING], [PADDING] * 3], np.float32)
+    zero = Tensor(np.zeros((2, 1, 4, 5), np.float32))
+    found = blocks.Lookup()(zero, Tensor(v * 0), Tensor(v), Tensor(bias)).asnumpy()
+    for image, seen in enumerate((v[0, 0, :, :2], v[1, 0])):
+        np.testing.assert_allclose(found[image, 0], np.tile(seen.mean(1, keepdims=True), 5), atol=1e-5)
+
+
+@pytest.mark.usefixtures("both")
+def test_attention_answers_some_queries_after_the_others(monkeypatch):
+    """Where their scores are many: never more at once than are allowed, also when the last are fewer."""
+    stream = np.random.default_rng(0)
+    q, k, v = (Tensor(stream.standard_normal((2, 3, 4, n)).astype(np.float32)) for n in (11, 7, 7))
+    bias = Tensor(np.where(np.arange(7) < [[5], [7]], 0, PADDING).astype(np.float32))
+    lookup = blocks.Lookup()
+    product, seen = lookup.scores, []
+
+    def spy(one, other):
+        seen.append(one.shape[3])
+        return product(one, other)
+
+    wanted = lookup(q, k, v, bias).asnumpy()
+    lookup.scores = spy
+    monkeypatch.setattr(blocks, "SCORES", 3 * 7 * 4 + 5)
+    np.testing.assert_allclose(lookup(q, k, v, bias).asnumpy(), wanted, atol=1e-6)
+    assert seen == [4, 4, 3]
+    lookup.scores = product
+    np.testing.assert_allclose(runtime.compile(lookup)(q, k, v, bias).asnumpy(), wanted, atol=1e-6)
 
 
 def test_level_embedding():

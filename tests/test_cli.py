@@ -23,40 +23,46 @@ BASE = "configs/tiny/base64.yaml"
 
 # What scripts may rely on. A change here is a change for the users.
 COMMANDS = {
-    "check": ["CONFIG|CASCADE", "key=value *", "--json"],
+    "check": ["CONFIG|CASCADE", "key=value *", "--memory GIB", "--json"],
     "train": ["CONFIG", "key=value *"],
     "train-all": ["CASCADE", "key=value *", "--at-once N"],
     "status": ["RUN +", "--json"],
     "sample": [
-        *("CASCADE", "--prompt TEXT +", "--prompts FILE", "--out DIR !", "--seed N", "--steps S +"),
-        *("--guidance G +", "--augment A +", "--to STAGE", "--from STAGE"),
+        *("CASCADE|STAGE", "--prompt TEXT +", "--prompts FILE", "--out DIR !", "--seed N", "--steps S +"),
+        *("--guidance G +", "--augment A +", "--to STAGE", "--num N", "--from STAGE"),
     ],
     "edit": [
-        *("CASCADE", "--prompt TEXT +", "--prompts FILE", "--out DIR !", "--seed N", "--steps S +"),
+        *("CASCADE|STAGE", "--prompt TEXT +", "--prompts FILE", "--out DIR !", "--seed N", "--steps S +"),
         *("--guidance G +", "--augment A +", "--to STAGE", "--from STAGE"),
         *("--image PATH !", "--mask PATH", "--strength S +", "--resample N"),
     ],
     "restore": [
-        *("STAGE", "--task NAME !", "--image PATH !", "--mask PATH", "--extend ('L', 'T', 'R', 'B')", "--out DIR !"),
-        *("--seed N", "--steps S", "--samples N", "--weights W +", "--resample SHARE", "--prompt TEXT"),
+        *("STAGE", "--task TASK !", "--image PATH !", "--mask PATH", "--extend N", "--out DIR !", "--seed N"),
+        *("--steps S", "--samples N", "--weights W +", "--resample SHARE", "--prompt TEXT"),
     ],
+    "explore": ["STAGE|CASCADE", "--out DIR !", "--seed N", "--num N", "--prompt TEXT +", "--image FILE"],
 }
 TOOLS = {
     "agreement": "[--manifest MANIFEST] [--json] IMAGES_DIR",
     "bench": "all|{benches} ...",
     "bench compile": "[--rounds N] [--json]",
     "bench data": "[--shards DIR] [--seconds S] [--rounds N] [--cores N [N ...]] [--memory N] [--json]",
+    "bench memory": "[--steps N] [--rows ROW [ROW ...]] [--json]",
     "bench sample": "[--rounds N] [--batches N] [--json]",
     "bench scaling": "[--steps N] [--rounds N] [--json]",
     "bench steps": "[--images N] [--large N] [--json] CASCADE",
     "bench text": "[--captions N] [--rounds N] [--json]",
     "bench train": "[--steps N] [--rounds N] [--json]",
+    "bench whole": "[--rounds N] [--json]",
     "cache_text": "config [key=value ...]",
     "export": "config",
+    "glyphs": "--num NUM --seed SEED [--shard-size SHARD_SIZE] [--workers WORKERS] OUT",
     "index": "[--weights W [W ...]] [--cache DIR] [--workers WORKERS] [--json] SHARDS [SHARDS ...]",
     "overview": "IMAGES PNG",
     "photographs": "--size SIZE --num NUM [--held-out HELD_OUT] [--seed SEED] [--shard-size SHARD_SIZE] OUT",
+    "pixels": "SHARDS [SHARDS ...]",
     "references": "[NAME ...]",
+    "restoration": "--out DIR [--num N] [--samples N] [--steps S] [--seed N] stage shards [shards ...]",
     "shapes": "--num NUM --size SIZE --seed SEED [--shard-size SHARD_SIZE] [--workers WORKERS] OUT",
     "tiny_t5": "--captions FILE [FILE ...] [--width WIDTH] [--layers LAYERS] [--heads HEADS] [--vocab VOCAB] "
     "[--seed SEED] OUT",
@@ -128,7 +134,8 @@ def test_help_comes_from_a_light_program() -> None:
         [sys.executable, "-X", "importtime", "-m", "launch", "--help"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0
-    assert done.stdout.startswith(f"usage: cascade [-h] {EVERY} ...")
+    assert done.stdout.startswith("usage: cascade [-h]")
+    assert f"{EVERY} ...\n" in done.stdout
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
     assert {"launch", "pipeline", "argparse"} <= imported
     assert not imported & {"mindspore", "mindformers", "transformers", "numpy", "yaml", "PIL", "torch"}
@@ -192,14 +199,25 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
         ("train", BASE, "run={tmp}/run", "data.shards={tmp}/*.tar"),
         f"data.shards: {{tmp}}/*.tar: matches no file (looked from {ROOT})",
     ),
-    "no prompt": (SAMPLE, "no prompt; give --prompt TEXT or --prompts FILE with a prompt a line"),
+    "memory that is none": (
+        ("check", BASE, "--memory", "0"),
+        "argument --memory: 0 is not a number above 0; see cascade check --help",
+    ),
+    "memory for a cascade's folder": (
+        ("check", "{tmp}", "--memory", "16"),
+        "--memory: a cascade folder is not trained; give the YAML file of a stage or of a cascade",
+    ),
+    "no prompt": (
+        SAMPLE,
+        "no prompt; give --prompt TEXT, --prompts FILE with one a line, or --num N where none is told",
+    ),
     "blank prompt": (
         (*SAMPLE, "--prompt", "a circle", " "),
-        "no prompt; give --prompt TEXT or --prompts FILE with a prompt a line",
+        "no prompt; give --prompt TEXT, --prompts FILE with one a line, or --num N where none is told",
     ),
     "blank file": (
         (*SAMPLE, "--prompts", "{tmp}/blank.txt"),
-        "no prompt; give --prompt TEXT or --prompts FILE with a prompt a line",
+        "no prompt; give --prompt TEXT, --prompts FILE with one a line, or --num N where none is told",
     ),
     "no such prompts": (
         (*SAMPLE, "--prompts", "{tmp}/none.txt"),
@@ -214,6 +232,11 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
         (*SAMPLE, "--prompt", "a", "--prompts", "{tmp}/blank.txt"),
         f"argument --prompts: not allowed with argument --prompt{SAMPLE_HELP}",
     ),
+    "prompt and number": (
+        (*SAMPLE, "--prompt", "a", "--num", "3"),
+        f"argument --num: not allowed with argument --prompt{SAMPLE_HELP}",
+    ),
+    "no number": ((*SAMPLE, "--num", "0"), f"argument --num: 0 is less than 1{SAMPLE_HELP}"),
     "no out": (
         ("sample", "nowhere", "--prompt", "a"),
         f"the following arguments are required: --out{SAMPLE_HELP}",
@@ -303,6 +326,18 @@ def test_check_is_one_json_object(shards_folder: Path, capsys: pytest.CaptureFix
     assert report["memory"]["weights"] == 4 * report["parameters"] > 0
     assert report["data"] == {"shards": 2, "samples": 24, "steps_per_epoch": 3.0, "removed": {}, "damaged": 0}
     assert report["argv"] == [sys.executable, "-m", "launch", "train", BASE, *overrides]
+
+
+def test_check_says_whether_a_training_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "check", "configs/sr256.yaml", "data.global_batch=16", "--memory", "24", "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert not report["fit"]["fits"]
+    assert report["fit"]["device"] == 24 * 2**30 < report["memory"]["total"]
+    assert report["fit"]["instead"][0]["set"].keys() == {"train.accumulate"}
+    code, out, _ = run(capsys, "check", BASE, "--memory", "24")
+    assert code == 0
+    assert "fits        yes, 24.00 GiB are enough\n" in out
 
 
 def test_check_away_from_the_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

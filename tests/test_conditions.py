@@ -2,6 +2,7 @@
 of the network's stride, on normalized pixels. Each is trained for four steps and sampled from the folder it leaves.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from mindspore import Tensor
 from PIL import Image
 
+from launch import cli
 from pipeline import Cascade
 from pipeline.config import ConfigError, build
 from pipeline.data.image import to_float
@@ -77,6 +79,43 @@ def test_what_is_no_class_is_refused(run, cascade):
             cascade(["sphere"])
         with pytest.raises(UserError, match="'4' is no class"):
             cascade(["4"])
+
+
+def sample(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["sample", *arguments])
+    assert isinstance(end.value.code, int)
+    return end.value.code
+
+
+def test_the_command_makes_a_number_of_pictures(run, tmp_path, capsys):
+    """Of nothing, or of the classes in turn; their recipes say which, and the same command makes no more."""
+    command = [str(run / "stage"), "--out", str(tmp_path / "out"), "--num", "6"]
+    told = [*SHAPES, *SHAPES[:2]] if run.name == "class" else [""] * 6
+    for written in (6, 0):
+        assert sample(*command) == 0
+        for_them = " for 6 prompts" if run.name == "class" else ""
+        assert (
+            capsys.readouterr().out
+            == f"{tmp_path}/out: {written} pictures written{for_them}, listed in manifest.jsonl\n"
+        )
+    entries = [json.loads(line) for line in (tmp_path / "out/manifest.jsonl").read_text().splitlines()]
+    assert [entry["prompt"] for entry in entries] == told
+    with Image.open(tmp_path / "out/00004.png") as image:
+        assert image.text["prompt"] == told[4]
+
+
+def test_the_command_refuses_what_the_stage_is_not_told(run, tmp_path, capsys, monkeypatch):
+    """Before anything is loaded."""
+    monkeypatch.setattr(Cascade, "load", None)
+    said = "circle" if run.name == "none" else "4"
+    assert sample(str(run / "stage"), "--out", str(tmp_path / "out"), "--prompt", said) == 2
+    assert capsys.readouterr().err == (
+        "--prompt: 'circle', but these stages are told nothing; give --num N pictures instead\n"
+        if run.name == "none"
+        else "'4' is no class; the classes are circle, square, triangle, cross\n"
+    )
+    assert not (tmp_path / "out").exists()
 
 
 def test_known_pixels_stay_and_the_hole_is_painted(cascade):

@@ -157,3 +157,10 @@ def test_options_that_do_not_fit_are_refused(trained, tmp_path, capsys, options,
     assert sample(*command) == 2
     assert capsys.readouterr().err == f"{message}\n"
     assert not (tmp_path / "out").exists()
+
+
+def test_stages_that_are_told_a_text_want_one(trained, tmp_path, capsys):
+    assert sample(str(trained / "cascade"), "--num", "2", "--out", str(tmp_path / "out")) == 2
+    said = "no prompt: these stages are told a text; give --prompt TEXT, one a picture\n"
+    assert capsys.readouterr().err == said
+    assert not (tmp_path / "out").exists()

@@ -91,6 +91,23 @@ def test_normalization(shape, groups, silu):
     assert_gradients(lambda x, a, b: normalized(x, a, b, silu), arrays, gradients, direction)
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 5, 33), (1, 1, 1, 3), (3, 2, 7, 100)])
+def test_softmax(shape):
+    """Of scores and a bias of each image, a part of which is masked; the bias gets no gradient."""
+    rng = np.random.default_rng(0)
+    x, b = 3 * rng.standard_normal(shape), rng.standard_normal((shape[0], shape[3]))
+    b[:, 1::3] = -1e4
+
+    def softmax(x):
+        u = np.exp(x + b[:, None, None] - (x + b[:, None, None]).max(-1, keepdims=True))
+        return u / u.sum(-1, keepdims=True)
+
+    found, gradients, direction = answers(kernels.softmax(), [x, b])
+    np.testing.assert_allclose(found, softmax(x), atol=1e-6)
+    assert_gradients(softmax, [x], gradients[:1], direction)
+    assert not gradients[1].any()
+
+
 def test_silu_from_end_to_end():
     """Of -100 to 100: where the factor is 0, SiLU of the offset is what remains."""
     u = np.linspace(-100, 100, 4001).astype(np.float32)
@@ -107,6 +124,7 @@ def test_what_is_not_finite_is_not_hidden(bad):
     x[0, 1, 2, 3] = bad
     ones = Tensor(np.ones((1, 2, 2), np.float32))
     assert np.isnan(kernels.normalization(True)(Tensor(x), ones, ones).asnumpy()).any()
+    assert np.isnan(kernels.softmax()(Tensor(x), Tensor(np.zeros((1, 6), np.float32))).asnumpy()[0, 1, 2]).all()
     weight, bias = Tensor(np.ones((4, 4, 3, 3), np.float32)), Tensor(np.zeros(4, np.float32))
     assert not np.isfinite(kernels.convolution(1)(Tensor(x), weight, bias).asnumpy()[0, :, 2, 3]).any()
 

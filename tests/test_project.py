@@ -23,7 +23,7 @@ FLOORS = (
     ("pipeline.train",),
     ("pipeline.editing",),
     ("pipeline.cascade",),
-    ("pipeline.gallery",),
+    ("pipeline.gallery", "pipeline.explore"),
     ("pipeline.restoration",),
     ("pipeline",),  # the door: `from pipeline import Cascade`
     ("stages",),
@@ -113,9 +113,15 @@ def test_no_stored_code_is_run(path: Path) -> None:
 YAMLS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
-def test_both_sets_of_configurations_are_whole() -> None:
+def test_all_sets_of_configurations_are_whole() -> None:
     files = ["base64.yaml", "cascade.yaml", "sr1024.yaml", "sr256.yaml"]
-    assert [str(path.relative_to(ROOT / "configs")) for path in YAMLS] == files + [f"tiny/{name}" for name in files]
+    classic = ["classes64.yaml", "glyphs28.yaml", "shapes64.yaml"]
+    assert sorted(str(path.relative_to(ROOT / "configs")) for path in YAMLS) == [
+        *files[:2],
+        *(f"classic/{name}" for name in classic),
+        *files[2:],
+        *(f"tiny/{name}" for name in files),
+    ]
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
@@ -126,6 +132,11 @@ def test_every_configuration_loads(path: Path) -> None:
         assert {(ROOT / entry.config).parent for entry in config.stages} == {path.parent}
     else:
         config, _ = read_stage_config(path)
+        if path.parent.name == "classic":  # named after what it is trained on
+            assert path.stem.endswith(str(config.size))
+            assert config.kind == "base"
+            assert config.condition == ("class" if path.stem == "classes64" else "none")
+            return
         assert f"{config.kind.removesuffix('_resolution').replace('super', 'sr')}{config.size}" == path.stem
 
 

@@ -11,7 +11,8 @@ from pipeline.data.image import downsample, to_float, upsample
 from pipeline.diffusion.schedule import cosine
 from pipeline.kinds import stage_class
 from pipeline.nn.parameters import initialize
-from stages.stage import Stage, sampling_noise
+from pipeline.rng import sampling_noise
+from stages.stage import Stage
 from tests.conftest import stage_yaml
 
 KINDS = ["base", "sr32", "sr64"]

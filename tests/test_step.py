@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from mindspore import Parameter, Tensor, nn
 
-from launch.report import factored
 from pipeline import runtime
 from pipeline.config import ConfigError
 from pipeline.errors import JobError, UserError
 from pipeline.train.collectives import Ranks
+from pipeline.train.memory import factored
 from pipeline.train.optimizer import OptimizerConfig
 from pipeline.train.precision import LossScale
 from pipeline.train.state import State

@@ -11,22 +11,19 @@ it (tools/agreement.py). Scene i depends on the seed and i alone, and the same c
 the number of workers.
 """
 
-import multiprocessing
 import re
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
-from itertools import repeat
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
 from launch.terminal import Parser, positive, run
 from pipeline.errors import UserError
 from pipeline.rng import generator
-from tools.dataset import write_tar, writing, written
+from tools.dataset import write_shards, write_tar, writing, written
 
 SIZES = {"small": 0.25, "large": 0.5}  # width of the shape, as a share of the picture's
 COLOURS = {
@@ -112,7 +109,7 @@ def _fill(canvas: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float)
         canvas.rectangle((x - r / 3, y - r, x + r / 3, y + r), fill=255)
 
 
-def write_shard(path: Path, seed: int, numbers: range, pixels: int) -> int:
+def write_shard(seed: int, pixels: int, path: Path, numbers: range) -> int:
     """Write the scenes `numbers` into one tar; how many bytes it has."""
     scenes = (random_scene(seed, number) for number in numbers)
     return write_tar(
@@ -131,19 +128,8 @@ def write(out: Path, *, num: int, size: int, seed: int, shard_size: int, workers
     if written(out, "shapes.json", arguments):
         return f"{out}: already there, {num:,} images of {size} px with seed {seed}"
     with writing(out, "shapes.json", arguments) as folder:
-        ranges = [range(first, min(first + shard_size, num)) for first in range(0, num, shard_size)]
-        paths = [folder / f"{number:05d}.tar" for number in range(len(ranges))]
-        total = 0
-        # New processes rather than forked ones: a caller may have threads (MindSpore's), which do not survive a fork.
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(workers, len(paths)), spawn) as pool, tqdm(total=num, unit=" images") as bar:
-            jobs = (paths, repeat(seed), ranges, repeat(size))
-            for numbers, size_in_bytes in zip(
-                ranges, (pool.map if workers > 1 else map)(write_shard, *jobs), strict=True
-            ):
-                total += size_in_bytes
-                bar.update(len(numbers))
-    return f"{out}: {num:,} images of {size} px in {len(paths):,} shards, {total:,} bytes"
+        tars, total = write_shards(folder, num, shard_size, workers, partial(write_shard, seed, size))
+    return f"{out}: {num:,} images of {size} px in {tars:,} shards, {total:,} bytes"
 
 
 def main(argv: Sequence[str]) -> None:

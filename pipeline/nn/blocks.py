@@ -2,11 +2,12 @@
 
 Shapes: B images, C channels, H x W pixels, N = H W positions, L text tokens, D text width, E embedding width, K heads.
 Every layer of a stack answers to `construct(x_BCHW, emb_BE, text_BLD, bias_BL)`, so that a stack is a plain list;
-`bias_BL` is 0 for a text token and a large negative number for padding.
+`bias_BL` is 0 for a text token and a large negative number for padding. It also says, by `kept(pixels, tokens)`, what
+its gradient will need: see `Kept`.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
@@ -14,6 +15,7 @@ from mindspore import dtype as mstype
 from pipeline.nn import kernels
 
 GROUPS = 32  # of group normalization, as in DDPM and ADM; fewer in narrow layers
+SCORES = 2**26  # of a picture's attention at a time, 256 MiB in float32; none of configs/ has as many
 
 AttentionKind = Literal["none", "self", "cross", "linear"]
 NormKind = Literal["group", "layer", "instance"]
@@ -29,6 +31,17 @@ class BlockConfig:
     text_channels: int = 1024  # width to which the text is projected, once, for all blocks
 
 
+class Kept(NamedTuple):
+    """What of one image a layer's gradient needs, in numbers: its input, and what it makes on its way. `largest` is the
+    longest of these tensors, `pixels` the positions of the layer's answer, which is the next layer's input.
+    """
+
+    input: int
+    inside: int
+    largest: int
+    pixels: int
+
+
 class Conv(nn.Conv2d):
     """A convolution that keeps the picture's size (divided by `stride`)."""
 
@@ -40,8 +53,30 @@ class Conv(nn.Conv2d):
     def construct(self, x_BCHW: Tensor) -> Tensor:
         if self.kernel is None:
             return super().construct(x_BCHW)
-        weight, bias = self.weight.astype(mstype.float32), self.bias.astype(mstype.float32)
-        return self.kernel(x_BCHW.astype(mstype.float32), weight, bias).astype(x_BCHW.dtype)
+        return convolve(self.kernel, x_BCHW, self.weight, self.bias)
+
+
+def convolve(kernel: ops.Custom, x_BCHW: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """By a CPU's kernel, which knows float32 alone."""
+    y = kernel(x_BCHW.astype(mstype.float32), weight.astype(mstype.float32), bias.astype(mstype.float32))
+    return y.astype(x_BCHW.dtype)
+
+
+class Pointwise(nn.Dense):
+    """A dense layer over the channels of each position, which is a convolution of size 1: pictures stay pictures.
+
+    Its weight is a matrix all the same, which Adafactor factors.
+    """
+
+    def __init__(self, width_in: int, width_out: int) -> None:
+        super().__init__(width_in, width_out)
+        self.kernel = kernels.convolution(1)
+
+    def construct(self, x_BCHW: Tensor) -> Tensor:
+        weight = self.weight.reshape((*self.weight.shape, 1, 1))
+        if self.kernel is None:
+            return ops.conv2d(x_BCHW, weight, self.bias)
+        return convolve(self.kernel, x_BCHW, weight, self.bias)
 
 
 def zeroed(cell: nn.Cell) -> nn.Cell:
@@ -76,28 +111,56 @@ def channels_to_space(x_BCHW: Tensor, patch: int) -> Tensor:
     return x.transpose((0, 1, 4, 2, 5, 3)).reshape((B, C // (patch * patch), H * patch, W * patch))
 
 
-def split_heads(tokens_BNC: Tensor, num_heads: int) -> Tensor:
-    """(B, N, C) -> (B, K, N, C / K)."""
-    B, N, C = tokens_BNC.shape
-    return tokens_BNC.reshape((B, N, num_heads, C // num_heads)).swapaxes(1, 2)
+def split_heads(x_BCN: Tensor, num_heads: int) -> Tensor:
+    """(B, C, N) or a picture -> (B, K, C / K, N): channels before positions, so that nothing moves."""
+    B, C = x_BCN.shape[:2]
+    return x_BCN.reshape((B, num_heads, C // num_heads, -1))
 
 
-def attention(q_BKNc: Tensor, k_BKMc: Tensor, v_BKMc: Tensor, bias: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(c) + bias) v, in (B, K, N, c); `bias` goes with (B, K, N, M). The softmax is float32's.
+class Lookup(nn.Cell):
+    """Attention: v softmax(q^T k / sqrt(c) + bias)^T for each head, (B, K, c, N). The softmax is float32's.
 
-    The plain formula: the one place where a device's fused kernel would branch off.
+    The plain formula: the one place where a device's fused kernel would branch off. Products transpose as they read,
+    since MindSpore's transposition on a CPU keeps 8 bytes a number for as long as a graph lives. A query's answer does
+    not depend on the others, so where a picture's scores (K, N, M) are many, some queries are answered after others.
     """
-    scores = ops.matmul(q_BKNc * q_BKNc.shape[-1] ** -0.5, k_BKMc.swapaxes(-1, -2)) + bias
-    return ops.matmul(ops.softmax(scores, axis=-1).astype(v_BKMc.dtype), v_BKMc)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = kernels.softmax()
+        self.scores, self.values = ops.BatchMatMul(transpose_a=True), ops.BatchMatMul(transpose_b=True)
+
+    def construct(self, q_BKcN: Tensor, k_BKcM: Tensor, v_BKcM: Tensor, bias_BM: Tensor) -> Tensor:
+        _, K, c, N = q_BKcN.shape
+        num = max(SCORES // (K * k_BKcM.shape[3]), 1)  # queries at a time
+        answers: tuple[Tensor, ...] = ()
+        for start in range(0, N, num):
+            q = q_BKcN if num >= N else ops.narrow(q_BKcN, 3, start, min(num, N - start))
+            if start > 0:
+                q = ops.depend(q, answers[-1])  # else all scores might be there at once
+            scores = self.scores(q * c**-0.5, k_BKcM).astype(mstype.float32)
+            if self.kernel is None:
+                bias = ops.broadcast_to(bias_BM.expand_dims(1).expand_dims(1), scores.shape)  # see bands.moments
+                weights = ops.softmax(scores + bias, axis=-1)
+            else:
+                weights = self.kernel(scores, bias_BM)
+            answers = (*answers, self.values(v_BKcM, weights.astype(v_BKcM.dtype)))
+        return answers[0] if num >= N else ops.cat(answers, 3)
 
 
-def linear_attention(q_BKNc: Tensor, k_BKMc: Tensor, v_BKMc: Tensor, bias: Tensor) -> Tensor:
-    """q' (k'^T v), in (B, K, N, c), with q' = softmax(q) / sqrt(c) over channels and k' = softmax(k + bias) over
-    positions: its cost grows with N, not N^2 (Shen et al., arXiv 1812.01243). `bias` is (B, 1, 1, M).
+class LinearLookup(nn.Cell):
+    """Linear attention: (v k'^T) q', in (B, K, c, N), with q' = softmax(q) / sqrt(c) over channels and k' = softmax(k +
+    bias) over positions: its cost grows with N, not N^2 (Shen et al., arXiv 1812.01243).
     """
-    q = ops.softmax(q_BKNc, axis=-1) * q_BKNc.shape[-1] ** -0.5
-    k = ops.softmax(k_BKMc + bias.swapaxes(-1, -2), axis=-2).astype(v_BKMc.dtype)
-    return ops.matmul(q.astype(v_BKMc.dtype), ops.matmul(k.swapaxes(-1, -2), v_BKMc))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.product, self.product_transposed = ops.BatchMatMul(), ops.BatchMatMul(transpose_b=True)
+
+    def construct(self, q_BKcN: Tensor, k_BKcM: Tensor, v_BKcM: Tensor, bias_BM: Tensor) -> Tensor:
+        q = ops.softmax(q_BKcN, axis=2) * q_BKcN.shape[2] ** -0.5
+        k = ops.softmax(k_BKcM + bias_BM.expand_dims(1).expand_dims(1), axis=-1).astype(v_BKcM.dtype)
+        return self.product(self.product_transposed(v_BKcM, k), q.astype(v_BKcM.dtype))
 
 
 class Norm(nn.Cell):
@@ -181,6 +244,14 @@ class ResBlock(nn.Cell):
             x = self.skip(x)
         return x + h
 
+    def kept(self, pixels: int, tokens: int) -> Kept:
+        """The convolutions' inputs and what is normalized."""
+        after = {"up": 4 * pixels, "down": pixels // 4, "": pixels}[self.resample]
+        wide, width = self.conv1.in_channels, self.conv1.out_channels
+        inside = wide + 2 * width if self.widen is None else wide + width + 2 * self.widen.out_channels
+        largest = max(wide * pixels, wide * after, self.conv2.in_channels * after)
+        return Kept(wide * pixels, inside * after, largest, after)
+
 
 class Attention(nn.Cell):
     """Every position looks at the text, if there is one, and, unless `kind` is "cross", at every other position.
@@ -190,30 +261,41 @@ class Attention(nn.Cell):
 
     def __init__(self, width: int, config: BlockConfig, kind: AttentionKind) -> None:
         super().__init__()
-        self.heads, self.cross, self.linear = width // config.head_channels, kind == "cross", kind == "linear"
+        self.heads, self.cross, self.text_channels = (
+            width // config.head_channels,
+            kind == "cross",
+            config.text_channels,
+        )
         self.norm = Norm(width, config.norm, silu=False)
-        self.to_q = nn.Dense(width, width) if self.cross else nn.Dense(width, 3 * width)  # else q, k and v
-        self.text_kv = nn.Dense(config.text_channels, 2 * width) if config.text_channels else None
-        self.out = zeroed(nn.Dense(width, width))
+        self.to_q = Pointwise(width, width if self.cross else 3 * width)  # else q, k and v
+        if self.text_channels:
+            self.text_kv = nn.Dense(self.text_channels, 2 * width)
+        self.lookup = LinearLookup() if kind == "linear" else Lookup()
+        self.out = zeroed(Pointwise(width, width))
 
     def construct(self, x_BCHW: Tensor, emb_BE: Tensor, text_BLD: Tensor, bias_BL: Tensor) -> Tensor:
         B, C, H, W = x_BCHW.shape
-        tokens_BNC = self.norm(x_BCHW).reshape((B, C, H * W)).swapaxes(1, 2)
-        if self.cross:
-            q, bias = self.to_q(tokens_BNC), bias_BL
-            k, v = ops.chunk(self.text_kv(text_BLD), 2, 2)  # type: ignore[misc]  # cross: there is text
-        else:
-            q, k, v = ops.chunk(self.to_q(tokens_BNC), 3, 2)
-            bias = ops.zeros((B, H * W), mstype.float32)
-            if self.text_kv is not None:
-                text_k, text_v = ops.chunk(self.text_kv(text_BLD), 2, 2)
-                k, v = ops.cat((k, text_k), 1), ops.cat((v, text_v), 1)
-                bias = ops.cat((bias, bias_BL), 1)
+        q = self.to_q(self.norm(x_BCHW)).reshape((B, -1, H * W))
+        keys: tuple[Tensor, ...] = ()
+        values: tuple[Tensor, ...] = ()
+        biases: tuple[Tensor, ...] = ()
+        if not self.cross:
+            q, k, v = ops.chunk(q, 3, 1)
+            keys, values, biases = (k,), (v,), (ops.zeros((B, H * W), mstype.float32),)
+        if self.text_channels:
+            k, v = ops.chunk(self.text_kv(text_BLD).swapaxes(1, 2), 2, 1)
+            keys, values, biases = (*keys, k), (*values, v), (*biases, bias_BL)
+        k, v, bias = ops.cat(keys, 2), ops.cat(values, 2), ops.cat(biases, 1)
         q, k, v = split_heads(q, self.heads), split_heads(k, self.heads), split_heads(v, self.heads)
-        bias = bias.reshape((B, 1, 1, -1))
-        y = linear_attention(q, k, v, bias) if self.linear else attention(q, k, v, bias)
-        y_BNC = self.out(y.swapaxes(1, 2).reshape((B, H * W, C)))
-        return x_BCHW + y_BNC.swapaxes(1, 2).reshape((B, C, H, W))
+        return x_BCHW + self.out(self.lookup(q, k, v, bias).reshape((B, C, H, W)))
+
+    def kept(self, pixels: int, tokens: int) -> Kept:
+        """The normalized picture, queries, keys, values, how far each position looks where, what it finds."""
+        width = self.out.in_channels
+        seen = (0 if self.cross else pixels) + (tokens if self.text_channels else 0)
+        looks = self.heads * pixels * seen
+        inside = 3 * width * pixels + 2 * width * seen + looks
+        return Kept(width * pixels, inside, max(width * pixels, looks), pixels)
 
 
 class Downsample(nn.Cell):
@@ -226,6 +308,10 @@ class Downsample(nn.Cell):
     def construct(self, x_BCHW: Tensor, emb_BE: Tensor, text_BLD: Tensor, bias_BL: Tensor) -> Tensor:
         return self.conv(x_BCHW)
 
+    def kept(self, pixels: int, tokens: int) -> Kept:
+        picture = self.conv.in_channels * pixels
+        return Kept(picture, 0, picture, pixels // 4)
+
 
 class Upsample(nn.Cell):
     """Each pixel repeated, then a convolution."""
@@ -237,6 +323,11 @@ class Upsample(nn.Cell):
     def construct(self, x_BCHW: Tensor, emb_BE: Tensor, text_BLD: Tensor, bias_BL: Tensor) -> Tensor:
         return self.conv(upsample(x_BCHW))
 
+    def kept(self, pixels: int, tokens: int) -> Kept:
+        """The convolution's input alone, which is not the layer's."""
+        picture = 4 * self.conv.in_channels * pixels
+        return Kept(0, picture, picture, 4 * pixels)
+
 
 class Stack(nn.Cell):
     """Layers in a row; what comes out is one skip connection's worth."""
@@ -245,8 +336,11 @@ class Stack(nn.Cell):
         super().__init__()
         self.layers = nn.CellList(layers)
 
-    def construct(self, x_BCHW: Tensor, emb_BE: Tensor, text_BLD: Tensor, bias_BL: Tensor) -> Tensor:
+    def construct(
+        self, x_BCHW: Tensor, emb_BE: Tensor, text_BLD: Tensor, bias_BL: Tensor, start: int = 0, stop: int = 0
+    ) -> Tensor:
+        """But for `start` layers at the start and `stop` at the end, which the caller has in bands (see bands.py)."""
         x = x_BCHW
-        for layer in self.layers:
-            x = layer(x, emb_BE, text_BLD, bias_BL)
+        for layer in range(start, len(self.layers) - stop):
+            x = self.layers[layer](x, emb_BE, text_BLD, bias_BL)
         return x

@@ -8,7 +8,7 @@ import math
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from pipeline.nn.blocks import attention, split_heads
+from pipeline.nn.blocks import Lookup, split_heads
 
 HEADS = 8  # of the text's pooling
 PADDING = -1e4  # added to the score of a padded token; within float16
@@ -43,12 +43,12 @@ class TextPool(nn.Cell):
     def __init__(self, text_width: int, emb: int) -> None:
         super().__init__()
         self.q, self.kv = nn.Dense(text_width, emb), nn.Dense(text_width, 2 * emb)
+        self.lookup = Lookup()
         self.out = nn.Dense(emb, emb)
 
     def construct(self, text_BLD: Tensor, bias_BL: Tensor) -> Tensor:
         share_BL = ops.softmax(bias_BL, axis=-1)  # even over the tokens that are there
-        q_B1E = self.q(ops.matmul(share_BL.expand_dims(1), text_BLD))
-        k_BLE, v_BLE = ops.chunk(self.kv(text_BLD), 2, 2)
-        q, k, v = split_heads(q_B1E, HEADS), split_heads(k_BLE, HEADS), split_heads(v_BLE, HEADS)
-        pooled_BK1c = attention(q, k, v, bias_BL.expand_dims(1).expand_dims(1))
-        return self.out(pooled_BK1c.reshape((text_BLD.shape[0], -1)))
+        q_BE1 = self.q(ops.matmul(share_BL.expand_dims(1), text_BLD)).swapaxes(1, 2)
+        k_BEL, v_BEL = ops.chunk(self.kv(text_BLD).swapaxes(1, 2), 2, 1)
+        q, k, v = split_heads(q_BE1, HEADS), split_heads(k_BEL, HEADS), split_heads(v_BEL, HEADS)
+        return self.out(self.lookup(q, k, v, bias_BL).reshape((text_BLD.shape[0], -1)))

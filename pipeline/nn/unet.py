@@ -24,6 +24,7 @@ from pipeline.nn.blocks import (
     BlockConfig,
     Conv,
     Downsample,
+    Kept,
     Norm,
     ResBlock,
     Stack,
@@ -45,7 +46,7 @@ class UNetConfig(BlockConfig):
     num_blocks: tuple[int, ...] = (3, 3, 3, 3)  # residual blocks on a level's way down
     attention: tuple[AttentionKind, ...] = ("none", "self", "self", "self")  # self, linear: and text; cross: text alone
     patch: int = 1  # side of the pixel patch that is one position of the first level ("simple diffusion", 2301.11093)
-    recompute: bool = False  # forget a block's activations and compute them again for the gradient
+    recompute: bool = False  # forget a layer's activations and compute them again for the gradient
 
     def __post_init__(self) -> None:
         levels = len(self.channel_mults)
@@ -116,6 +117,28 @@ class UNet(nn.Cell):
                     layer.recompute()
 
     def construct(self, x_BCHW: Tensor, logsnr_BT: Tensor, *told: Tensor) -> Tensor:
+        emb, text, bias_BL = self.conditions(logsnr_BT, *told)
+        stem = self.stem(space_to_channels(self.filled(x_BCHW), self.patch))
+        h = self.norm(self.stacks(stem, emb, text, bias_BL))
+        if self.stem_to_head:  # not normalized: so the low resolution keeps its contrast, and copying it is linear
+            h = ops.cat((h, stem * self.skip_scale), 1)
+        return self.cut(channels_to_space(self.head(h), self.patch), x_BCHW)
+
+    def filled(self, x_BCHW: Tensor) -> Tensor:
+        """With rows and columns of zeros up to multiples of the stride."""
+        H, W = x_BCHW.shape[2:]
+        if H % self.stride == 0 and W % self.stride == 0:
+            return x_BCHW
+        return ops.pad(x_BCHW, (0, -W % self.stride, 0, -H % self.stride))
+
+    def cut(self, y_BCHW: Tensor, x_BCHW: Tensor) -> Tensor:
+        """Without what `filled` added to `x_BCHW`; float32."""
+        H, W = x_BCHW.shape[2:]
+        y = y_BCHW.astype(mstype.float32)
+        return y if y.shape[2:] == (H, W) else y[:, :, :H, :W]
+
+    def conditions(self, logsnr_BT: Tensor, *told: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What every layer takes beside the picture."""
         emb, text, bias_BL = 0.0, None, None
         if self.has_text:
             bias_BL = (1.0 - told[1]) * PADDING
@@ -125,23 +148,33 @@ class UNet(nn.Cell):
             emb = emb + self.label_in(told[-1])
         for i, level in enumerate(self.levels):
             emb = emb + level(logsnr_BT[:, i])
-        emb = ops.silu(emb)  # which every block would start with
-        H, W = x_BCHW.shape[2:]
-        if H % self.stride or W % self.stride:
-            x_BCHW = ops.pad(x_BCHW, (0, -W % self.stride, 0, -H % self.stride))
-        h = self.stem(space_to_channels(x_BCHW, self.patch))
+        return ops.silu(emb), text, bias_BL  # SiLU, as every block would start with it
+
+    def stacks(self, h: Tensor, emb: Tensor, text: Tensor | None, bias_BL: Tensor | None, outer: int = 0) -> Tensor:
+        """All between stem and head, but for `outer` layers at either end."""
         skips: tuple[Tensor, ...] = (h,)  # a tuple, as a list's pop() leaves the compiled graph
-        for stack in self.down:
-            h = stack(h, emb, text, bias_BL)
+        for i, stack in enumerate(self.down):
+            h = stack(h, emb, text, bias_BL, outer if i == 0 else 0)
             skips = (*skips, h)
         h = self.middle(h, emb, text, bias_BL)
         for i, stack in enumerate(self.up):
-            h = stack(ops.cat((h, skips[-1 - i] * self.skip_scale), 1), emb, text, bias_BL)
-        h = self.norm(h)
-        if self.stem_to_head:  # not normalized: so the low resolution keeps its contrast, and copying it is linear
-            h = ops.cat((h, skips[0] * self.skip_scale), 1)
-        y_BCHW = channels_to_space(self.head(h), self.patch).astype(mstype.float32)
-        return y_BCHW[:, :, :H, :W] if H % self.stride or W % self.stride else y_BCHW
+            h = ops.cat((h, skips[-1 - i] * self.skip_scale), 1)
+            h = stack(h, emb, text, bias_BL, 0, outer if i == len(self.up) - 1 else 0)
+        return h
+
+    def kept(self, side: int, tokens: int) -> list[Kept]:
+        """What of one picture of `side` pixels the gradient needs, by layer in the order they run, the head the last.
+
+        A skip connection counts once on the way down, as the next layer's input, and once more where it is joined to
+        another's, which is a copy.
+        """
+        pixels, found = (side // self.patch) ** 2, []
+        for stack in [*self.down, self.middle, *self.up]:
+            for layer in stack.layers:
+                found.append(layer.kept(pixels, tokens))
+                pixels = found[-1].pixels
+        width, head = self.stem.out_channels * pixels, self.head.in_channels * pixels
+        return [*found, Kept(width, head, max(width, head), pixels)]
 
 
 Stacks = tuple[list[Stack], Stack, list[Stack]]

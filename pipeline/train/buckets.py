@@ -1,8 +1,8 @@
 """A network's parameters as a few long vectors, its buckets: what is exchanged, and what the optimizer works on.
 
 One sum of a long vector costs a network a fraction of hundreds of short ones, and one AdamW of it a processor likewise:
-of hundreds of kernels most of the time goes into starting them. Vectors are also cut evenly among ranks, wherever the
-parameters begin and end.
+of hundreds of kernels most of the time goes into starting them. They are several, since what an optimizer makes on its
+way is as long as the vector it works on. Vectors are also cut evenly among ranks, wherever the parameters begin.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,8 @@ from itertools import pairwise
 import numpy as np
 from mindspore import Parameter
 
-LARGEST = 2**26  # numbers in a bucket, unless one parameter is larger: 256 MiB of float32
+NUMBER = 32  # of buckets, about, in a large network
+SMALLEST = 2**20  # numbers that a bucket may have in any network: 4 MiB of float32
 
 
 class Bucket:
@@ -53,8 +54,9 @@ class Bucket:
             parameter.asnumpy()[...] = view
 
 
-def buckets(parameters: Sequence[Parameter], world: int, largest: int = LARGEST) -> list[Bucket]:
-    """Neighbours together, up to `largest` numbers; a parameter that is larger has a bucket of its own."""
+def buckets(parameters: Sequence[Parameter], world: int, smallest: int = SMALLEST) -> list[Bucket]:
+    """Neighbours together, up to `smallest` numbers or a share of all; a larger parameter has a bucket of its own."""
+    largest = max(smallest, sum(parameter.size for parameter in parameters) // NUMBER)
     groups: list[list[Parameter]] = [[]]
     for parameter in parameters:
         if groups[-1] and sum(other.size for other in groups[-1]) + parameter.size > largest:

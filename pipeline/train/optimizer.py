@@ -5,8 +5,10 @@ import warnings
 from dataclasses import dataclass
 from typing import Literal
 
-from mindspore import Parameter, nn
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore import dtype as mstype
 
+from pipeline import device
 from pipeline.config import ConfigError
 
 
@@ -67,5 +69,37 @@ def optimizer(config: OptimizerConfig, parameters: list[Parameter], rate: nn.Cel
         )
         adafactor.exp_avg[0].name = "no_first_moment"  # one placeholder for all; its own name is another each time
         return adafactor
-    adamw, _ = mindformers()
-    return adamw(parameters, learning_rate=rate, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+    cls, _ = mindformers()
+    adamw = cls(parameters, learning_rate=rate, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+    return adamw if device.on_ascend() else InTurn(adamw)
+
+
+class InTurn(nn.Cell):
+    """The step of MindFormers' AdamW on a CPU: the same formula, one parameter after another, and no division.
+
+    MindSpore's division on a CPU keeps a list of where each number comes from, 16 bytes a number for as long as the
+    graph lives, twice in that step; and what MindFormers leaves unordered is begun for all parameters at once, so that
+    the intermediate results of all are there together.
+    """
+
+    def __init__(self, adamw: nn.Optimizer) -> None:
+        super().__init__(auto_prefix=False)
+        self.adamw = adamw
+
+    def construct(self, gradients: tuple[Tensor, ...]) -> Tensor:
+        adamw = self.adamw
+        rate, weight_decay = adamw.get_lr(), adamw.get_weight_decay()
+        adamw.assignadd(adamw.global_step, adamw.global_step_increase_tensor)
+        beta1, beta2, step = adamw.beta1, adamw.beta2, adamw.global_step.astype(mstype.float32)
+        length, correction = rate / (1.0 - ops.pow(beta1, step)), 1.0 / (1.0 - ops.pow(beta2, step))
+        kept, done = 1.0 - rate * weight_decay, rate
+        for weight, gradient, first, second in zip(adamw.parameters, gradients, adamw.exp_avg, adamw.exp_avg_sq):  # noqa: B905
+            g = ops.depend(gradient, done)
+            m = ops.depend(first, done) * beta1 + g * (1.0 - beta1)
+            v = ops.depend(second, done) * beta2 + g * g * (1.0 - beta2)
+            towards = m * length * ops.reciprocal(ops.sqrt(v * correction) + adamw.eps)
+            new = ops.depend(weight, done) * kept - towards
+            ops.assign(first, m)
+            ops.assign(second, v)
+            done = ops.assign(weight, new)
+        return done

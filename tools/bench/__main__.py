@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from launch.terminal import Parser, run
-from tools.bench import compile, data, sample, scaling, steps, text, train
+from tools.bench import compile, data, memory, sample, scaling, steps, text, train, whole
 
-MODULES = (compile, data, sample, scaling, steps, text, train)
+MODULES = (compile, data, memory, sample, scaling, steps, text, train, whole)
 BENCHES = {module.__name__.rpartition(".")[2]: module for module in MODULES}
 ALL = ("train", "sample", "text", "data")  # what `all` runs
 MERGED = ("versions", "rows", "ratios", "failed")

@@ -1,9 +1,10 @@
-"""Pictures a second of each stage of the demo's cascade and of all, beside the network's calls that they take.
+"""Pictures a second of the demo's stages and of larger ones, beside the network's calls that they take.
 
 Each stage makes a batch by the orchestrator, from the prompt to the picture's bytes, with the sampler, the steps, the
 guidance and the batch of its file, and then calls its network as often and does nothing else: what is over is the
-orchestrator's. The weights are those that a training starts from, as speed does not depend on values. Also told:
-seconds to the end of the first batch, in which the graph is compiled, and peak memory up to that stage.
+orchestrator's. The larger ones have the networks of `tools.bench train`, in 8 steps without guidance. The weights are
+those that a training starts from, as speed does not depend on values. Also told: seconds to the end of the first batch,
+in which the graph is compiled, and peak memory up to that stage.
 """
 
 import argparse
@@ -13,11 +14,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from launch.terminal import positive
-from tools.bench import turns
+from tools.bench import train, turns
 
 FOLDER = Path(__file__).parent.parent.parent / "configs" / "tiny"
 CONFIGS = tuple(FOLDER / f"{name}.yaml" for name in ("base64", "sr256", "sr1024"))
 WHOLE = "sample_cascade"
+LARGER = {"base64": {"steps": 8, "batch": 8}, "sr256": {"steps": 8, "batch": 2}}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,17 +40,32 @@ def measure(rounds: int, batches: int, configs: tuple[Path, ...] = CONFIGS) -> d
 
     rows: turns.Rows = {}
     with TemporaryDirectory() as folder:
+        apart: list[tuple[Path, ...]] = [(path,) for path in larger(Path(folder))] if configs == CONFIGS else []
         words, encoder = Path(folder, "captions.txt"), Path(folder, "t5")
         words.write_text("a small red circle on white\na large blue square on grey\n")
         tiny_t5.make(encoder, [words], width=read_yaml(configs[0])["text"]["width"])
-        for _ in tqdm(range(rounds), unit="process"):
-            found = turns.ours("tools.bench.sample_side", batches, encoder, *configs)
+        for chain in tqdm([configs] * rounds + apart * rounds, unit="process"):
+            found = turns.ours("tools.bench.sample_side", batches, encoder, *chain)
             for name, answer in found.items():
                 rows.setdefault(f"sample_{name}", []).append(answer)
-            for side in ("ours", "network"):
+            for side in ("ours", "network") if chain == configs else ():
                 stages = [answer for name, answer in found.items() if name.endswith(f"/{side}")]
                 rows.setdefault(f"{WHOLE}/{side}", []).append(through(stages))
     return {**turns.report(rows, speed, {}, "mindspore"), "batches": batches}
+
+
+def larger(folder: Path) -> list[Path]:
+    """Files of the demo's stages with the networks of `tools.bench train`."""
+    import yaml
+
+    from pipeline.config import read_yaml
+
+    paths = []
+    for name, sample in LARGER.items():
+        raw = read_yaml(FOLDER / f"{name}.yaml")
+        paths.append(folder / f"{name}-{train.CASES[name]['unet']['channels']}.yaml")
+        paths[-1].write_text(yaml.safe_dump({**raw, "unet": train.CASES[name]["unet"], "sample": sample}))
+    return paths
 
 
 def through(stages: list[dict[str, Any]]) -> dict[str, Any]:

@@ -54,7 +54,9 @@ def sides(whole: Cascade, name: str, low: np.ndarray | None) -> dict[str, Callab
 def measure(whole: Cascade, rounds: int) -> dict[str, Any]:
     """Of each stage and side: seconds a batch, in turns."""
     found: dict[str, Any] = {}
-    low = None
+    first: Any = next(iter(whole.stages.values())).config
+    size = first.low_res.size if hasattr(first, "low_res") else 0
+    low = np.full((1, size, size, 3), 128, np.uint8) if size else None
     for name, stage in whole.stages.items():
         config: Any = stage.config.sample
         runs = sides(whole, name, None if low is None else low[:1].repeat(config.batch, 0))

@@ -191,8 +191,13 @@ def timed(run: Callable[[], object], number: int) -> Answer:
         start = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - start)
+    return {"first": first, "seconds": seconds, "peak": peak()}
+
+
+def peak() -> int:
+    """Bytes that this process held at most."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return {"first": first, "seconds": seconds, "peak": 1024 * int(lines["VmHWM"].split()[0])}
+    return 1024 * int(lines["VmHWM"].split()[0])
 
 
 SIDES = {"ours": ours, "twin": twin, "imagen_pytorch": imagen_pytorch, "if": deep_floyd}

@@ -3,33 +3,12 @@
 // x is (B, C, H, W), a and b are (B, G, C / G): a column of factors for each image, so that a scale and shift by an
 // embedding is a and b. A group is passed over while it is in the cache; sums are kept in double precision.
 #include <cmath>
-#include <cstring>
 
+#include "exponential.h"
 #include "pool.h"
 
 namespace {
 constexpr int64_t BLOCK = 1024;  // numbers that are summed in single precision
-
-// e^x by 2^n p(r), r in [-ln 2 / 2, ln 2 / 2]: relative error below 2e-7. A loop over it becomes vectors; NaN stays.
-inline float exponential(float x) {
-  x = x > 88.0f ? 88.0f : x;
-  x = x < -87.0f ? -87.0f : x;
-  const float shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691e-4f;
-  p = p * r + 1.3981999e-3f;
-  p = p * r + 8.3334519e-3f;
-  p = p * r + 4.1665796e-2f;
-  p = p * r + 1.6666665e-1f;
-  p = p * r + 5.0000001e-1f;
-  p = p * r * r + r + 1.0f;
-  int32_t bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits + 127) << 23;
-  float power;
-  std::memcpy(&power, &bits, sizeof power);
-  return p * power;
-}
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
@@ -124,17 +103,6 @@ void backward(void **data, int64_t **shapes) {
         dx[i] = found.rate * (dx[i] * a[column] - mean - (x[i] - found.mean) * slope);
     }
   });
-}
-
-template <void kernel(void **, int64_t **)>
-int alone(void **data, int64_t **shapes) {
-  try {
-    std::lock_guard<std::mutex> guard(Pool::only().user);
-    kernel(data, shapes);
-    return 0;
-  } catch (...) {
-    return 1;
-  }
 }
 }  // namespace
 

@@ -1,0 +1,144 @@
+"""How well an image-to-image stage restores pictures that it has not seen, beside the damaged ones and what needs no
+network (tools/baselines.py): peak signal-to-noise ratio and structural similarity of each task, as Markdown.
+
+    python -m tools.restoration RUN/stage 'held_out/*.tar' --out DIR
+
+DIR gets a folder of restored pictures for each task, as `cascade restore` makes it and goes on with it, and
+`overview.png`: input, samples, their spread and the truth.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from launch.terminal import Parser, positive, run
+from pipeline.rng import generator
+
+GAP = 4  # pixels between pictures
+SHOWN = 3  # samples in the overview
+
+
+class Case(NamedTuple):
+    """A picture of a task: uint8 (S, S, 3), what is given of it (see pipeline/data/tasks.py), and its file's name."""
+
+    name: str
+    truth: np.ndarray
+    given: Any
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = Parser(prog="python -m tools.restoration", description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("stage", help="a stage folder")
+    parser.add_argument("shards", nargs="+", help="tars of pictures that it has not seen")
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder for the restored pictures")
+    parser.add_argument("--num", metavar="N", type=positive, default=64, help="pictures of each task (default 64)")
+    parser.add_argument("--samples", metavar="N", type=positive, default=4, help="of each picture (default 4)")
+    parser.add_argument("--steps", metavar="S", type=positive, help="network calls (default: as the stage says)")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of damage and noise (default 0)")
+    arguments = parser.parse_args(argv)
+
+    from pipeline.cascade import Cascade, read_cascade
+    from pipeline.restoration import check_restores
+
+    check_restores(read_cascade(Path(arguments.stage))[0])
+    cascade = Cascade.load(arguments.stage)
+    (manifest,) = cascade.manifests.values()
+    pictures = read(arguments.shards, manifest.size_out, arguments.num)
+    lines = ["| | damaged | baseline | a sample | mean of samples |", "|---|---|---|---|---|"]
+    rows = []
+    for task in manifest.tasks:
+        cases = [damage(task, name, truth, arguments.seed, n) for n, (name, truth) in enumerate(pictures)]
+        lines.append(measured(cascade, task, cases, arguments))
+        rows.append(row(arguments.out / task, cases[0], arguments.samples))
+    overview(rows).save(arguments.out / "overview.png")
+    print("\n".join(lines))
+    print(
+        f"PSNR in dB (SSIM), means of {len(pictures)} pictures; {arguments.samples} samples of each; "
+        f"pictures in {arguments.out}"
+    )
+
+
+def read(shards: Sequence[str], size: int, num: int) -> list[tuple[str, np.ndarray]]:
+    """The first `num` pictures, brought to `size`, and their names."""
+    from pipeline.data.decode import decode
+    from pipeline.data.image import crop_resize
+    from pipeline.data.shards import DataConfig, Shards
+
+    found = Shards.open(DataConfig(shards=tuple(shards), captions={}))
+    numbers = range(min(num, len(found)))
+    return [(f"{n:05d}", crop_resize(decode(found.image(n), size), size, 0.5, 0.5)) for n in numbers]
+
+
+def damage(task: str, name: str, truth: np.ndarray, seed: int, number: int) -> Case:
+    from pipeline.data.tasks import damaged
+
+    return Case(name, truth, damaged(task, truth, generator(seed, "damage", 0, number)))
+
+
+def measured(cascade: Any, task: str, cases: Sequence[Case], arguments: Any) -> str:
+    """Restores them; a line of the table."""
+    from pipeline.data.image import to_uint8
+    from pipeline.restoration import Damage, Restoring, restore
+    from tools.baselines import baseline
+
+    damages = [Damage(case.name, to_uint8(case.given.source), case.given.mask[0] == 1) for case in cases]
+    how = Restoring(task=task, seed=arguments.seed, samples=arguments.samples)
+    folder = arguments.out / task
+    restore(cascade, damages, how, folder, steps=arguments.steps)
+    scores = []
+    for case in cases:
+        samples = np.stack(samples_of(folder, case, arguments.samples))
+        mean = np.rint(samples.mean(0)).astype(np.uint8)
+        shown = (before(case), baseline(task, case.given), samples[0], mean)
+        scores.append([score(picture, case.truth) for picture in shown])
+    cells = (f"{psnr:.1f} ({ssim:.3f})" for psnr, ssim in np.mean(scores, 0))
+    return f"| {task} | {' | '.join(cells)} |"
+
+
+def before(case: Case) -> np.ndarray:
+    """The damaged picture, its hole in grey."""
+    from pipeline.data.image import to_uint8
+
+    source, mask = to_uint8(case.given.source), case.given.mask[0] == 1
+    return source if mask.all() else np.where(mask[..., None], np.uint8(128), source)
+
+
+def score(picture: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
+    """PSNR in dB, at most 60 (no difference at all would be infinite), and SSIM (Wang et al., 2004)."""
+    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+    same = (picture == truth).all()
+    psnr = 60.0 if same else min(float(peak_signal_noise_ratio(truth, picture, data_range=255)), 60.0)
+    return psnr, float(structural_similarity(truth, picture, channel_axis=-1, data_range=255))
+
+
+def samples_of(folder: Path, case: Case, num: int) -> list[np.ndarray]:
+    names = [f"{case.name}.sample_{n}.png" for n in range(num)] if num > 1 else [f"{case.name}.png"]
+    return [pixels(folder / name) for name in names]
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def row(folder: Path, case: Case, num: int) -> list[np.ndarray]:
+    spread = [pixels(folder / f"{case.name}.spread.png")] if num > 1 else []
+    return [before(case), *samples_of(folder, case, num)[:SHOWN], *spread, case.truth]
+
+
+def overview(rows: Sequence[Sequence[np.ndarray]]) -> Image.Image:
+    """A row a task, on white."""
+    side = len(rows[0][0]) + GAP
+    sheet = Image.new("RGB", (side * len(rows[0]) - GAP, side * len(rows) - GAP), "white")
+    for top, pictures in enumerate(rows):
+        for left, picture in enumerate(pictures):
+            sheet.paste(Image.fromarray(picture), (left * side, top * side))
+    return sheet
+
+
+if __name__ == "__main__":
+    run(main)
