@@ -10,6 +10,7 @@ from jobs import ROOT
 from launch.report import check
 from pipeline.cascade import CascadeConfig
 from pipeline.config import build, read_yaml
+from pipeline.data.tasks import TASKS
 from pipeline.kinds import read_stage_config
 
 # Ground floor first. A room imports from itself and from the floors before its own.
@@ -119,8 +120,9 @@ def test_all_sets_of_configurations_are_whole() -> None:
     assert sorted(str(path.relative_to(ROOT / "configs")) for path in YAMLS) == [
         *files[:2],
         *(f"classic/{name}" for name in classic),
+        "palette256.yaml",
         *files[2:],
-        *(f"tiny/{name}" for name in files),
+        *(f"tiny/{name}" for name in (*files[:2], "palette.yaml", *files[2:])),
     ]
 
 
@@ -132,6 +134,10 @@ def test_every_configuration_loads(path: Path) -> None:
         assert {(ROOT / entry.config).parent for entry in config.stages} == {path.parent}
     else:
         config, _ = read_stage_config(path)
+        if path.stem.startswith("palette"):
+            assert (config.kind, config.size) == ("image_to_image", 64 if path.parent.name == "tiny" else 256)
+            assert list(config.tasks) == list(TASKS)
+            return
         if path.parent.name == "classic":  # named after what it is trained on
             assert path.stem.endswith(str(config.size))
             assert config.kind == "base"
