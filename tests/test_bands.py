@@ -126,19 +126,18 @@ def test_sampling_is_in_bands_and_training_is_not(monkeypatch):
 
     trained = runtime.compile(loss)(*batch).asnumpy()
 
-    def sample(guidance):
-        config = replace(stage.config.sample, steps=2, guidance=guidance)
+    def sample():
+        config = replace(stage.config.sample, steps=2, guidance=2.0)
         stage.graphs.clear()
         return stage.sample(config, (text, mask), 0, range(2), pictures[:, ::2, ::2]).astype(int)
 
-    whole = {guidance: sample(guidance) for guidance in (1.0, 2.0)}
-    monkeypatch.setattr(bands, "LIMIT", 16 * 64 * 6)
-    for guidance, wanted in whole.items():
-        assert np.abs(sample(guidance) - wanted).max() <= 1
+    wanted = sample()
+    monkeypatch.setattr(bands, "LIMIT", 16 * 32 * 12)
+    assert np.abs(sample() - wanted).max() <= 1
 
     def zeros(unet, x_BCHW, *conditions):
         return ops.zeros_like(ops.narrow(x_BCHW, 1, 0, 3 * unet.patch**2))
 
     monkeypatch.setattr(bands, "picture", zeros)
-    assert np.abs(sample(1.0) - whole[1.0]).max() > 10
+    assert np.abs(sample() - wanted).max() > 10
     np.testing.assert_array_equal(runtime.compile(loss)(*batch).asnumpy(), trained)
