@@ -73,7 +73,7 @@ def test_discrete_linear_is_ddpms(num):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_limit_of_discrete_time_is_continuous(schedule):
     errors = []
-    t = np.linspace(0.05, 1, 50)
+    t = np.linspace(0.05, 0.95, 999)  # off the steps, where the two are equal
     for num in (1000, 10_000):
         betas = (0.1 / num, 20 / num) if schedule == "linear" else (1e-4, 0.02)
         discrete = ScheduleConfig(schedule=schedule, timesteps=num, betas=betas)
