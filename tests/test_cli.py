@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from jobs import ROOT
 
-from launch import cli
+from launch import arguments, cli
 from launch.command import NODE_LOCK
 from pipeline.errors import JobError
 from pipeline.files import lock
@@ -99,7 +99,7 @@ def spelled(action: argparse.Action) -> str:
 
 
 def test_all_that_can_be_said() -> None:
-    (commands,) = (action for action in cli.parser()._actions if isinstance(action, argparse._SubParsersAction))
+    (commands,) = (action for action in arguments.parser()._actions if isinstance(action, argparse._SubParsersAction))
     assert {
         name: [spelled(action) for action in parser._actions if action.dest != "help"]
         for name, parser in commands.choices.items()
