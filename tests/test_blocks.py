@@ -8,7 +8,7 @@ from compare import assert_close, differentiate, reference
 from mindspore import Tensor
 
 from pipeline import runtime
-from pipeline.nn import blocks
+from pipeline.nn import attention, blocks
 from pipeline.nn.embeddings import PADDING, LevelEmbedding
 from pipeline.nn.parameters import assign, initialize
 from tools.references import LAYERS, random_weights
@@ -21,7 +21,7 @@ def built(kind, width, **sizes):
     if kind == "ResBlock":
         return blocks.ResBlock(sizes.pop("width_in"), width, sizes.pop("emb"), CONFIG, **sizes)
     config = blocks.BlockConfig(head_channels=sizes["head"], text_channels=sizes["text_width"])
-    return blocks.Attention(width, config, "cross" if sizes["cross"] else "self")
+    return attention.Attention(width, config, "cross" if sizes["cross"] else "self")
 
 
 @pytest.mark.usefixtures("both")
@@ -42,9 +42,9 @@ def test_equals_the_reference(name):
     [
         blocks.ResBlock(8, 8, 4, CONFIG),
         blocks.ResBlock(8, 8, 4, replace(CONFIG, block="convnext")),
-        blocks.Attention(8, CONFIG, "self"),
-        blocks.Attention(8, CONFIG, "cross"),
-        blocks.Attention(8, CONFIG, "linear"),
+        attention.Attention(8, CONFIG, "self"),
+        attention.Attention(8, CONFIG, "cross"),
+        attention.Attention(8, CONFIG, "linear"),
     ],
 )
 def test_layers_start_as_the_identity(layer):
@@ -62,7 +62,7 @@ def test_linear_attention(text):
     bias = np.zeros((2, 5))
     bias[1, 3:] = PADDING * text
     first = (array.swapaxes(-1, -2) for array in (q, k, v))  # channels before positions
-    found = blocks.LinearLookup()(*(Tensor(array.astype(np.float32)) for array in (*first, bias))).asnumpy()
+    found = attention.LinearLookup()(*(Tensor(array.astype(np.float32)) for array in (*first, bias))).asnumpy()
     found = found.swapaxes(-1, -2)
 
     def softmax(x, axis):
@@ -172,7 +172,7 @@ def test_attention_is_a_mean_of_what_it_may_look_at():
     v = np.random.default_rng(0).standard_normal((2, 1, 4, 3)).astype(np.float32)
     bias = np.array([[0, 0, PADDING], [PADDING] * 3], np.float32)
     zero = Tensor(np.zeros((2, 1, 4, 5), np.float32))
-    found = blocks.Lookup()(zero, Tensor(v * 0), Tensor(v), Tensor(bias)).asnumpy()
+    found = attention.Lookup()(zero, Tensor(v * 0), Tensor(v), Tensor(bias)).asnumpy()
     for image, seen in enumerate((v[0, 0, :, :2], v[1, 0])):
         np.testing.assert_allclose(found[image, 0], np.tile(seen.mean(1, keepdims=True), 5), atol=1e-5)
 
@@ -183,7 +183,7 @@ def test_attention_answers_some_queries_after_the_others(monkeypatch):
     stream = np.random.default_rng(0)
     q, k, v = (Tensor(stream.standard_normal((2, 3, 4, n)).astype(np.float32)) for n in (11, 7, 7))
     bias = Tensor(np.where(np.arange(7) < [[5], [7]], 0, PADDING).astype(np.float32))
-    lookup = blocks.Lookup()
+    lookup = attention.Lookup()
     product, seen = lookup.scores, []
 
     def spy(one, other):
@@ -192,7 +192,7 @@ def test_attention_answers_some_queries_after_the_others(monkeypatch):
 
     wanted = lookup(q, k, v, bias).asnumpy()
     lookup.scores = spy
-    monkeypatch.setattr(blocks, "SCORES", 3 * 7 * 4 + 5)
+    monkeypatch.setattr(attention, "SCORES", 3 * 7 * 4 + 5)
     np.testing.assert_allclose(lookup(q, k, v, bias).asnumpy(), wanted, atol=1e-6)
     assert seen == [4, 4, 3]
     lookup.scores = product

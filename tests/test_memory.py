@@ -12,7 +12,8 @@ from mindspore.nn.utils import no_init_parameters
 from launch.fit import GIB, allowed, as_lines, changed, changes, fit
 from pipeline.config import build
 from pipeline.kinds import stage_class
-from pipeline.nn.blocks import Attention, Conv, Lookup, Norm, Pointwise
+from pipeline.nn.attention import Attention, Lookup
+from pipeline.nn.blocks import Conv, Norm, Pointwise
 from pipeline.nn.unet import UNet, UNetConfig
 from pipeline.train.memory import activations, predict
 from pipeline.train.state import State

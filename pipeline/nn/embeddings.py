@@ -8,7 +8,7 @@ import math
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from pipeline.nn.blocks import Lookup, split_heads
+from pipeline.nn.attention import Lookup, split_heads
 
 HEADS = 8  # of the text's pooling
 PADDING = -1e4  # added to the score of a padded token; within float16

@@ -18,9 +18,8 @@ from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from pipeline.config import ConfigError
+from pipeline.nn.attention import Attention, AttentionKind
 from pipeline.nn.blocks import (
-    Attention,
-    AttentionKind,
     BlockConfig,
     Conv,
     Downsample,
