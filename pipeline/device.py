@@ -19,10 +19,11 @@ def to_device(array):  # type: ignore[no-untyped-def]
     return tensor.move_to("Ascend", blocking=False) if on_ascend() else tensor
 
 
-def sum_of_squares(vectors):  # type: ignore[no-untyped-def]
-    """Of all numbers of float32 `vectors`, as a float.
+def sum_of_squares(vectors, lengths):  # type: ignore[no-untyped-def]
+    """Of the first `lengths` numbers of float32 `vectors`, which are followed by zeros, as a float.
 
-    A CPU's tensors are its memory, over which NumPy goes at once; an Ascend's stay where they are (never run there).
+    A CPU's tensors are its memory, over which NumPy goes at once, in an order that depends on how many numbers there
+    are: the zeros are left out, for their number is the ranks'. An Ascend's stay where they are (never run there).
     """
     import mindspore as ms
     import numpy as np
@@ -30,7 +31,8 @@ def sum_of_squares(vectors):  # type: ignore[no-untyped-def]
     if on_ascend():
         return float(ms.ops.stack([ms.ops.square(vector).sum() for vector in vectors]).sum().asnumpy())
     with np.errstate(over="ignore", invalid="ignore"):
-        return sum(float(np.vdot(array, array)) for array in (vector.asnumpy() for vector in vectors))
+        arrays = (vector.asnumpy()[:length] for vector, length in zip(vectors, lengths, strict=True))
+        return sum(float(np.vdot(array, array)) for array in arrays)
 
 
 def precisions() -> tuple[str, ...]:

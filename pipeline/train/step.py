@@ -109,7 +109,8 @@ class TrainStep:
             sums = [total + new for total, new in zip(sums, vectors, strict=True)] if sums else vectors
         sums, (total, stops) = ranks.sum(sums, (mine / self.scale.value, stop()))
         factor = 1 / (self.accumulate * ranks.world * self.scale.value)
-        norm = math.sqrt(device.sum_of_squares(sums)) * factor
+        lengths = [bucket.size - bucket.padding for bucket in self.state.buckets]
+        norm = math.sqrt(device.sum_of_squares(sums, lengths)) * factor
         outcome = Outcome(total / (self.accumulate * ranks.world), norm, int(stops))
         overflow = self.scale.after(outcome.taken)
         if outcome.taken:
