@@ -83,6 +83,7 @@ def parser() -> Parser:
     restore.add_argument("--weights", metavar="W", type=float, nargs="+", help="blend the samples (default: the first)")
     restore.add_argument("--resample", metavar="SHARE", type=float, default=0.0, help="least certain, made again")
     restore.add_argument("--prompt", metavar="TEXT", default="", help="of all pictures, where the stage knows text")
+
     explore = commands.add_parser(
         "explore", help="a look at a stage: five sheets of its samples and of what makes them"
     )

@@ -209,7 +209,7 @@ def run_explore(arguments: argparse.Namespace) -> int:
     setup_logging()
     manifests, _ = read_cascade(Path(arguments.path))
     name, first = next(iter(manifests.items()))
-    if first.size_in is not None:
+    if first.size_in is not None or first.tasks:
         raise UserError(f"{arguments.path}: {name} starts from a picture; give the folder of a stage that needs none")
     prompts = prompts_of({name: first}, arguments.prompt, None if arguments.prompt else arguments.num)
     picture = read_picture(arguments.image, first.size_out) if arguments.image else None

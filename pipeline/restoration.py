@@ -92,9 +92,8 @@ def extended(picture: np.ndarray, extend: Extend) -> tuple[np.ndarray, np.ndarra
         raise UserError(f"--extend: {' '.join(map(str, extend))}; give pixels of at least 0, some above")
     left, top, right, bottom = extend
     sides = ((top, bottom), (left, right))
-    return np.pad(picture, (*sides, (0, 0)), "edge"), np.pad(
-        np.zeros(picture.shape[:2], bool), sides, constant_values=True
-    )
+    mask = np.pad(np.zeros(picture.shape[:2], bool), sides, constant_values=True)
+    return np.pad(picture, (*sides, (0, 0)), "edge"), mask
 
 
 # Work.
@@ -121,7 +120,9 @@ def restore(
         rows = [count for group in groups for count in (len(group) * how.samples, len(group) * (how.resample > 0))]
         total = sum(-(-count // config.batch) for count in rows) * config.calls(masked=True)
         with tqdm(total=total, unit="step", disable=not left) as bar:
-            painter = Painter(stage, config, how, cascade.prompt(name, [prompt]), bar.update)
+            told = cascade.prompt(name, [prompt])
+            told = told if prompt else tuple(map(np.zeros_like, told))  # as training drops a caption
+            painter = Painter(stage, config, how, told, bar.update)
             for group in groups:
                 for number, done in painter({number: pictures[number] for number in group}).items():
                     keep(gallery, pictures[number], done, recipe)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from launch import cli
 from pipeline import Cascade
+from pipeline.cascade import export
 from pipeline.config import ConfigError, build
 from pipeline.data.restore import least_certain, spread
 from pipeline.data.tasks import TASKS, grey
@@ -22,7 +23,7 @@ from pipeline.kinds import stage_class
 from pipeline.nn.parameters import initialize
 from pipeline.restoration import Damage, Restoring, chunks, damages, extended, restore
 from pipeline.train.loop import train
-from tests.conftest import stage_yaml
+from tests.conftest import LENGTH, stage_yaml
 
 KNOWN = ["inpainting", "colorization"]
 RNG = np.random.default_rng(0)
@@ -263,12 +264,30 @@ def test_the_command(run, files, capsys, monkeypatch):
     assert (entry["task"], entry["steps"], entry["file"]) == ("inpainting", 3, "a.png")
 
 
+def test_text_is_told_beside_the_task(shards_folder, t5_folder, tmp_path):
+    """Trained on captions, joined with the encoder and asked with and without words."""
+    changes = {"condition": "text", "text": {"encoder": str(t5_folder), "width": 16, "length": LENGTH}}
+    assert train(make(tmp_path / "run", shards_folder, **changes))
+    export({"mend": tmp_path / "run" / "stage"}, t5_folder, tmp_path / "cascade")
+    told = Cascade.load(tmp_path / "cascade")
+    damage, how = Damage("p", picture(), hole()), Restoring(task="inpainting")
+    found = []
+    for number, words in enumerate(("a small red circle on white", "a large blue square on black", "")):
+        restore(told, [damage], how, tmp_path / str(number), words)
+        found.append(read(tmp_path / str(number) / "p.png"))
+    one, other, none = found
+    assert (one != other).any()
+    assert (one != none).any()
+
+
 def test_other_stages_restore_nothing_and_this_one_makes_nothing(run, trained, files):
     argv = ["--task", "colorization", "--image", str(files / "a.png"), "--out", str(files / "out")]
     with pytest.raises(UserError, match="base, sr32, sr64: not an image-to-image stage"):
         cli.answer(["restore", str(trained / "cascade"), *argv])
     with pytest.raises(UserError, match="image_to_image restores pictures and makes none; use `cascade restore`"):
         Cascade.load(run / "stage")(["x"])
+    with pytest.raises(UserError, match="image_to_image starts from a picture; give the folder of a stage that needs"):
+        cli.answer(["explore", str(run / "stage"), "--out", str(files / "look")])
 
 
 @pytest.mark.parametrize(

@@ -105,3 +105,11 @@ def test_classes_that_cannot_be(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         build(ClassConfig, {"names": 3, **change})
     assert str(error.value) == message
+
+
+def test_what_a_sample_has_is_told_as_it_lies_in_the_tar(folder: Path) -> None:
+    """A number in KEY.cls is a field, and no KEY.json that was not there."""
+    (index,) = opened(folder, None).indexes
+    found = {text["key"]: (text["files"].split(), text["json"]) for text in index.texts(np.arange(index.num_samples))}
+    assert found["a"] == (["jpg", "cls"], '{"cls": 2}')
+    assert found["d"] == (["jpg", "json", "cls"], '{"kind": "dog", "cls": 1}')

@@ -9,7 +9,7 @@ from tars import jpeg, sample, tar
 
 from pipeline.config import ConfigError, build
 from pipeline.data.index import Index, index_path, read_index, write_index
-from pipeline.data.select import FilterConfig, fits, select
+from pipeline.data.select import FilterConfig, fitting, select
 from pipeline.data.source import Sources
 
 SIZES = [(8, 8), (16, 8), (40, 8), (20, 30), (64, 64)]
@@ -99,14 +99,14 @@ def test_a_caption_in_any_field_is_enough(index: Index) -> None:
         assert rows.tolist() == [number for number, fact in enumerate(ALL) if has(fact)]
 
 
-def test_fits() -> None:
-    assert fits(1, {"min": 1, "max": 1})
-    assert not fits(True, {"min": 0})
-    assert not fits("1", {"min": 0})
-    assert not fits(float("nan"), {"min": 0})
-    assert not fits(1, True)
-    assert not fits(None, ["en"])
-    assert fits("en", ["de", "en"])
+def test_fitting() -> None:
+    assert fitting({"min": 1, "max": 1})(1)
+    assert not fitting({"min": 0})(True)
+    assert not fitting({"min": 0})("1")
+    assert not fitting({"min": 0})(float("nan"))
+    assert not fitting(True)(1)
+    assert not fitting(["en"])(None)
+    assert fitting(["de", "en"])("en")
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from pipeline.data.tar import ABSENT, Fault, scan
 from pipeline.errors import JobError, UserError
 from pipeline.files import claim, write_tensors_atomically
 
-FORMAT = "1"
+FORMAT = "2"  # since KEY.cls counts
 FILES = ("image", "txt", "json")  # the columns of offset, size and crc32
 TEXTS = ("key", "files", "txt", "json")  # the columns of ends
 THREADS = 8  # that look at shards: they wait for disks and servers
@@ -199,7 +199,8 @@ def write_index(sources: Sources, location: str, path: Path) -> None:
         samples, faults = scan(file, stat.size)
     texts: list[bytes] = []
     for key, files in samples.items():
-        names = " ".join(name for name in files if name != "image")
+        made = {"image"} if files.get("json", ABSENT).size >= 0 else {"image", "json"}  # not files of the tar
+        names = " ".join(name for name in files if name not in made)
         texts += [name.encode(errors="surrogateescape") for name in (key, names)]
         texts += [files.get(name, ABSENT).data for name in FILES[1:]]
     shape = (len(samples), len(FILES))

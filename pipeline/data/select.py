@@ -5,8 +5,9 @@ All is decided from the indexes, before a picture is read: sizes from the pictur
 """
 
 import json
+import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from textwrap import shorten
 from typing import Any
@@ -66,7 +67,8 @@ def select(index: Index, config: FilterConfig, weights: Mapping[str, float]) -> 
         if config.max_caption is not None:
             passing[f"caption over {config.max_caption} characters"] = lengths <= config.max_caption
     for name, wanted in config.fields.items():
-        passing[shorten(f"{name} not {wanted}", 80)] = np.array([fits(meta.get(name), wanted) for meta in metas], bool)
+        fits = fitting(wanted)
+        passing[shorten(f"{name} not {wanted}", 80)] = np.array([fits(meta.get(name)) for meta in metas], bool)
     left, removed = np.ones(index.num_samples, bool), Counter[str]()
     for reason, passes in passing.items():
         if gone := int((left & ~passes).sum()):
@@ -75,10 +77,13 @@ def select(index: Index, config: FilterConfig, weights: Mapping[str, float]) -> 
     return np.flatnonzero(left), removed
 
 
-def fits(value: Any, wanted: Any) -> bool:
-    """Whether a field has the wanted value, one of a list of values, or lies in a range (which only a number can)."""
+def fitting(wanted: Any) -> Callable[[Any], bool]:
+    """Whether a field has the wanted value, one of a list of values, or lies in a range (which only a number can).
+
+    As a function of the field: a million samples may be asked for one of a thousand classes.
+    """
     if isinstance(wanted, dict):
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return False
-        return bool(wanted.get("min", value) <= value <= wanted.get("max", value))
-    return any(type(value) is type(one) and value == one for one in (wanted if isinstance(wanted, list) else [wanted]))
+        least, most = wanted.get("min", -math.inf), wanted.get("max", math.inf)
+        return lambda value: isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
+    known = {(type(one), repr(one)) for one in (wanted if isinstance(wanted, list) else [wanted])}
+    return lambda value: (type(value), repr(value)) in known
