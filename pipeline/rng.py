@@ -31,6 +31,7 @@ PURPOSES = {
     "damage": 15,  # what becomes of a picture that is to be restored
     "photographs": 16,  # crops of photographs
     "glyphs": 17,  # handwriting of digits
+    "dropout": 18,  # what a network's dropout is seeded with, for each sample
 }
 
 

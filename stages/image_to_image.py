@@ -73,7 +73,7 @@ class ImageToImage(Stage):
 
     def batch(self, step: int, positions: Sequence[int], pictures: np.ndarray, *prompt: np.ndarray) -> Arrays:
         """Adds the damage: what is given of each picture, and by which task."""
-        x, eps, logsnr, *prompt_kept = super().batch(step, positions, pictures, *prompt)
+        x, eps, logsnr, *rest = super().batch(step, positions, pictures, *prompt)
         weights = np.array([task.weight for task in self.config.tasks.values()])
         streams = self.streams("damage", step, positions)
         chosen = [int(stream.choice(len(weights), p=weights / weights.sum())) for stream in streams]
@@ -82,7 +82,7 @@ class ImageToImage(Stage):
             for number, picture, stream in zip(chosen, pictures, streams, strict=True)
         ]
         shifts = np.array([task.shift for task in self.config.tasks.values()], np.float32)
-        return x, eps, logsnr + shifts[chosen], *prompt_kept, *self.seen(given, chosen)
+        return x, eps, logsnr + shifts[chosen], *rest, *self.seen(given, chosen)
 
     def seen(self, given: Sequence[Given], chosen: Sequence[int]) -> Arrays:
         """What `predict` takes: sources (B, 3, S, S) as the network sees them, masks (B, 1, S, S), tasks (B, K)."""
@@ -90,14 +90,16 @@ class ImageToImage(Stage):
         return (sources - self.mean) / self.std, masks, *one_hot(chosen, len(self.tasks))
 
     def predict(self, z: Tensor, logsnr_B: Tensor, *told: Tensor) -> Tensor:
-        source, mask, task_BK = told[self.num_prompt :]
+        source, mask, task_BK = told[-3:]
         seen = ops.cat((source + mask * (z - source), source), 1)
-        return self.network(seen, logsnr_B.expand_dims(1), *told[: self.num_prompt], task_BK)
+        return self.network(
+            seen, logsnr_B.expand_dims(1), *told[: self.num_prompt], task_BK, *told[self.num_prompt : -3]
+        )
 
     def loss(self, x: Tensor, eps: Tensor, logsnr_B: Tensor, *told: Tensor) -> Tensor:
         """The loss of each image (B,), over what is to be made."""
         output = self.predict(add_noise(x, eps, logsnr_B), logsnr_B, *told)
-        return score(self.config.diffusion, output, x, eps, logsnr_B, told[self.num_prompt + 1])
+        return score(self.config.diffusion, output, x, eps, logsnr_B, told[-2])
 
     def condition(
         self, given: Any, seed: int, numbers: Sequence[int], augment: float

@@ -136,7 +136,11 @@ class Stage:
         logsnr = self.config.diffusion.logsnr(t).astype(np.float32)
         eps = unit_noise(self.streams("noise", step, positions), x.shape[1:])
         kept = np.array([stream.random() >= self.drop for stream in self.streams("drop", step, positions)], np.float32)
-        return x, eps, logsnr, *(array * kept.reshape(-1, *(1,) * (array.ndim - 1)) for array in prompt)
+        told = [array * kept.reshape(-1, *(1,) * (array.ndim - 1)) for array in prompt]
+        if self.config.unet.dropout:
+            seeds = [stream.integers(2**31) for stream in self.streams("dropout", step, positions)]
+            told.append(np.array(seeds, np.int32))
+        return x, eps, logsnr, *told
 
     @property
     def drop(self) -> float:
@@ -149,7 +153,7 @@ class Stage:
         return [generator(self.config.seed, purpose, step, position) for position in positions]
 
     def loss(self, x: Tensor, eps: Tensor, logsnr_B: Tensor, *told: Tensor) -> Tensor:
-        """The loss of each image (B,); `told` is the prompt and the condition."""
+        """The loss of each image (B,); `told` is the prompt, with dropout its seeds, and the condition."""
         output = self.predict(add_noise(x, eps, logsnr_B), logsnr_B, *told)
         return score(self.config.diffusion, output, x, eps, logsnr_B)
 
@@ -257,7 +261,9 @@ class Stage:
     # What a kind decides.
 
     def predict(self, z: Tensor, logsnr_B: Tensor, *told: Tensor) -> Tensor:
-        """The network's answer to a noisy picture; `told` is the prompt and the condition."""
+        """The network's answer to a noisy picture; `told` is the prompt, in training with dropout its seeds, and the
+        condition.
+        """
         raise NotImplementedError
 
     def condition(

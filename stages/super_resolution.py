@@ -90,9 +90,9 @@ class SuperResolution(Stage):
         return self.config.diffusion.logsnr(level).astype(np.float32)
 
     def predict(self, z: Tensor, logsnr_B: Tensor, *told: Tensor) -> Tensor:
-        low, eps, low_logsnr_B = told[self.num_prompt :]
+        low, eps, low_logsnr_B = told[-3:]
         seen = ops.cat((z, add_noise(low, eps, low_logsnr_B)), 1)
-        return self.network(seen, ops.stack((logsnr_B, low_logsnr_B), 1), *told[: self.num_prompt])
+        return self.network(seen, ops.stack((logsnr_B, low_logsnr_B), 1), *told[:-3])
 
     def condition(
         self, given: np.ndarray | None, seed: int, numbers: Sequence[int], augment: float

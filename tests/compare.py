@@ -23,12 +23,15 @@ def reference(name: str) -> tuple[Arrays, Arrays, dict[str, Any]]:
     return inputs, {key: value for key, value in arrays.items() if not key.startswith("inputs.")}, config
 
 
-def differentiate(net: nn.Cell) -> Callable[..., Arrays]:
-    """(cotangent, x, other inputs) -> output and gradients.NAME as the tool has them, in one compiled graph."""
-    parameters = ParameterTuple(net.trainable_params())
+def differentiate(net: nn.Cell, call: Callable[..., Tensor] | None = None) -> Callable[..., Arrays]:
+    """(cotangent, x, other inputs) -> output and gradients.NAME as the tool has them, in one compiled graph.
+
+    `call` is how `net` is called with these inputs, if not with them as they are.
+    """
+    parameters, call = ParameterTuple(net.trainable_params()), call or net
 
     def projection(cotangent: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        output = net(*inputs)
+        output = call(*inputs)
         return (output * cotangent).sum(), output
 
     gradient = runtime.compile(value_and_grad(projection, 1, parameters, has_aux=True))

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from compare import assert_close, differentiate, reference
-from mindspore import Tensor
+from mindspore import Tensor, grad
 
 from pipeline import runtime
 from pipeline.nn import attention, blocks
@@ -32,7 +32,11 @@ def test_equals_the_reference(name):
     layer = built(**config)
     assign(layer, random_weights({p.name: p.shape for p in layer.trainable_params()}, seed), name)
     cotangent = answers.pop("cotangent")
-    found = differentiate(layer)(cotangent, *(inputs[key] for key in ("x", "emb", "text", "bias")))
+
+    def call(x, *told):
+        return layer(x, (*told, None))
+
+    found = differentiate(layer, call)(cotangent, *(inputs[key] for key in ("x", "emb", "text", "bias")))
     assert found.keys() == answers.keys()
     assert_close(found, answers)
 
@@ -51,7 +55,8 @@ def test_layers_start_as_the_identity(layer):
     initialize(layer, seed=0)
     stream = np.random.default_rng(0)
     x, emb, text = (Tensor(stream.standard_normal(s).astype(np.float32)) for s in ((2, 8, 4, 2), (2, 4), (2, 3, 6)))
-    np.testing.assert_array_equal(layer(x, emb, text, Tensor(np.zeros((2, 3), np.float32))).asnumpy(), x.asnumpy())
+    told = (emb, text, Tensor(np.zeros((2, 3), np.float32)), None)
+    np.testing.assert_array_equal(layer(x, told).asnumpy(), x.asnumpy())
 
 
 @pytest.mark.parametrize("text", [False, True])
@@ -83,7 +88,7 @@ def test_a_convnext_block():
     assign(block, weights, "block")
     stream = np.random.default_rng(1)
     x, emb = stream.standard_normal((1, 8, 6, 5)), stream.standard_normal((1, 4))
-    found = block(Tensor(x.astype(np.float32)), Tensor(emb.astype(np.float32)), None, None).asnumpy()
+    found = block(Tensor(x.astype(np.float32)), (Tensor(emb.astype(np.float32)), None, None, None)).asnumpy()
     padded = np.pad(x, ((0, 0), (0, 0), (3, 3), (3, 3)))
     h = sum(
         weights["conv1.weight"][:, 0, i, j].reshape(1, 8, 1, 1) * padded[:, :, i : i + 6, j : j + 5]
@@ -99,6 +104,75 @@ def test_a_convnext_block():
     h = h / (1 + np.exp(-h))
     h = np.einsum("oc,bchw->bohw", weights["conv2.weight"][..., 0, 0], h) + weights["conv2.bias"].reshape(1, 8, 1, 1)
     np.testing.assert_allclose(found, x + h, atol=2e-4)
+
+
+def dropped(seeds, number, rate, shape):
+    """The mask of dropout by unsigned arithmetic: MurmurHash3's finalizer of image and layer, channel, place."""
+
+    def scrambled(bits):
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            bits = (bits ^ bits >> np.uint32(shift)) * np.uint32(factor)
+        return bits ^ bits >> np.uint32(16)
+
+    bits = scrambled(seeds.astype(np.uint32) + np.uint32(number))
+    for count in (shape[1], shape[2] * shape[3]):
+        bits = scrambled(bits[..., None] + np.arange(count, dtype=np.uint32) * np.uint32(0x9E3779B9))
+    return (bits & np.uint32(2**31 - 1)).reshape(shape) < int(rate * 2**31)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_dropout(rate):
+    """The mask is the seed's and the layer's; what is left is scaled up; the gradient goes the same way."""
+    shape, seeds = (3, 8, 12, 10), np.array([5, 2**31 - 1, 5], np.int32)
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32) + 3
+    layer = blocks.Dropout(rate)
+    layer.number = 7
+    wanted = np.where(dropped(seeds, 7, rate, shape), 0, x / (1 - rate))
+
+    def square(x, seeds):
+        return (layer(x, seeds) ** 2).sum() / 2
+
+    found = layer(Tensor(x), Tensor(seeds)).asnumpy()
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    gradient = runtime.compile(grad(square))(Tensor(x), Tensor(seeds)).asnumpy()
+    np.testing.assert_allclose(gradient, wanted / (1 - rate), rtol=1e-6)
+    np.testing.assert_array_equal(found[0] == 0, found[2] == 0)  # wherever in a batch
+
+
+def test_dropout_drops_its_share_of_everything():
+    """Of each image, channel, row and column, and one layer or image says nothing of another: five deviations."""
+    shape, rate = (16, 32, 32, 32), 0.1
+    seeds = np.arange(100, 116, dtype=np.int32)
+    masks = []
+    for number in (0, 1):
+        layer = blocks.Dropout(rate)
+        layer.number = number
+        masks.append(layer(Tensor(np.ones(shape, np.float32)), Tensor(seeds)).asnumpy() == 0)
+    masks.append(np.roll(masks[0], 1, 0))
+    for mask in masks[:2]:
+        for axis in range(4):
+            shares = mask.mean(tuple(other for other in range(4) if other != axis))
+            assert np.abs(shares - rate).max() < 5 * (rate * (1 - rate) * shape[axis] / mask.size) ** 0.5
+    for mask in masks[1:]:
+        both = (masks[0] & mask).mean()
+        assert abs(both - rate**2) < 5 * (rate**2 * (1 - rate**2) / mask.size) ** 0.5
+
+
+@pytest.mark.parametrize("block", ["residual", "convnext"])
+def test_a_block_drops_where_it_has_seeds(block):
+    layer = blocks.ResBlock(8, 8, 0, replace(CONFIG, block=block, dropout=0.5))
+    assign(layer, random_weights({p.name: p.shape for p in layer.trainable_params()}, 0), "block")
+    plain = blocks.ResBlock(8, 8, 0, replace(CONFIG, block=block))
+    assign(plain, random_weights({p.name: p.shape for p in plain.trainable_params()}, 0), "block")
+    x = Tensor(np.random.default_rng(0).standard_normal((2, 8, 6, 4)).astype(np.float32))
+    without, one, other = (
+        layer(x, (None, None, None, seeds)).asnumpy()
+        for seeds in (None, Tensor(np.array([1, 2], np.int32)), Tensor(np.array([2, 2], np.int32)))
+    )
+    np.testing.assert_array_equal(without, plain(x, (None, None, None, None)).asnumpy())
+    assert np.abs(one - without).max() > 0.1
+    np.testing.assert_array_equal(one[1], other[1])
+    assert np.abs(one[0] - other[0]).max() > 0.1
 
 
 @pytest.mark.parametrize(("kind", "groups"), [("layer", 1), ("instance", 16)])

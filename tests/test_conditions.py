@@ -34,7 +34,7 @@ def make(kind: str, run: Path, shards: Path, **changes: Any) -> Stage:
     raw["unet"] |= {"patch": 1, "attention": ["linear", "self"]}
     if kind == "class":
         raw |= {"classes": CLASSES, "pixels": PIXELS}
-        raw["unet"] |= {"block": "convnext", "norm": "layer"}
+        raw["unet"] |= {"block": "convnext", "norm": "layer", "dropout": 0.1}
     else:
         raw["diffusion"] |= {"schedule": "linear", "timesteps": 20, "loss": "huber"}
         raw["sample"] |= {"guidance": 1.0, "sampler": "ddpm"}

@@ -5,15 +5,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mindspore import Tensor
 
 from pipeline.config import ConfigError, build
 from pipeline.data.image import downsample, to_float, upsample
 from pipeline.diffusion.schedule import cosine
 from pipeline.kinds import stage_class
-from pipeline.nn.parameters import initialize
+from pipeline.nn.parameters import assign, initialize
 from pipeline.rng import sampling_noise
 from stages.stage import Stage
 from tests.conftest import stage_yaml
+from tools.references import random_weights
 
 KINDS = ["base", "sr32", "sr64"]
 RNG = np.random.default_rng(0)
@@ -68,6 +70,32 @@ def test_captions_are_dropped_whole_and_as_often_as_asked():
     assert ((text == 0).all(axis=(1, 2)) == dropped).all()
     assert ((mask == 1).all(axis=1) != dropped).all()
     assert dropped.mean() == pytest.approx(0.25, abs=4 * np.sqrt(0.25 * 0.75 / num))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_dropout_is_seeded_for_each_place_in_training_alone(name):
+    stage = make(name, unet={"dropout": 0.5})
+    weights = {p.name: p.shape for p in stage.network.trainable_params()}
+    assign(stage.network, random_weights(weights, 0), name)
+    given = inputs(stage, 2)
+    batch, other = stage.batch(3, range(2), *given), stage.batch(3, (1, 0), *(array[::-1] for array in given))
+    seeds, num = batch[5], stage.num_prompt
+    assert seeds.dtype == np.int32
+    assert seeds.min() >= 0
+    np.testing.assert_array_equal(seeds, other[5][::-1])
+    assert len({*seeds, *stage.batch(4, range(2), *given)[5]}) == 4
+
+    def loss(seeds: list[np.ndarray]) -> np.ndarray:
+        told = (*batch[: 3 + num], *seeds, *batch[4 + num :])
+        return np.asarray(stage.loss(*map(Tensor, told)).asnumpy())
+
+    first, swapped, without = loss([seeds]), loss([seeds[::-1].copy()]), loss([])
+    assert np.abs(first - swapped).min() > 1e-5
+    assert np.abs(first - without).min() > 1e-5
+    plain = make(name)
+    assign(plain.network, random_weights(weights, 0), name)
+    told = (*batch[: 3 + num], *batch[4 + num :])
+    np.testing.assert_array_equal(plain.loss(*map(Tensor, told)).asnumpy(), without)
 
 
 def test_times_are_uniform(stages):
@@ -135,8 +163,6 @@ def test_any_multiple_of_the_low_resolution_can_be_enlarged(stages):
 
 def test_the_first_loss_is_that_of_answering_nothing(stages):
     """The network starts at zero, so the loss of an image is its target's mean square."""
-    from mindspore import Tensor
-
     from pipeline.diffusion.process import v_target
 
     stage = stages["sr32"]
@@ -163,6 +189,7 @@ def test_the_first_loss_is_that_of_answering_nothing(stages):
             "sample.augment: 0.6 is not in [0, low_res.max_augment = 0.5]",
         ),
         ("base", {"text": {"drop": 1.0}}, "text.drop: 1.0 is not in [0, 1); Imagen has 0.1"),
+        ("base", {"unet": {"dropout": 1.0}}, "unet.dropout: 1.0 is no share in [0, 1); ADM has 0.1"),
         ("base", {"sample": {"steps": 0}}, None),
         ("base", {"data": {"global_batch": 0}}, "data.global_batch: 0 is not positive; give 1 or more"),
         ("base", {"train": {"ema_decay": 1.0}}, "train.ema_decay: 1.0 is not in [0, 1); 0.9999 is usual"),

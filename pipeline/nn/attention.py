@@ -9,7 +9,7 @@ from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from pipeline.nn import kernels
-from pipeline.nn.blocks import BlockConfig, Kept, Norm, Pointwise, zeroed
+from pipeline.nn.blocks import BlockConfig, Kept, Norm, Pointwise, Told, zeroed
 
 SCORES = 2**26  # of a picture's attention at a time, 256 MiB in float32; none of configs/ has as many
 
@@ -88,8 +88,8 @@ class Attention(nn.Cell):
         self.lookup = LinearLookup() if kind == "linear" else Lookup()
         self.out = zeroed(Pointwise(width, width))
 
-    def construct(self, x_BCHW: Tensor, emb_BE: Tensor, text_BLD: Tensor, bias_BL: Tensor) -> Tensor:
-        B, C, H, W = x_BCHW.shape
+    def construct(self, x_BCHW: Tensor, told: Told) -> Tensor:
+        (B, C, H, W), (_, text_BLD, bias_BL, _) = x_BCHW.shape, told
         q = self.to_q(self.norm(x_BCHW)).reshape((B, -1, H * W))
         keys: tuple[Tensor, ...] = ()
         values: tuple[Tensor, ...] = ()

@@ -1,9 +1,8 @@
 """The pieces that both U-Nets are made of.
 
 Shapes: B images, C channels, H x W pixels, N = H W positions, L text tokens, D text width, E embedding width, K heads.
-Every layer of a stack answers to `construct(x_BCHW, emb_BE, text_BLD, bias_BL)`, so that a stack is a plain list;
-`bias_BL` is 0 for a text token and a large negative number for padding. It also says, by `kept(pixels, tokens)`, what
-its gradient will need: see `Kept`.
+Every layer of a stack answers to `construct(x_BCHW, told)`, so that a stack is a plain list; see `Told`. It also says,
+by `kept(pixels, tokens)`, what its gradient will need: see `Kept`.
 """
 
 from dataclasses import dataclass
@@ -18,6 +17,10 @@ GROUPS = 32  # of group normalization, as in DDPM and ADM; fewer in narrow layer
 
 NormKind = Literal["group", "layer", "instance"]
 
+# What each layer is told: emb_BE of noise levels, text and class; text_BLD and bias_BL, 0 for a token and a large
+# negative number for padding, if there is text; seeds_B of dropout, int32, in training with it.
+Told = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+
 
 @dataclass(frozen=True, kw_only=True)
 class BlockConfig:
@@ -25,6 +28,7 @@ class BlockConfig:
 
     block: Literal["residual", "convnext"] = "residual"
     norm: NormKind = "group"  # over groups of channels; `layer`: over all of them; `instance`: over each
+    dropout: float = 0.0  # share of a residual block's numbers that training sets to zero before its last convolution
     head_channels: int = 64
     text_channels: int = 1024  # width to which the text is projected, once, for all blocks
 
@@ -109,6 +113,26 @@ def channels_to_space(x_BCHW: Tensor, patch: int) -> Tensor:
     return x.transpose((0, 1, 4, 2, 5, 3)).reshape((B, C // (patch * patch), H * patch, W * patch))
 
 
+GOLDEN = 0x9E3779B9 - 2**32  # 2^32 over the golden ratio: spreads neighbours
+
+
+def scrambled(bits: Tensor) -> Tensor:
+    """Of int32, each bit of the answer depending on all: the finalizer of MurmurHash3 (Appleby)."""
+    for shift, factor in ((16, 0x85EBCA6B - 2**32), (13, 0xC2B2AE35 - 2**32)):
+        bits = bits.bitwise_xor(shifted(bits, shift)) * factor
+    return bits.bitwise_xor(shifted(bits, 16))
+
+
+def shifted(bits: Tensor, shift: int) -> Tensor:
+    """int32 to the right, zeros from the left."""
+    return lowest(ops.bitwise_right_shift(bits, shift), 32 - shift)
+
+
+def lowest(bits: Tensor, num: int) -> Tensor:
+    """The lowest `num` bits of int32. (The mask is a tensor: a CPU has no kernel for a number there.)"""
+    return ops.bitwise_and(bits, Tensor(2**num - 1, mstype.int32))
+
+
 class Norm(nn.Cell):
     """Group normalization (Wu & He, arXiv 1803.08494), an optional scale and shift by the embedding, an optional SiLU.
 
@@ -150,6 +174,30 @@ class Norm(nn.Cell):
         return y.reshape((B, C, H, W)).astype(x_BCHW.dtype)
 
 
+class Dropout(nn.Cell):
+    """Sets a share `rate` of the numbers to zero and divides the others by 1 - rate (Srivastava et al., JMLR 2014).
+
+    Which ones is a function of the image's seed, the layer's `number` and the place, by the finalizer of MurmurHash3:
+    it depends neither on the rank, nor on the batch, nor on how often a run was continued. A framework's dropout
+    draws from a state that no checkpoint holds.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate, self.number = rate, 0  # the network numbers its layers
+
+    def construct(self, x_BCHW: Tensor, seeds_B: Tensor) -> Tensor:
+        B, C, H, W = x_BCHW.shape
+        bits = scrambled(seeds_B + self.number)
+        for rows, count in ((B, C), (B * C, H * W)):  # channels of an image, then places of a channel
+            numbers = ops.arange(count).astype(mstype.int32) * GOLDEN
+            shape = (rows, count)
+            bits = ops.broadcast_to(bits.reshape((rows, 1)), shape) + ops.broadcast_to(numbers.reshape((1, -1)), shape)
+            bits = scrambled(bits)
+        mask = (lowest(bits, 31) >= int(self.rate * 2**31)).astype(x_BCHW.dtype).reshape(x_BCHW.shape)
+        return x_BCHW * (mask * (1.0 / (1.0 - self.rate)))
+
+
 class ResBlock(nn.Cell):
     """Norm, SiLU, convolution, norm with scale and shift, SiLU, convolution; added to the input.
 
@@ -171,20 +219,23 @@ class ResBlock(nn.Cell):
         self.emb = nn.Dense(emb, 2 * middle) if emb else None
         self.norm2 = Norm(middle, config.norm, silu=not self.convnext)
         self.widen = Conv(width_in, 4 * width, 1) if self.convnext else None
+        self.dropout = Dropout(config.dropout) if config.dropout else None
         self.conv2 = zeroed(Conv(4 * width, width, 1) if self.convnext else Conv(width, width, 3))
         self.skip = Conv(width_in, width, 1) if width_in != width else None
 
-    def construct(self, x_BCHW: Tensor, emb_BE: Tensor, text_BLD: Tensor, bias_BL: Tensor) -> Tensor:
+    def construct(self, x_BCHW: Tensor, told: Told) -> Tensor:
         x = x_BCHW
         h = x if self.norm1 is None else self.norm1(x)
         if self.resample == "up":
             h, x = upsample(h), upsample(x)
         elif self.resample == "down":
             h, x = downsample(h), downsample(x)
-        scale_shift = None if self.emb is None else self.emb(emb_BE)
+        scale_shift = None if self.emb is None else self.emb(told[0])
         h = self.norm2(self.conv1(h), scale_shift)
         if self.widen is not None:
             h = ops.silu(self.widen(h))
+        if self.dropout is not None and told[3] is not None:
+            h = self.dropout(h, told[3])
         h = self.conv2(h)
         if self.skip is not None:
             x = self.skip(x)
@@ -195,6 +246,7 @@ class ResBlock(nn.Cell):
         after = {"up": 4 * pixels, "down": pixels // 4, "": pixels}[self.resample]
         wide, width = self.conv1.in_channels, self.conv1.out_channels
         inside = wide + 2 * width if self.widen is None else wide + width + 2 * self.widen.out_channels
+        inside += self.conv2.in_channels if self.dropout is not None else 0  # its mask
         largest = max(wide * pixels, wide * after, self.conv2.in_channels * after)
         return Kept(wide * pixels, inside * after, largest, after)
 
@@ -206,7 +258,7 @@ class Downsample(nn.Cell):
         super().__init__()
         self.conv = Conv(width_in, width, 3, stride=2)
 
-    def construct(self, x_BCHW: Tensor, emb_BE: Tensor, text_BLD: Tensor, bias_BL: Tensor) -> Tensor:
+    def construct(self, x_BCHW: Tensor, told: Told) -> Tensor:
         return self.conv(x_BCHW)
 
     def kept(self, pixels: int, tokens: int) -> Kept:
@@ -221,7 +273,7 @@ class Upsample(nn.Cell):
         super().__init__()
         self.conv = Conv(width_in, width, 3)
 
-    def construct(self, x_BCHW: Tensor, emb_BE: Tensor, text_BLD: Tensor, bias_BL: Tensor) -> Tensor:
+    def construct(self, x_BCHW: Tensor, told: Told) -> Tensor:
         return self.conv(upsample(x_BCHW))
 
     def kept(self, pixels: int, tokens: int) -> Kept:
@@ -237,11 +289,9 @@ class Stack(nn.Cell):
         super().__init__()
         self.layers = nn.CellList(layers)
 
-    def construct(
-        self, x_BCHW: Tensor, emb_BE: Tensor, text_BLD: Tensor, bias_BL: Tensor, start: int = 0, stop: int = 0
-    ) -> Tensor:
+    def construct(self, x_BCHW: Tensor, told: Told, start: int = 0, stop: int = 0) -> Tensor:
         """But for `start` layers at the start and `stop` at the end, which the caller has in bands (see bands.py)."""
         x = x_BCHW
         for layer in range(start, len(self.layers) - stop):
-            x = self.layers[layer](x, emb_BE, text_BLD, bias_BL)
+            x = self.layers[layer](x, told)
         return x

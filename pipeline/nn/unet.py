@@ -23,10 +23,12 @@ from pipeline.nn.blocks import (
     BlockConfig,
     Conv,
     Downsample,
+    Dropout,
     Kept,
     Norm,
     ResBlock,
     Stack,
+    Told,
     Upsample,
     channels_to_space,
     space_to_channels,
@@ -60,6 +62,8 @@ class UNetConfig(BlockConfig):
                     f"{name}: {list(getattr(self, name))} has {len(getattr(self, name))} entries and channel_mults has "
                     f"{levels}; give one a level"
                 )
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout: {self.dropout} is no share in [0, 1); ADM has 0.1")
         if self.channels % 4:
             raise ConfigError(f"channels: {self.channels} is not a multiple of 4, which its group normalization needs")
         for mult, kind in zip(self.channel_mults, self.attention, strict=True):
@@ -77,7 +81,9 @@ class UNetConfig(BlockConfig):
 
 
 class UNet(nn.Cell):
-    """What a stage trains: `unet(x_BCHW, logsnr_BT, [text_BLD, mask_BL,] [label_BK]) -> (B, 3, H, W)`.
+    """What a stage trains: `unet(x_BCHW, logsnr_BT, [text_BLD, mask_BL,] [label_BK,] [seeds_B]) -> (B, 3, H, W)`.
+
+    Training with dropout gives the seeds, int32 and one an image; without them nothing is dropped.
 
     Args:
         config: depth, widths, attention.
@@ -110,15 +116,18 @@ class UNet(nn.Cell):
         self.stem_to_head = len(up) == len(down)  # else the last stack of the way up has taken the stem
         self.norm = Norm(width, config.norm)
         self.head = zeroed(Conv(2 * width if self.stem_to_head else width, 3 * config.patch**2, 3))
+        dropouts = [cell for _, cell in self.cells_and_names() if isinstance(cell, Dropout)]
+        for number, dropout in enumerate(dropouts):
+            dropout.number = number
         if config.recompute:
             for stack in [*down, middle, *up]:
                 for layer in stack.layers:
                     layer.recompute()
 
     def construct(self, x_BCHW: Tensor, logsnr_BT: Tensor, *told: Tensor) -> Tensor:
-        emb, text, bias_BL = self.conditions(logsnr_BT, *told)
+        of_layers = self.conditions(logsnr_BT, *told)
         stem = self.stem(space_to_channels(self.filled(x_BCHW), self.patch))
-        h = self.norm(self.stacks(stem, emb, text, bias_BL))
+        h = self.norm(self.stacks(stem, of_layers))
         if self.stem_to_head:  # not normalized: so the low resolution keeps its contrast, and copying it is linear
             h = ops.cat((h, stem * self.skip_scale), 1)
         return self.cut(channels_to_space(self.head(h), self.patch), x_BCHW)
@@ -136,29 +145,31 @@ class UNet(nn.Cell):
         y = y_BCHW.astype(mstype.float32)
         return y if y.shape[2:] == (H, W) else y[:, :, :H, :W]
 
-    def conditions(self, logsnr_BT: Tensor, *told: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def conditions(self, logsnr_BT: Tensor, *told: Tensor) -> Told:
         """What every layer takes beside the picture."""
         emb, text, bias_BL = 0.0, None, None
+        label = 2 * self.has_text
+        seeds_B = told[-1] if len(told) > label + self.has_label else None
         if self.has_text:
             bias_BL = (1.0 - told[1]) * PADDING
             text = self.text_in(self.text_norm(told[0])).astype(mstype.float32)
             emb = self.text_pool(text, bias_BL)
         if self.has_label:
-            emb = emb + self.label_in(told[-1])
+            emb = emb + self.label_in(told[label])
         for i, level in enumerate(self.levels):
             emb = emb + level(logsnr_BT[:, i])
-        return ops.silu(emb), text, bias_BL  # SiLU, as every block would start with it
+        return ops.silu(emb), text, bias_BL, seeds_B  # SiLU, as every block would start with it
 
-    def stacks(self, h: Tensor, emb: Tensor, text: Tensor | None, bias_BL: Tensor | None, outer: int = 0) -> Tensor:
+    def stacks(self, h: Tensor, told: Told, outer: int = 0) -> Tensor:
         """All between stem and head, but for `outer` layers at either end."""
         skips: tuple[Tensor, ...] = (h,)  # a tuple, as a list's pop() leaves the compiled graph
         for i, stack in enumerate(self.down):
-            h = stack(h, emb, text, bias_BL, outer if i == 0 else 0)
+            h = stack(h, told, outer if i == 0 else 0)
             skips = (*skips, h)
-        h = self.middle(h, emb, text, bias_BL)
+        h = self.middle(h, told)
         for i, stack in enumerate(self.up):
             h = ops.cat((h, skips[-1 - i] * self.skip_scale), 1)
-            h = stack(h, emb, text, bias_BL, 0, outer if i == len(self.up) - 1 else 0)
+            h = stack(h, told, 0, outer if i == len(self.up) - 1 else 0)
         return h
 
     def kept(self, side: int, tokens: int) -> list[Kept]:

@@ -28,6 +28,8 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "base64, float16": ("base64", {"train.precision": "float16"}),
     "base64, Adafactor": ("base64", {"optimizer.kind": "adafactor"}),
     "sr256": ("sr256", {}),
+    "base64, batch 1, Adafactor": ("base64", {"optimizer.kind": "adafactor", "data.global_batch": 1}),
+    "sr256, float16": ("sr256", {"train.precision": "float16"}),
     "sr256, recompute": ("sr256", {"unet.recompute": True}),
     "the demo's base": ("tiny/base64", {}),
     "the demo's sr256": ("tiny/sr256", {}),
