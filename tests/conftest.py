@@ -31,7 +31,7 @@ def both(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         monkeypatch.setattr(kernels, "library", lambda: None)
     elif kernels.library() is None:
         pytest.skip("the kernels are not built here: no C++ compiler")
-    cached = (kernels.convolution, kernels.normalization, kernels.softmax)
+    cached = (kernels.convolution, kernels.normalization, kernels.softmax, kernels.quantile)
     for kernel in cached:
         kernel.cache_clear()
     yield

@@ -45,6 +45,7 @@ class TestGuide:
         np.testing.assert_allclose(found, self.conditional, atol=1e-6)
 
 
+@pytest.mark.usefixtures("both")
 @pytest.mark.parametrize("q", [0.01, 0.5, 0.9, 0.995, 0.99999, 1.0])
 @pytest.mark.parametrize("num", [1, 2, 3, 11, 200, 3 * 64 * 64])
 @pytest.mark.parametrize("ties", [False, True])
@@ -56,6 +57,7 @@ def test_quantile_is_numpys(q, num, ties):
     np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.usefixtures("both")
 class TestThreshold:
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("q", [0.5, 0.9, 0.995, 1.0])

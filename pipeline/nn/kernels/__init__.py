@@ -1,8 +1,8 @@
-"""Convolution, group normalization and softmax for CPUs, in C++: half the time and less memory than MindSpore's own.
+"""Convolution, normalization, softmax and quantiles for CPUs, in C++: half the time, less memory than MindSpore's own.
 
 `g++` builds them when the first network is made, for this processor, into the user's cache. Where that cannot be, or on
-another device, `convolution`, `normalization` and `softmax` answer None, and the cells that asked do the same in
-MindSpore's operators. All tensors are float32.
+another device, `convolution` and the others answer None, and who asked does the same in MindSpore's operators. All
+tensors are float32.
 """
 
 import atexit
@@ -137,3 +137,13 @@ def softmax() -> ops.Custom | None:
         return gradient(dy, y), ops.zeros_like(b)
 
     return ops.Custom(f"{library()}:softmax", lambda x, b: x, lambda x, b: x, "aot", bprop=bprop)
+
+
+@cache
+def quantile() -> ops.Custom | None:
+    """(x_BN, at_2) -> (B, 1): of each row the number at place at_2[0] + at_2[1] in order, between neighbours. It has
+    no gradient.
+    """
+    if library() is None:
+        return None
+    return ops.Custom(f"{library()}:quantile", lambda x, at: (x[0], 1), lambda x, at: x, "aot")
