@@ -45,8 +45,9 @@ def predict(network: UNet, config: Any, side: int, world: int) -> dict[str, int]
     kept = batch * (activations(layers, config.unet.recompute) + pictures) * size(config) / 4
     backward = batch * max(layer.largest for layer in layers) * size(config) / 4
     gradients = number * (3 if config.train.accumulate > 1 else 2)  # this step's, the last one's, the sum of the parts
-    bucket = min(number, max(number // NUMBER, SMALLEST, *map(math.prod, shapes)))
-    update = number + (6 * bucket if adamw else 8 * number)  # scaled gradients, and results on the way
+    largest = max(map(math.prod, shapes))
+    bucket = min(number, max(number // NUMBER, SMALLEST, largest))
+    update = number + 6 * (bucket if adamw else largest)  # scaled gradients, and results on the way
     moments = 2 * share if adamw else sum(map(factored, shapes))
     needed = {
         "weights": number,

@@ -30,16 +30,20 @@ def cascade(configs: list[str], encoder: str) -> Cascade:
 
 
 def sides(whole: Cascade, name: str, low: np.ndarray | None) -> dict[str, Callable[[], object]]:
-    """A batch of pictures of stage `name`: by the orchestrator, text and all, and its network's calls alone."""
+    """A batch of pictures of stage `name`: by the orchestrator, and its network's calls alone.
+
+    The text is encoded once for all stages, which is the first's to do.
+    """
     stage: Any = whole.stages[name]
     encode = cast(TextEncoder, whole.text).encode
     config, numbers = stage.config.sample, range(stage.config.sample.batch)
+    prompt = encode([PROMPT] * config.batch)
 
     def ours() -> np.ndarray:
-        return whole.run(name, encode([PROMPT] * config.batch), 0, numbers, low, {})
+        return whole.run(name, encode([PROMPT] * config.batch) if low is None else prompt, 0, numbers, low, {})
 
     shape, condition = stage.condition(low, 0, numbers, config.augment)
-    inputs = [np.zeros((config.batch, *shape)), np.zeros(config.batch), *encode([PROMPT] * config.batch)]
+    inputs = [np.zeros((config.batch, *shape)), np.zeros(config.batch), *prompt]
     weight = [] if config.guidance == 1.0 else [config.guidance]
     call = runtime.compile(stage.predict_guided if weight else stage.predict)
     tensors = [Tensor(np.asarray(array, np.float32)) for array in (*weight, *inputs, *condition)]
