@@ -5,6 +5,9 @@ known, outside of the task's mask, the noisy picture is the known one and the lo
 make every pixel anew. One model may know one task or all, each with a share of the batch and a noise level of its own:
 the more a task leaves open, the more noise it wants (Chen, arXiv 2301.10972).
 
+With `prediction: eps` that is Palette. With x0 the network is asked for less: how the picture differs from a `guess`,
+the source with its hole smoothly filled, which a small network would need most of its training to learn to copy.
+
 Shapes: see stage.py; K tasks.
 """
 
@@ -20,10 +23,12 @@ from pipeline.data.image import to_uint8
 from pipeline.data.prompts import Arrays, Condition, one_hot
 from pipeline.data.tasks import TASKS, Given, damaged
 from pipeline.diffusion.loss import loss as score
-from pipeline.diffusion.process import add_noise
+from pipeline.diffusion.process import add_noise, x_around
 from pipeline.diffusion.sampler import SamplerConfig
 from pipeline.editing import Edit
 from stages.stage import Stage, StageConfig, sheet
+
+SPREAD = 0.25  # by about how much pictures differ from the guess
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,17 +89,27 @@ class ImageToImage(Stage):
         shifts = np.array([task.shift for task in self.config.tasks.values()], np.float32)
         return x, eps, logsnr + shifts[chosen], *rest, *self.seen(given, chosen)
 
+    @property
+    def guesses(self) -> bool:
+        """Whether `predict` takes a guess too."""
+        return self.config.diffusion.prediction == "x0"
+
     def seen(self, given: Sequence[Given], chosen: Sequence[int]) -> Arrays:
-        """What `predict` takes: sources (B, 3, S, S) as the network sees them, masks (B, 1, S, S), tasks (B, K)."""
+        """What `predict` takes: sources as the network sees them (B, 3, S, S), with x0 as many guesses, masks
+        (B, 1, S, S), tasks (B, K).
+        """
         sources, masks = (np.stack(arrays) for arrays in zip(*given, strict=True))
-        return (sources - self.mean) / self.std, masks, *one_hot(chosen, len(self.tasks))
+        guesses = [np.stack([each.guess() for each in given])] if self.guesses else []
+        pictures = [((each - self.mean) / self.std).astype(np.float32) for each in (sources, *guesses)]
+        return *pictures, masks, *one_hot(chosen, len(self.tasks))
 
     def predict(self, z: Tensor, logsnr_B: Tensor, *told: Tensor) -> Tensor:
-        source, mask, task_BK = told[-3:]
+        num = 4 if self.guesses else 3  # of `seen`, the last ones told
+        source, mask, task_BK = told[-num], told[-2], told[-1]
         seen = ops.cat((source + mask * (z - source), source), 1)
-        return self.network(
-            seen, logsnr_B.expand_dims(1), *told[: self.num_prompt], task_BK, *told[self.num_prompt : -3]
-        )
+        prompt, seeds = told[: self.num_prompt], told[self.num_prompt : -num]
+        answer = self.network(seen, logsnr_B.expand_dims(1), *prompt, task_BK, *seeds)
+        return x_around(told[-3], SPREAD, answer, z, logsnr_B) if self.guesses else answer
 
     def loss(self, x: Tensor, eps: Tensor, logsnr_B: Tensor, *told: Tensor) -> Tensor:
         """The loss of each image (B,), over what is to be made."""

@@ -18,6 +18,7 @@ from pipeline.cascade import export
 from pipeline.config import ConfigError, build
 from pipeline.data.restore import least_certain, spread
 from pipeline.data.tasks import TASKS, grey
+from pipeline.diffusion.process import add_noise
 from pipeline.errors import UserError
 from pipeline.kinds import stage_class
 from pipeline.nn.parameters import initialize
@@ -115,6 +116,32 @@ def test_the_loss_is_the_holes(stage):
     losses = [stage.loss(Tensor(image), *map(Tensor, rest)).asnumpy() for image in (x, other, inside)]
     np.testing.assert_array_equal(losses[0], losses[1])
     assert (losses[0] != losses[2]).all()
+
+
+class TestGuess:
+    """A stage that predicts x0 answers how the picture differs from a guess."""
+
+    @pytest.fixture(scope="class")
+    def guessing(self, shards_folder, tmp_path_factory):
+        return make(tmp_path_factory.mktemp("guessing") / "run", shards_folder, diffusion={"prediction": "x0"})
+
+    def test_a_network_that_answers_nothing_leaves_the_guess_or_what_z_shows(self, guessing):
+        initialize(guessing.network, 0)
+        pictures = np.stack([picture() for _ in range(4)])
+        x, eps, _, *told = guessing.batch(0, range(4), pictures)
+        for level, wanted in ((-20.0, told[-3]), (20.0, x)):
+            logsnr = np.full(4, level, np.float32)
+            z = add_noise(Tensor(x), Tensor(eps), Tensor(logsnr))
+            found = guessing.predict(z, Tensor(logsnr), *map(Tensor, told)).asnumpy()
+            np.testing.assert_allclose(found, wanted, atol=1e-3)
+
+    def test_it_learns_and_restores(self, guessing, tmp_path):
+        assert train(guessing)
+        cascade = Cascade.load(Path(guessing.config.run) / "stage")
+        damages = [Damage("a", picture(17, 13), hole(17, 13))]
+        assert restore(cascade, damages, Restoring(task="inpainting"), tmp_path / "out") == 1
+        found = read(tmp_path / "out" / "a.png")
+        assert (found[~damages[0].mask] == damages[0].picture[~damages[0].mask]).all()
 
 
 class TestRestore:

@@ -10,6 +10,7 @@ from pipeline.diffusion.process import (
     eps_from_x,
     target,
     v_target,
+    x_around,
     x_from,
     x_from_eps,
     x_from_v,
@@ -70,6 +71,24 @@ class TestEveryLevel:
     def test_eps_from_x(self, logsnr):
         z = call(add_noise, X, EPS, logsnr)
         assert (np.abs(call(eps_from_x, z, X, logsnr) - EPS) <= 1e-6 / rates(logsnr)[1]).all()
+
+
+@pytest.mark.parametrize("spread", [0.05, 0.25, 1.0])
+def test_an_answer_counts_deviations_from_what_is_known(spread):
+    """By Bayes' rule: of pixels that a guess is off by N(0, spread^2), given z; -20 is the guess, 20 what z shows."""
+    logsnr = np.linspace(-20, 20, 9).astype(np.float32)
+    (alpha, sigma), guess = rates(logsnr), X[::-1].astype(np.float64)
+    z = alpha * X + sigma * EPS
+    variance = 1 / (1 / spread**2 + alpha**2 / sigma**2)
+    mean = variance * (guess / spread**2 + alpha * z / sigma**2)
+    inputs = (guess.astype(np.float32), EPS, z.astype(np.float32), logsnr)
+    found = call(lambda guess, answer, z, logsnr: x_around(guess, spread, answer, z, logsnr), *inputs)
+    np.testing.assert_allclose(found, mean + np.sqrt(variance) * EPS, atol=2e-5)
+    nothing = call(
+        lambda guess, z, logsnr: x_around(guess, spread, 0.0 * z, z, logsnr), inputs[0], z.astype("f4"), logsnr
+    )
+    np.testing.assert_allclose(nothing[0], guess[0], atol=1e-3)
+    np.testing.assert_allclose(nothing[-1], X[-1], atol=1e-3)
 
 
 def test_v_is_the_speed_of_z_along_the_angle():

@@ -9,6 +9,7 @@ from pipeline.data.restore import (
     BRIGHTEST,
     blend,
     composite,
+    filled,
     heat,
     least_certain,
     membrane,
@@ -176,6 +177,24 @@ class TestMembrane:
         assert np.abs(carried[1].mean() - 10) < 0.05
         assert np.abs(carried[1] - 10).max() > 1
         assert np.abs(carried[8:] - 10).max() < 0.05
+
+
+class TestFilled:
+    def test_a_border_of_one_colour_fills_the_hole_and_the_known_stays(self):
+        picture = np.random.default_rng(1).integers(0, 256, (20, 24, 3)).astype(np.float32)
+        mask = np.zeros((20, 24), bool)
+        mask[5:12, 0:9] = True
+        border = ndimage.binary_dilation(mask) & ~mask
+        picture[border] = (30, 90, 250)
+        found = filled(picture, mask)
+        np.testing.assert_array_equal(found[~mask], picture[~mask])
+        np.testing.assert_allclose(found[mask], np.broadcast_to((30, 90, 250), found[mask].shape), atol=1e-3)
+        other = np.where(mask[..., None], 0, picture)  # what was in the hole does not matter
+        np.testing.assert_array_equal(filled(other, mask), found)
+
+    def test_a_hole_that_is_all_stays(self):
+        picture = np.random.default_rng(1).integers(0, 256, (5, 4, 3)).astype(np.float32)
+        np.testing.assert_array_equal(filled(picture, np.ones((5, 4), bool)), picture)
 
 
 class TestComposite:

@@ -227,3 +227,17 @@ class TestHoles:
         assert (to_uint8(source)[~hole] == picture[~hole]).all()
         assert (mask[0] == hole).all()
         assert (source == with_hole(picture, hole, generator(0, "damage")).source).all()
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_guess_is_the_source_and_in_a_hole_what_is_around(task):
+    for given in draws(task, 5):
+        guess, known = given.guess(), np.broadcast_to(given.mask == 0, given.source.shape)
+        assert guess.dtype == np.float32
+        if given.mask.all():
+            np.testing.assert_array_equal(guess, given.source)
+        else:
+            np.testing.assert_array_equal(guess[known], given.source[known])
+            assert np.abs(guess).max() <= 1
+            off, noise = (np.abs(each - to_float(COFFEE))[~known].mean() for each in (guess, given.source))
+            assert off < noise

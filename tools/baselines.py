@@ -21,7 +21,7 @@ import numpy as np
 from scipy import ndimage
 
 from pipeline.data.image import to_uint8
-from pipeline.data.restore import membrane
+from pipeline.data.restore import filled
 from pipeline.data.tasks import Given, grey
 
 BLUR = 0.6  # sigma in pixels
@@ -35,7 +35,7 @@ def baseline(task: str, given: Given, chroma: np.ndarray | None = None) -> np.nd
     elif task == "jpeg_restoration":
         restored = ndimage.gaussian_filter(picture.astype(np.float64), (BLUR, BLUR, 0))
     else:
-        restored = membrane(picture, ndimage.binary_dilation(mask) & ~mask)
+        restored = filled(picture, mask)
     return np.where(mask[..., None], np.rint(np.clip(restored, 0, 255)).astype(np.uint8), picture)
 
 

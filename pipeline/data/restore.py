@@ -94,6 +94,12 @@ def membrane(values: np.ndarray, at_HW: np.ndarray) -> np.ndarray:
     return np.stack([around(np.where(at_HW, plane, 0)) / weight for plane in np.moveaxis(values, -1, 0)], -1)
 
 
+def filled(picture: np.ndarray, mask_HW: np.ndarray) -> np.ndarray:
+    """The picture (H, W, C) with what is known at the border of its hole carried into it; a hole that is all stays."""
+    border = ndimage.binary_dilation(mask_HW) & ~mask_HW
+    return np.where(mask_HW[..., None], membrane(picture, border), picture) if border.any() else picture
+
+
 def _jumps(picture: np.ndarray, painted: np.ndarray, mask_HW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """What the painting lacks at each known pixel beside the hole, (H, W, 3), and which pixels those are.
 

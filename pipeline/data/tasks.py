@@ -21,6 +21,7 @@ import simplejpeg
 from PIL import Image, ImageDraw
 
 from pipeline.data.image import to_float
+from pipeline.data.restore import filled
 from pipeline.errors import UserError
 
 TaskName = Literal["colorization", "inpainting", "uncropping", "jpeg_restoration"]
@@ -38,6 +39,10 @@ class Given(NamedTuple):
 
     source: np.ndarray  # (3, H, W) in [-1, 1], with unit noise in the hole
     mask: np.ndarray  # (1, H, W), 1 where the picture is to be made and 0 where it is known
+
+    def guess(self) -> np.ndarray:
+        """The source, its hole smoothly filled, (3, H, W)."""
+        return filled(self.source.transpose(1, 2, 0), self.mask[0] == 1).transpose(2, 0, 1).astype(np.float32)
 
 
 def whole(picture: np.ndarray) -> Given:

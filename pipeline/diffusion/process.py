@@ -55,6 +55,18 @@ def x_from_v(z: Tensor, v: Tensor, logsnr_B: Tensor) -> Tensor:
     return alpha * z - sigma * v
 
 
+def x_around(guess: Tensor, spread: float, answer: Tensor, z: Tensor, logsnr_B: Tensor) -> Tensor:
+    """x = guess + k (z - alpha guess) + c answer, for images that differ from `guess` by about `spread`.
+
+    With k = alpha spread^2 / d, c = spread sigma / sqrt(d), d = alpha^2 spread^2 + sigma^2, an answer of zero is the
+    mean and c the deviation of what x can be, and an answer of one size is wanted at all levels (Karras et al.,
+    arXiv 2206.00364, eq. 7, whose images are guessed to be 0). Little noise is copied, in much of it the guess stays.
+    """
+    alpha, sigma = alpha_sigma(per_image(logsnr_B))
+    variance = spread**2 * alpha * alpha + sigma * sigma
+    return guess + spread**2 * alpha / variance * (z - alpha * guess) + spread * sigma / ops.sqrt(variance) * answer
+
+
 def target(prediction: Prediction, x: Tensor, eps: Tensor, logsnr_B: Tensor) -> Tensor:
     """What a network that predicts `prediction` should answer."""
     if prediction == "eps":
