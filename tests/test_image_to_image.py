@@ -118,12 +118,13 @@ def test_the_loss_is_the_holes(stage):
     assert (losses[0] != losses[2]).all()
 
 
+@pytest.fixture(scope="module")
+def guessing(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return make(tmp_path_factory.mktemp("guessing") / "run", shards_folder, diffusion={"prediction": "x0"})
+
+
 class TestGuess:
     """A stage that predicts x0 answers how the picture differs from a guess."""
-
-    @pytest.fixture(scope="class")
-    def guessing(self, shards_folder, tmp_path_factory):
-        return make(tmp_path_factory.mktemp("guessing") / "run", shards_folder, diffusion={"prediction": "x0"})
 
     def test_a_network_that_answers_nothing_leaves_the_guess_or_what_z_shows(self, guessing):
         initialize(guessing.network, 0)
