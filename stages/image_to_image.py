@@ -28,7 +28,7 @@ from pipeline.diffusion.sampler import SamplerConfig
 from pipeline.editing import Edit
 from stages.stage import Stage, StageConfig, sheet
 
-SPREAD = 0.25  # by about how much pictures differ from the guess
+SPREAD = 0.1  # by about how much pictures differ from the guess, in deviations of the network's pixels
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,19 +1,20 @@
 """Seconds to the first step: compiled, and loaded from where a run keeps its graphs; nodes and seconds at paper size.
 
 The networks are those of `bench train`, each in two processes with one folder of graphs: the first compiles, the second
-loads; the first step is part of both. Beside them the gradient of the demo's base and of the stages at paper size is
-compiled for one picture and not run, of parameters that have shapes alone: how many nodes it has, how long it takes.
+loads; the first step is part of both. Beside them the gradient of these, of the demo's base and of the stages at paper
+size is compiled for one picture and not run, of parameters that have shapes alone: how many nodes, how long it takes.
 """
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from launch.terminal import positive
-from tools.bench import turns
+from tools.bench import sample, turns
 from tools.bench.train import CASES, TEXT
 
 FOLDER = Path(__file__).parent.parent.parent / "configs"
@@ -30,11 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    return measure(arguments.rounds)
+    with TemporaryDirectory() as folder:
+        larger = {path.stem: path for path in sample.larger(Path(folder))}
+        return measure(arguments.rounds, stages={**larger, **STAGES})
 
 
 def measure(
-    rounds: int, cases: dict[str, dict[str, Any]] = CASES, stages: dict[str, Path | str] = STAGES
+    rounds: int, cases: dict[str, dict[str, Any]] = CASES, stages: Mapping[str, Path | str] = STAGES
 ) -> dict[str, Any]:
     """`rows`: CASE/compiled and CASE/ours, which is loaded; of a stage, CASE/gradient."""
     from tqdm import tqdm
