@@ -5,8 +5,9 @@ known, outside of the task's mask, the noisy picture is the known one and the lo
 make every pixel anew. One model may know one task or all, each with a share of the batch and a noise level of its own:
 the more a task leaves open, the more noise it wants (Chen, arXiv 2301.10972).
 
-With `prediction: eps` that is Palette. With x0 the network is asked for less: how the picture differs from a `guess`,
-the source with its hole smoothly filled, which a small network would need most of its training to learn to copy.
+A task may have a `spread`: then the network is asked for less, how the picture differs from a `guess`, the source with
+its hole smoothly filled, and errors count in units of the spread. A small network would need most of its training to
+learn to copy. Without, this is Palette.
 
 Shapes: see stage.py; K tasks.
 """
@@ -17,18 +18,17 @@ from typing import Any, Literal
 
 import numpy as np
 from mindspore import Tensor, ops
+from mindspore import dtype as mstype
 
 from pipeline.config import ConfigError
 from pipeline.data.image import to_uint8
 from pipeline.data.prompts import Arrays, Condition, one_hot
-from pipeline.data.tasks import TASKS, Given, damaged
+from pipeline.data.tasks import TASKS, Given, damaged, guess
 from pipeline.diffusion.loss import loss as score
 from pipeline.diffusion.process import add_noise, x_around
 from pipeline.diffusion.sampler import SamplerConfig
 from pipeline.editing import Edit
 from stages.stage import Stage, StageConfig, sheet
-
-SPREAD = 0.1  # by about how much pictures differ from the guess, in deviations of the network's pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +37,11 @@ class TaskConfig:
 
     weight: float = 1.0  # its share of the batch, beside the others'
     shift: float = 0.0  # added to logsnr in training and sampling: below 0 is more noise, for a harder task
+    spread: float | None = None  # by about how much pictures differ from a guess, if the network is to start from one
 
     def __post_init__(self) -> None:
+        if self.spread is not None and self.spread <= 0:
+            raise ConfigError(f"spread: {self.spread} is not positive; leave it out for a network without a guess")
         if self.weight <= 0:
             raise ConfigError(f"weight: {self.weight} is not positive; leave out the task that is not to be learnt")
 
@@ -59,6 +62,11 @@ class ImageToImageConfig(StageConfig):
             raise ConfigError(f"tasks.{unknown[0]}: no such task; there are {', '.join(TASKS)}")
         if not self.tasks:
             raise ConfigError(f"tasks: there is none; name some of {', '.join(TASKS)}")
+        without = [name for name, task in self.tasks.items() if task.spread is None]
+        if without and len(without) < len(self.tasks):
+            raise ConfigError(f"tasks.{without[0]}.spread: none, and other tasks have one; give each task one or none")
+        if not without and self.diffusion.prediction != "x0":
+            raise ConfigError(f"diffusion.prediction: {self.diffusion.prediction}, and tasks have a spread; give x0")
 
 
 class ImageToImage(Stage):
@@ -69,9 +77,10 @@ class ImageToImage(Stage):
     channels_in = 6
     num_levels = 1
 
-    @property
-    def tasks(self) -> list[str]:
-        return list(self.config.tasks)
+    def __init__(self, config: ImageToImageConfig) -> None:
+        self.tasks = list(config.tasks)
+        self.spreads = [task.spread for task in config.tasks.values() if task.spread is not None]
+        super().__init__(config)
 
     def told(self) -> dict[str, int]:
         return {**super().told(), "num_classes": len(self.tasks)}
@@ -89,32 +98,34 @@ class ImageToImage(Stage):
         shifts = np.array([task.shift for task in self.config.tasks.values()], np.float32)
         return x, eps, logsnr + shifts[chosen], *rest, *self.seen(given, chosen)
 
-    @property
-    def guesses(self) -> bool:
-        """Whether `predict` takes a guess too."""
-        return self.config.diffusion.prediction == "x0"
-
     def seen(self, given: Sequence[Given], chosen: Sequence[int]) -> Arrays:
-        """What `predict` takes: sources as the network sees them (B, 3, S, S), with x0 as many guesses, masks
+        """What `predict` takes: with spreads guesses (B, 3, S, S); sources as the network sees them (B, 3, S, S), masks
         (B, 1, S, S), tasks (B, K).
         """
         sources, masks = (np.stack(arrays) for arrays in zip(*given, strict=True))
-        guesses = [np.stack([each.guess() for each in given])] if self.guesses else []
-        pictures = [((each - self.mean) / self.std).astype(np.float32) for each in (sources, *guesses)]
-        return *pictures, masks, *one_hot(chosen, len(self.tasks))
+        pictures = [sources]
+        if self.spreads:
+            once = {id(each): (self.tasks[task], each) for each, task in zip(given, chosen, strict=True)}
+            guesses = {key: guess(*each) for key, each in once.items()}  # samples of a picture share it
+            pictures = [np.stack([guesses[id(each)] for each in given]), sources]
+        return *((each - self.mean) / self.std for each in pictures), masks, *one_hot(chosen, len(self.tasks))
 
     def predict(self, z: Tensor, logsnr_B: Tensor, *told: Tensor) -> Tensor:
-        num = 4 if self.guesses else 3  # of `seen`, the last ones told
-        source, mask, task_BK = told[-num], told[-2], told[-1]
+        source, mask, task_BK = told[-3:]
         seen = ops.cat((source + mask * (z - source), source), 1)
-        prompt, seeds = told[: self.num_prompt], told[self.num_prompt : -num]
+        prompt, seeds = told[: self.num_prompt], told[self.num_prompt : -4 if self.spreads else -3]
         answer = self.network(seen, logsnr_B.expand_dims(1), *prompt, task_BK, *seeds)
-        return x_around(told[-3], SPREAD, answer, z, logsnr_B) if self.guesses else answer
+        return x_around(told[-4], self.spread(task_BK), answer, z, logsnr_B) if self.spreads else answer
+
+    def spread(self, task_BK: Tensor) -> Tensor:
+        """Of each image (B,)."""
+        return (task_BK * ops.broadcast_to(Tensor(self.spreads, mstype.float32), task_BK.shape)).sum(axis=1)
 
     def loss(self, x: Tensor, eps: Tensor, logsnr_B: Tensor, *told: Tensor) -> Tensor:
         """The loss of each image (B,), over what is to be made."""
         output = self.predict(add_noise(x, eps, logsnr_B), logsnr_B, *told)
-        return score(self.config.diffusion, output, x, eps, logsnr_B, told[-2])
+        loss_B = score(self.config.diffusion, output, x, eps, logsnr_B, told[-2])
+        return loss_B / ops.square(self.spread(told[-1])) if self.spreads else loss_B
 
     def condition(
         self, given: Any, seed: int, numbers: Sequence[int], augment: float

@@ -138,8 +138,8 @@ class Stage:
         kept = np.array([stream.random() >= self.drop for stream in self.streams("drop", step, positions)], np.float32)
         told = [array * kept.reshape(-1, *(1,) * (array.ndim - 1)) for array in prompt]
         if self.config.unet.dropout:
-            seeds = [stream.integers(2**31) for stream in self.streams("dropout", step, positions)]
-            told.append(np.array(seeds, np.int32))
+            streams = self.streams("dropout", step, positions)
+            told.append(np.array([stream.integers(2**31) for stream in streams], np.int32))
         return x, eps, logsnr, *told
 
     @property

@@ -58,6 +58,16 @@ def test_quantile_is_numpys(q, num, ties):
 
 
 @pytest.mark.usefixtures("both")
+def test_places_beyond_what_float32_counts():
+    """2^24 + 3 numbers in order, of which the last ones differ."""
+    num = 2**24 + 3
+    values = np.zeros((1, num), np.float32)
+    values[0, :4] = (4, 3, 2, 1)
+    found = [quantile(Tensor(values), q).asnumpy()[0, 0] for q in (1.0, 1 - 1 / (num - 1), 1 - 2.5 / (num - 1))]
+    np.testing.assert_allclose(found, (4, 3, 1.5), atol=0.01)
+
+
+@pytest.mark.usefixtures("both")
 class TestThreshold:
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("q", [0.5, 0.9, 0.995, 1.0])

@@ -120,29 +120,42 @@ def test_the_loss_is_the_holes(stage):
 
 @pytest.fixture(scope="module")
 def guessing(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return make(tmp_path_factory.mktemp("guessing") / "run", shards_folder, diffusion={"prediction": "x0"})
+    """A stage whose network answers how the picture differs from a guess."""
+    tasks = {"inpainting": {"spread": 0.1}, "colorization": {"spread": 0.2}}
+    folder = tmp_path_factory.mktemp("guessing") / "run"
+    return make(folder, shards_folder, diffusion={"prediction": "x0"}, tasks=tasks)
 
 
 class TestGuess:
-    """A stage that predicts x0 answers how the picture differs from a guess."""
-
     def test_a_network_that_answers_nothing_leaves_the_guess_or_what_z_shows(self, guessing):
         initialize(guessing.network, 0)
         pictures = np.stack([picture() for _ in range(4)])
         x, eps, _, *told = guessing.batch(0, range(4), pictures)
-        for level, wanted in ((-20.0, told[-3]), (20.0, x)):
+        for level, wanted in ((-20.0, told[-4]), (20.0, x)):
             logsnr = np.full(4, level, np.float32)
             z = add_noise(Tensor(x), Tensor(eps), Tensor(logsnr))
             found = guessing.predict(z, Tensor(logsnr), *map(Tensor, told)).asnumpy()
             np.testing.assert_allclose(found, wanted, atol=1e-3)
 
-    def test_it_learns_and_restores(self, guessing, tmp_path):
+    def test_errors_count_in_spreads(self, guessing):
+        """A network that answers nothing, in much noise: the guess's own error in the hole, or everywhere."""
+        initialize(guessing.network, 0)
+        x, eps, _, *told = guessing.batch(0, range(6), np.stack([picture() for _ in range(6)]))
+        *_, guess, _, mask, task = told
+        found = guessing.loss(*map(Tensor, (x, eps, np.full(6, -20, np.float32), *told))).asnumpy()
+        error = ((x - guess) ** 2 * mask).mean((1, 2, 3)) / mask.mean((1, 2, 3))
+        np.testing.assert_allclose(found, error / (task @ (0.1, 0.2)) ** 2, rtol=1e-3)
+
+    def test_it_trains_and_restores(self, guessing, tmp_path):
+        """Several samples, a part of them once more, and a mask that leaves nothing to go by."""
         assert train(guessing)
         cascade = Cascade.load(Path(guessing.config.run) / "stage")
-        damages = [Damage("a", picture(17, 13), hole(17, 13))]
-        assert restore(cascade, damages, Restoring(task="inpainting"), tmp_path / "out") == 1
+        damages = [Damage("a", picture(17, 13), hole(17, 13)), Damage("b", picture(), np.ones((16, 16), bool))]
+        how = Restoring(task="inpainting", samples=2, resample=0.25)
+        assert restore(cascade, damages, how, tmp_path / "out") == 2
         found = read(tmp_path / "out" / "a.png")
         assert (found[~damages[0].mask] == damages[0].picture[~damages[0].mask]).all()
+        assert read(tmp_path / "out" / "b.png").std() > 1
 
 
 class TestRestore:
@@ -326,6 +339,18 @@ def test_other_stages_restore_nothing_and_this_one_makes_nothing(run, trained, f
         (
             {"tasks": {"inpainting": {"weight": 0}}},
             "tasks.inpainting.weight: 0.0 is not positive; leave out the task",
+        ),
+        (
+            {"tasks": {"inpainting": {"spread": 0.0}}},
+            "tasks.inpainting.spread: 0.0 is not positive; leave it out for a",
+        ),
+        (
+            {"tasks": {"inpainting": {"spread": 0.1}, "colorization": {}}},
+            "tasks.colorization.spread: none, and other tasks have one; give each task one or none",
+        ),
+        (
+            {"tasks": {"inpainting": {"spread": 0.1}}},
+            "diffusion.prediction: v, and tasks have a spread; give x0",
         ),
         ({"condition": "class", "classes": {"names": 3}}, "condition: class, but image to image is told its task"),
     ],

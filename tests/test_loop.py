@@ -180,6 +180,21 @@ def test_a_changed_configuration_is_refused_by_name(trained, shards_folder, t5_f
     assert (run / "config.yaml").read_bytes() == before
 
 
+def test_a_field_that_is_younger_than_the_run_has_its_default(trained, shards_folder, t5_folder, tmp_path):
+    run = tmp_path / "base"
+    shutil.copytree(trained / "base", run)
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    assert saved["unet"].pop("dropout") == 0
+    (run / "config.yaml").write_text(yaml.safe_dump(saved))
+    _, config = config_of(run, shards_folder, t5_folder)
+    assert finished(config)
+    assert settle(run, config).name == "step_0000004"
+    raw = stage_yaml("base", run, shards_folder, t5_folder)
+    raw["unet"]["dropout"] = 0.1
+    with pytest.raises(UserError, match=r"unet\.dropout: was 0\.0 when .* and is 0\.1 now"):
+        settle(run, build(type(config), raw))
+
+
 def test_what_is_finished_is_not_started_again(trained, shards_folder, t5_folder, tmp_path, monkeypatch, capsys):
     run = tmp_path / "base"
     shutil.copytree(trained / "base", run)

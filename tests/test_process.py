@@ -82,11 +82,11 @@ def test_an_answer_counts_deviations_from_what_is_known(spread):
     variance = 1 / (1 / spread**2 + alpha**2 / sigma**2)
     mean = variance * (guess / spread**2 + alpha * z / sigma**2)
     inputs = (guess.astype(np.float32), EPS, z.astype(np.float32), logsnr)
-    found = call(lambda guess, answer, z, logsnr: x_around(guess, spread, answer, z, logsnr), *inputs)
+    spreads = Tensor(np.full(9, spread, np.float32))
+    found = call(lambda guess, answer, z, logsnr: x_around(guess, spreads, answer, z, logsnr), *inputs)
     np.testing.assert_allclose(found, mean + np.sqrt(variance) * EPS, atol=2e-5)
-    nothing = call(
-        lambda guess, z, logsnr: x_around(guess, spread, 0.0 * z, z, logsnr), inputs[0], z.astype("f4"), logsnr
-    )
+    inputs = (guess.astype(np.float32), np.zeros_like(EPS), z.astype(np.float32), logsnr)
+    nothing = call(lambda guess, answer, z, logsnr: x_around(guess, spreads, answer, z, logsnr), *inputs)
     np.testing.assert_allclose(nothing[0], guess[0], atol=1e-3)
     np.testing.assert_allclose(nothing[-1], X[-1], atol=1e-3)
 

@@ -192,9 +192,14 @@ class TestFilled:
         other = np.where(mask[..., None], 0, picture)  # what was in the hole does not matter
         np.testing.assert_array_equal(filled(other, mask), found)
 
-    def test_a_hole_that_is_all_stays(self):
-        picture = np.random.default_rng(1).integers(0, 256, (5, 4, 3)).astype(np.float32)
-        np.testing.assert_array_equal(filled(picture, np.ones((5, 4), bool)), picture)
+    def test_nothing_known_is_nothing_to_carry(self):
+        assert not filled(np.ones((5, 4, 3), np.float32), np.ones((5, 4), bool)).any()
+
+    def test_a_wide_hole_is_filled_exactly_from_float32(self):
+        picture = np.random.default_rng(1).uniform(-1, 1, (300, 300, 3)).astype(np.float32)
+        mask = np.zeros((300, 300), bool)
+        mask[:, 10:] = True
+        np.testing.assert_allclose(filled(picture, mask), filled(picture.astype(np.float64), mask), atol=1e-6)
 
 
 class TestComposite:

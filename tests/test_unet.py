@@ -9,9 +9,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from compare import Arrays, assert_close, differentiate, reference
+from mindspore import Tensor
 
 from pipeline.config import ConfigError
 from pipeline.errors import UserError
+from pipeline.nn.blocks import Dropout
 from pipeline.nn.parameters import assign, initialize, num_parameters
 from pipeline.nn.unet import UNet, UNetConfig
 from tools.references import random_weights
@@ -120,6 +122,26 @@ def test_recompute_changes_nothing_but_memory(cases):
     assert again.config == replace(plain.config, recompute=True)
     assert_close(again.found, plain.found, tolerance=1e-6)
     assert again.found.keys() == plain.found.keys()
+
+
+def test_dropout_is_each_layers_own_and_recomputed_the_same():
+    """Compiled: an image alone is that image in company, and what is forgotten is dropped again as it was."""
+    config = replace(ADM, dropout=0.3)
+    seeds = np.array([3, 4], np.int32)
+    found = []
+    for recompute in (False, True):
+        net = UNet(replace(config, recompute=recompute), channels_in=3, num_levels=1, text_width=0)
+        weights = random_weights({p.name: p.shape for p in net.trainable_params()}, 0)
+        assign(net, weights, "random")
+        stream = np.random.default_rng(0)
+        x, cotangent = stream.standard_normal((2, 2, 3, 8, 8)).astype(np.float32)
+        found.append(differentiate(net)(cotangent, x, np.zeros((2, 1), np.float32), seeds))
+    numbers = [cell.number for _, cell in net.cells_and_names() if isinstance(cell, Dropout)]
+    assert numbers == list(range(len(numbers)))
+    assert len(numbers) == 10
+    assert_close(found[1], found[0], tolerance=1e-6)
+    without = net(Tensor(x), Tensor(np.zeros((2, 1), np.float32))).asnumpy()
+    assert np.abs(without - found[0]["output"]).max() > 0.01
 
 
 def names(net: UNet) -> list[str]:

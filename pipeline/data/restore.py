@@ -91,13 +91,14 @@ def membrane(values: np.ndarray, at_HW: np.ndarray) -> np.ndarray:
         return fft.irfft2(fft.rfft2(plane, shape) * kernel, shape)[: at_HW.shape[0], : at_HW.shape[1]]
 
     weight = around(at_HW.astype(np.float64))
-    return np.stack([around(np.where(at_HW, plane, 0)) / weight for plane in np.moveaxis(values, -1, 0)], -1)
+    planes = np.moveaxis(values.astype(np.float64), -1, 0)
+    return np.stack([around(np.where(at_HW, plane, 0)) / weight for plane in planes], -1)
 
 
 def filled(picture: np.ndarray, mask_HW: np.ndarray) -> np.ndarray:
-    """The picture (H, W, C) with what is known at the border of its hole carried into it; a hole that is all stays."""
+    """The picture (H, W, C) with what is known at the border of its hole carried into it, and 0 if nothing is known."""
     border = ndimage.binary_dilation(mask_HW) & ~mask_HW
-    return np.where(mask_HW[..., None], membrane(picture, border), picture) if border.any() else picture
+    return np.where(mask_HW[..., None], membrane(picture, border) if border.any() else 0, picture)
 
 
 def _jumps(picture: np.ndarray, painted: np.ndarray, mask_HW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

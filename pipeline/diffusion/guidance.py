@@ -24,14 +24,14 @@ def guide(conditional: Tensor, unconditional: Tensor, weight: float | Tensor) ->
 def quantile(values_BN: Tensor, q: float) -> Tensor:
     """The q-quantile of each row (B, 1), between its two neighbours in order, as `numpy.quantile` has it.
 
-    Only the largest values are sorted, where a CPU's kernel does not pick: q is close to 1 here.
+    A CPU's kernel selects; elsewhere the largest values are sorted, few as q is close to 1.
     """
     num = values_BN.shape[1]
     place = q * (num - 1)
     below = int(place)
     kernel = kernels.quantile()
     if kernel is not None:
-        return kernel(values_BN, Tensor([below, place - below], mstype.float32))
+        return kernel(values_BN, Tensor([below // 4096, below % 4096, place - below], mstype.float32))
     largest = ops.topk(values_BN, num - below)[0]  # descending, so the last one is number `below` of the row
     upper = largest[:, max(num - below - 2, 0)]
     return (largest[:, -1] + (place - below) * (upper - largest[:, -1])).reshape((-1, 1))
@@ -45,5 +45,5 @@ def threshold(x_BCHW: Tensor, kind: Threshold, q: float = 0.995) -> Tensor:
         return ops.clamp(x_BCHW, -1.0, 1.0)
     x_BN = x_BCHW.reshape((x_BCHW.shape[0], -1))
     size = ops.maximum(quantile(ops.abs(x_BN), q), 1.0)
-    rate = ops.broadcast_to(1.0 / size, x_BN.shape)  # by hand: a CPU's operators are 15 times slower at it
+    rate = ops.broadcast_to(1.0 / size, x_BN.shape)  # by hand: a CPU's operators are 15 times slower when they spread
     return ops.clamp(x_BN * rate, -1.0, 1.0).reshape(x_BCHW.shape)

@@ -55,16 +55,18 @@ def x_from_v(z: Tensor, v: Tensor, logsnr_B: Tensor) -> Tensor:
     return alpha * z - sigma * v
 
 
-def x_around(guess: Tensor, spread: float, answer: Tensor, z: Tensor, logsnr_B: Tensor) -> Tensor:
-    """x = guess + k (z - alpha guess) + c answer, for images that differ from `guess` by about `spread`.
+def x_around(guess: Tensor, spread_B: Tensor, answer: Tensor, z: Tensor, logsnr_B: Tensor) -> Tensor:
+    """x = mean + deviation answer, of images that differ from `guess` by N(0, spread^2) and show themselves in z:
 
-    With k = alpha spread^2 / d, c = spread sigma / sqrt(d), d = alpha^2 spread^2 + sigma^2, an answer of zero is the
-    mean and c the deviation of what x can be, and an answer of one size is wanted at all levels (Karras et al.,
-    arXiv 2206.00364, eq. 7, whose images are guessed to be 0). Little noise is copied, in much of it the guess stays.
+        mean = (sigma^2 guess + spread^2 alpha z) / d,  deviation = spread sigma / sqrt(d)
+
+    with d = sigma^2 + spread^2 alpha^2. With little noise z is copied, with much the guess stays, and at all levels
+    answers of one size are wanted: the preconditioning of Karras et al. (arXiv 2206.00364, eq. 7), whose images are
+    guessed to be 0.
     """
-    alpha, sigma = alpha_sigma(per_image(logsnr_B))
-    variance = spread**2 * alpha * alpha + sigma * sigma
-    return guess + spread**2 * alpha / variance * (z - alpha * guess) + spread * sigma / ops.sqrt(variance) * answer
+    (alpha, sigma), spread = alpha_sigma(per_image(logsnr_B)), per_image(spread_B)
+    d = sigma * sigma + spread * spread * alpha * alpha
+    return sigma * sigma / d * guess + spread * spread * alpha / d * z + spread * sigma / ops.sqrt(d) * answer
 
 
 def target(prediction: Prediction, x: Tensor, eps: Tensor, logsnr_B: Tensor) -> Tensor:

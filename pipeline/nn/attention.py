@@ -89,7 +89,8 @@ class Attention(nn.Cell):
         self.out = zeroed(Pointwise(width, width))
 
     def construct(self, x_BCHW: Tensor, told: Told) -> Tensor:
-        (B, C, H, W), (_, text_BLD, bias_BL, _) = x_BCHW.shape, told
+        B, C, H, W = x_BCHW.shape
+        _, text_BLD, bias_BL, _ = told
         q = self.to_q(self.norm(x_BCHW)).reshape((B, -1, H * W))
         keys: tuple[Tensor, ...] = ()
         values: tuple[Tensor, ...] = ()

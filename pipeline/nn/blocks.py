@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
+from pipeline.config import ConfigError
 from pipeline.nn import kernels
 
 GROUPS = 32  # of group normalization, as in DDPM and ADM; fewer in narrow layers
@@ -31,6 +32,10 @@ class BlockConfig:
     dropout: float = 0.0  # share of a residual block's numbers that training sets to zero before its last convolution
     head_channels: int = 64
     text_channels: int = 1024  # width to which the text is projected, once, for all blocks
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout: {self.dropout} is no share in [0, 1); ADM has 0.1")
 
 
 class Kept(NamedTuple):
@@ -224,18 +229,19 @@ class ResBlock(nn.Cell):
         self.skip = Conv(width_in, width, 1) if width_in != width else None
 
     def construct(self, x_BCHW: Tensor, told: Told) -> Tensor:
+        emb_BE, _, _, seeds_B = told
         x = x_BCHW
         h = x if self.norm1 is None else self.norm1(x)
         if self.resample == "up":
             h, x = upsample(h), upsample(x)
         elif self.resample == "down":
             h, x = downsample(h), downsample(x)
-        scale_shift = None if self.emb is None else self.emb(told[0])
+        scale_shift = None if self.emb is None else self.emb(emb_BE)
         h = self.norm2(self.conv1(h), scale_shift)
         if self.widen is not None:
             h = ops.silu(self.widen(h))
-        if self.dropout is not None and told[3] is not None:
-            h = self.dropout(h, told[3])
+        if self.dropout is not None and seeds_B is not None:
+            h = self.dropout(h, seeds_B)
         h = self.conv2(h)
         if self.skip is not None:
             x = self.skip(x)

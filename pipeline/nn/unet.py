@@ -50,6 +50,7 @@ class UNetConfig(BlockConfig):
     recompute: bool = False  # forget a layer's activations and compute them again for the gradient
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         levels = len(self.channel_mults)
         for name in ("channels", "channel_mults", "num_blocks", "head_channels", "text_channels", "patch"):
             value, least = getattr(self, name), 0 if name == "text_channels" else 1  # 0: the blocks see no text
@@ -62,8 +63,6 @@ class UNetConfig(BlockConfig):
                     f"{name}: {list(getattr(self, name))} has {len(getattr(self, name))} entries and channel_mults has "
                     f"{levels}; give one a level"
                 )
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout: {self.dropout} is no share in [0, 1); ADM has 0.1")
         if self.channels % 4:
             raise ConfigError(f"channels: {self.channels} is not a multiple of 4, which its group normalization needs")
         for mult, kind in zip(self.channel_mults, self.attention, strict=True):
@@ -116,9 +115,8 @@ class UNet(nn.Cell):
         self.stem_to_head = len(up) == len(down)  # else the last stack of the way up has taken the stem
         self.norm = Norm(width, config.norm)
         self.head = zeroed(Conv(2 * width if self.stem_to_head else width, 3 * config.patch**2, 3))
-        dropouts = [cell for _, cell in self.cells_and_names() if isinstance(cell, Dropout)]
-        for number, dropout in enumerate(dropouts):
-            dropout.number = number
+        for number, cell in enumerate(cell for _, cell in self.cells_and_names() if isinstance(cell, Dropout)):
+            cell.number = number
         if config.recompute:
             for stack in [*down, middle, *up]:
                 for layer in stack.layers:
@@ -148,14 +146,14 @@ class UNet(nn.Cell):
     def conditions(self, logsnr_BT: Tensor, *told: Tensor) -> Told:
         """What every layer takes beside the picture."""
         emb, text, bias_BL = 0.0, None, None
-        label = 2 * self.has_text
-        seeds_B = told[-1] if len(told) > label + self.has_label else None
+        num_text = 2 if self.has_text else 0
+        seeds_B = told[-1] if len(told) > num_text + self.has_label else None
         if self.has_text:
             bias_BL = (1.0 - told[1]) * PADDING
             text = self.text_in(self.text_norm(told[0])).astype(mstype.float32)
             emb = self.text_pool(text, bias_BL)
         if self.has_label:
-            emb = emb + self.label_in(told[label])
+            emb = emb + self.label_in(told[num_text])
         for i, level in enumerate(self.levels):
             emb = emb + level(logsnr_BT[:, i])
         return ops.silu(emb), text, bias_BL, seeds_B  # SiLU, as every block would start with it

@@ -6,7 +6,8 @@ MindSpore frees what a layer kept as the gradient passes it, and never gives mem
 counts for good.
 
 Three numbers are not shapes, PROGRAM, GRAPH and LOOSE. They were fitted on a CPU with MindSpore 2.9.0, to base64 (batch
-8) and sr256 (batch 2) of `tools.bench train`; `tools.bench memory` measures other configurations. On Ascend nothing was
+8) and sr256 (batch 2) of `tools.bench train`; `tools.bench memory` measures other configurations, to one of which each
+Adafactor's results on the way and what float16 keeps were fitted. On Ascend nothing was
 measured. What pictures that are sampled meanwhile take is not counted, nor the compiler, which runs once.
 """
 
@@ -42,7 +43,7 @@ def predict(network: UNet, config: Any, side: int, world: int) -> dict[str, int]
     layers = network.kept(side, config.text.length if config.text else 0)
     seen = network.stem.in_channels // network.patch**2 // 3  # pictures, each there with another: a noise, or a mask
     pictures = (2 * seen * BATCHES + PASSES) * 3 * side**2
-    kept = batch * (activations(layers, config.unet.recompute) + pictures) * size(config) / 4
+    kept = batch * (activations(layers, config.unet.recompute) * size(config) / 4 + pictures)
     backward = batch * max(layer.largest for layer in layers) * size(config) / 4
     gradients = number * (3 if config.train.accumulate > 1 else 2)  # this step's, the last one's, the sum of the parts
     largest = max(map(math.prod, shapes))
@@ -70,8 +71,8 @@ def activations(layers: Sequence[Kept], recompute: bool) -> int:
 
 
 def size(config: Any) -> int:
-    """Bytes of an activation. A CPU's kernels know float32 alone, so that in 16 bits there a number is kept as it came,
-    rounded, and rounded in float32.
+    """Bytes of an activation. With 16 bits a CPU keeps each number three times: as it came, rounded, and this once more
+    as float32, which is all that its kernels know.
     """
     if config.train.precision == "float32":
         return 4

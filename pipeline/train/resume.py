@@ -3,11 +3,12 @@
 import json
 import logging
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pipeline import checkpoint
-from pipeline.config import differences, dump, read_yaml, to_dict
+from pipeline.config import ConfigError, build, differences, dump, read_yaml, to_dict
 from pipeline.data.shards import Shards
 from pipeline.errors import UserError
 from pipeline.files import write_atomically
@@ -28,9 +29,18 @@ FREE = ("run", "train.steps", "train.checkpoint_every", "train.keep_checkpoints"
 def changed(run: Path, config: Config) -> Iterator[tuple[str, Any, Any]]:
     """(field, what it was when `run` was trained, what it is now) of each that may not change."""
     saved = run / "config.yaml"
-    for field, before, now in differences(read_yaml(saved), to_dict(config)) if saved.exists() else ():
+    for field, before, now in (
+        differences(complete(read_yaml(saved), config), to_dict(config)) if saved.exists() else ()
+    ):
         if not field.startswith(FREE):
             yield field, before, now
+
+
+def complete(saved: dict[str, Any], config: Config) -> dict[str, Any]:
+    """`saved` with the defaults of fields that are younger than it, if it is still one of this kind."""
+    with suppress(ConfigError):
+        return to_dict(build(type(config), saved))
+    return saved
 
 
 def finished(config: Config) -> bool:

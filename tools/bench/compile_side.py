@@ -24,8 +24,8 @@ def inputs(stage: Any) -> list[Tensor]:
     """One picture's worth of what the loss takes, all zeros."""
     side, text = stage.window or stage.config.size, stage.config.text
     pictures = np.zeros((1, side, side, 3), np.uint8)
-    batch = stage.batch(0, [0], pictures, np.zeros((1, text.length, text.width), np.float32), np.ones((1, text.length)))
-    return [Tensor(np.asarray(array, np.float32)) for array in batch]
+    words, mask = np.zeros((1, text.length, text.width), np.float32), np.ones((1, text.length), np.float32)
+    return [Tensor(array) for array in stage.batch(0, [0], pictures, words, mask)]
 
 
 def measure(path: str, folder: str) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """Pictures a second of the demo's stages and of larger ones, beside the network's calls that they take.
 
-Each stage makes a batch by the orchestrator, to the picture's bytes and from the prompt, where it is the first (a text
-is encoded once for all of them), with the sampler, the steps, the guidance and the batch of its file. Then it calls its
-network as often and does nothing else: what is over is the orchestrator's. The larger ones have the networks of
-`tools.bench train`, in 8 steps without guidance, the super-resolution after the base. The weights are those that a
-training starts from, as speed does not depend on values. Also told: seconds to the end of the first batch, in which the
-graph is compiled, and peak memory up to that stage.
+Each stage makes a batch by the orchestrator, to the picture's bytes, the first from the prompt, the others from its
+text, already encoded, with the sampler, the steps, the guidance and the batch of its file. Then it calls its network
+as often and does nothing else: what is over is the orchestrator's. The larger ones have the networks of `tools.bench
+train`, in 8 steps without guidance. The weights are those that a training starts from, as speed does not depend on
+values. Also told: seconds to the end of the first batch, in which the graph is compiled, and peak memory up to that
+stage.
 """
 
 import argparse
