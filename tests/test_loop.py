@@ -195,6 +195,19 @@ def test_a_field_that_is_younger_than_the_run_has_its_default(trained, shards_fo
         settle(run, build(type(config), raw))
 
 
+def test_a_picture_that_fails_costs_no_step(shards_folder, t5_folder, tmp_path):
+    cls, config = config_of(tmp_path / "run", shards_folder, t5_folder, steps=2, checkpoint_every=2, sample_every=2)
+    stage = cls(config)
+
+    def fail(*_):
+        raise RuntimeError("no picture")
+
+    stage.picture = fail
+    with pytest.raises(RuntimeError, match="no picture"):
+        train(stage)
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints").name == "step_0000002"
+
+
 def test_what_is_finished_is_not_started_again(trained, shards_folder, t5_folder, tmp_path, monkeypatch, capsys):
     run = tmp_path / "base"
     shutil.copytree(trained / "base", run)

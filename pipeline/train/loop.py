@@ -138,16 +138,16 @@ def steps(
                 since, last = time.perf_counter(), step
             if ending or (config.check_every and step % config.check_every == 0):
                 trainer.state.check_alike(step)
+            if step % config.checkpoint_every == 0 or ending or stopping:  # before a picture, which may fail
+                heart.beat("checkpoint")
+                tensors = trainer.state.files()
+                if first:
+                    writer.save(step, tensors, facts(step, skipped, trainer.scale, loader.shards))
             if config.sample_every and step % config.sample_every == 0:
                 heart.beat("sampling")
                 with trainer.state.averaged():
                     if first:
                         report.picture(step, stage.picture(*loader.first(config.num_samples)))
-            if step % config.checkpoint_every == 0 or ending or stopping:
-                heart.beat("checkpoint")
-                tensors = trainer.state.files()
-                if first:
-                    writer.save(step, tensors, facts(step, skipped, trainer.scale, loader.shards))
             if stopping and not ending:
                 writer.join()
                 log.info("%s: stopped after step %d, saved; the same command goes on from there", folder, step)
