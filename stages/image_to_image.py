@@ -25,7 +25,7 @@ from pipeline.data.image import to_uint8
 from pipeline.data.prompts import Arrays, Condition, one_hot
 from pipeline.data.tasks import TASKS, Given, damaged, guess
 from pipeline.diffusion.loss import loss as score
-from pipeline.diffusion.process import add_noise, x_around
+from pipeline.diffusion.process import add_noise, per_image, x_around
 from pipeline.diffusion.sampler import SamplerConfig
 from pipeline.editing import Edit
 from stages.stage import Stage, StageConfig, sheet
@@ -124,8 +124,10 @@ class ImageToImage(Stage):
     def loss(self, x: Tensor, eps: Tensor, logsnr_B: Tensor, *told: Tensor) -> Tensor:
         """The loss of each image (B,), over what is to be made."""
         output = self.predict(add_noise(x, eps, logsnr_B), logsnr_B, *told)
-        loss_B = score(self.config.diffusion, output, x, eps, logsnr_B, told[-2])
-        return loss_B / ops.square(self.spread(told[-1])) if self.spreads else loss_B
+        if self.spreads:
+            unit = per_image(1.0 / self.spread(told[-1]))
+            output, x = output * unit, x * unit
+        return score(self.config.diffusion, output, x, eps, logsnr_B, told[-2])
 
     def condition(
         self, given: Any, seed: int, numbers: Sequence[int], augment: float
