@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from jobs import QUICK, Running, leaving_nothing
 
+from pipeline import kernels
 from pipeline.data.shards import DataConfig, Shards
 from pipeline.data.text import load_encoder, recipe
 from pipeline.data.text_store import TextStore
-from pipeline.nn import kernels
 from pipeline.nn.text_encoder import TextConfig
 from tools import shapes, tiny_t5
 

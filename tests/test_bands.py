@@ -7,8 +7,8 @@ import pytest
 from mindspore import Tensor, ops
 from test_stages import inputs, make
 
-from pipeline import runtime
-from pipeline.nn import bands, blocks, kernels
+from pipeline import kernels, runtime
+from pipeline.nn import bands, blocks
 from pipeline.nn.parameters import assign, put
 from pipeline.nn.unet import UNet, UNetConfig
 from tools.references import random_weights

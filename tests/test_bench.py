@@ -9,12 +9,11 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from pipeline import runtime
+from pipeline import kernels, runtime
 from pipeline.config import build
 from pipeline.data.shards import DataConfig, Shards
 from pipeline.errors import JobError, UserError
 from pipeline.kinds import read_stage_config
-from pipeline.nn import kernels
 from pipeline.nn.unet import UNetConfig
 from tests.conftest import stage_yaml
 from tools.bench import compile, data, memory, peers, sample, scaling, steps, text, train, turns, whole

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor, value_and_grad
 
-from pipeline import runtime
-from pipeline.nn import kernels
+from pipeline import kernels, runtime
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="the kernels are not built here: no C++ compiler")
 

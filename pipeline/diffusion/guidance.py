@@ -11,7 +11,7 @@ from typing import Literal
 from mindspore import Tensor, ops
 from mindspore import dtype as mstype
 
-from pipeline.nn import kernels
+from pipeline import kernels
 
 Threshold = Literal["none", "static", "dynamic"]
 

@@ -8,7 +8,7 @@ from typing import Literal
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
-from pipeline.nn import kernels
+from pipeline import kernels
 from pipeline.nn.blocks import BlockConfig, Kept, Norm, Pointwise, Told, zeroed
 
 SCORES = 2**26  # of a picture's attention at a time, 256 MiB in float32; none of configs/ has as many

@@ -18,7 +18,7 @@ up-sampling is done twice and the stem three times.
 from mindspore import Tensor, ops
 from mindspore import dtype as mstype
 
-from pipeline.nn import kernels
+from pipeline import kernels
 from pipeline.nn.blocks import Norm, Told, channels_to_space, space_to_channels
 from pipeline.nn.unet import UNet
 

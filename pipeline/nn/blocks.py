@@ -11,8 +11,8 @@ from typing import Literal, NamedTuple
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
+from pipeline import kernels
 from pipeline.config import ConfigError
-from pipeline.nn import kernels
 
 GROUPS = 32  # of group normalization, as in DDPM and ADM; fewer in narrow layers
 

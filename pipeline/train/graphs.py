@@ -17,9 +17,8 @@ from typing import Any
 
 from mindspore import Parameter, ParameterTuple, Tensor, nn
 
-from pipeline import device, runtime
+from pipeline import device, kernels, runtime
 from pipeline.files import remove_folder, replace_folder
-from pipeline.nn import kernels
 
 log = logging.getLogger("cascade")
 
