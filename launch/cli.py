@@ -93,7 +93,8 @@ def run_status(arguments: argparse.Namespace) -> int:
 
 def run_sample(arguments: argparse.Namespace) -> int:
     said = prompts_in(arguments, arguments.num)
-    from pipeline.cascade import Cascade, prompts_of, read_cascade
+    from pipeline.cascade import Cascade, prompts_of
+    from pipeline.cascade_folder import read_cascade
     from pipeline.gallery import generate
     from pipeline.log import setup_logging
 
@@ -110,7 +111,8 @@ def run_sample(arguments: argparse.Namespace) -> int:
 
 def run_edit(arguments: argparse.Namespace) -> int:
     prompts = prompts_in(arguments)
-    from pipeline.cascade import Cascade, read_cascade
+    from pipeline.cascade import Cascade
+    from pipeline.cascade_folder import read_cascade
     from pipeline.data.pictures import pictures_in
     from pipeline.editing import open_editing, strengths
     from pipeline.gallery import generate
@@ -177,7 +179,8 @@ def sampling_options(arguments: argparse.Namespace, manifests: Mapping[str, "Man
 
 def run_restore(arguments: argparse.Namespace) -> int:
     check_seed(arguments.seed)
-    from pipeline.cascade import Cascade, read_cascade
+    from pipeline.cascade import Cascade
+    from pipeline.cascade_folder import read_cascade
     from pipeline.log import setup_logging
     from pipeline.restoration import Restoring, check_task, damages, restore
 
@@ -202,7 +205,8 @@ def run_explore(arguments: argparse.Namespace) -> int:
     if not all(prompt.strip() for prompt in arguments.prompt):
         raise UserError("--prompt: holds an empty one; give words, or leave it out")
 
-    from pipeline.cascade import Cascade, prompts_of, read_cascade
+    from pipeline.cascade import Cascade, prompts_of
+    from pipeline.cascade_folder import read_cascade
     from pipeline.explore import explore, read_picture
     from pipeline.log import setup_logging
 

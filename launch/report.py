@@ -85,7 +85,7 @@ def data(config: Any) -> dict[str, Any]:
 
 def check_folder(folder: Path) -> dict[str, Any]:
     """The manifests of a cascade that fits together."""
-    from pipeline.cascade import read_cascade
+    from pipeline.cascade_folder import read_cascade
 
     manifests, text = read_cascade(folder)
     stages = {name: {k: v for k, v in to_dict(m).items() if k != "config"} for name, m in manifests.items()}
@@ -94,7 +94,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
 
 def check_cascade_config(path: str, memory: float | None) -> dict[str, Any]:
     """The reports on all stages of a cascade's file, whose sizes must form a chain."""
-    from pipeline.cascade import CascadeConfig
+    from pipeline.cascade_folder import CascadeConfig
 
     config = build(CascadeConfig, read_yaml(path))
     reports = {entry.name: check_stage(entry.config, (), memory) for entry in config.stages}

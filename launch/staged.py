@@ -40,7 +40,7 @@ class Job:
 
 def plan(path: str, overrides: Sequence[str]) -> list[Job]:
     """The jobs of a cascade's file in the order of its stages. UserError if two have one run folder."""
-    from pipeline.cascade import CascadeConfig
+    from pipeline.cascade_folder import CascadeConfig
 
     jobs = []
     for entry in build(CascadeConfig, read_yaml(path)).stages:

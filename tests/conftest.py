@@ -93,7 +93,7 @@ def trained(shards_folder: Path, t5_folder: Path, tmp_path_factory: pytest.TempP
 
     Read only: all tests share it.
     """
-    from pipeline.cascade import export
+    from pipeline.cascade_folder import export
     from pipeline.config import build
     from pipeline.kinds import stage_class
     from pipeline.train.loop import train

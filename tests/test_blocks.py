@@ -9,6 +9,7 @@ from mindspore import Tensor, grad
 
 from pipeline import runtime
 from pipeline.nn import attention, blocks
+from pipeline.nn.dropout import Dropout
 from pipeline.nn.embeddings import PADDING, LevelEmbedding
 from pipeline.nn.parameters import assign, initialize
 from tools.references import LAYERS, random_weights
@@ -125,7 +126,7 @@ def test_dropout(rate):
     """The mask is the seed's and the layer's; what is left is scaled up; the gradient goes the same way."""
     shape, seeds = (3, 8, 12, 10), np.array([5, 2**31 - 1, 5], np.int32)
     x = np.random.default_rng(0).standard_normal(shape).astype(np.float32) + 3
-    layer = blocks.Dropout(rate)
+    layer = Dropout(rate)
     layer.number = 7
     wanted = np.where(dropped(seeds, 7, rate, shape), 0, x / (1 - rate))
 
@@ -145,7 +146,7 @@ def test_dropout_drops_its_share_of_everything():
     seeds = np.arange(100, 116, dtype=np.int32)
     masks = []
     for number in (0, 1):
-        layer = blocks.Dropout(rate)
+        layer = Dropout(rate)
         layer.number = number
         masks.append(layer(Tensor(np.ones(shape, np.float32)), Tensor(seeds)).asnumpy() == 0)
     masks.append(np.roll(masks[0], 1, 0))

@@ -13,7 +13,8 @@ from PIL import Image
 import tools.export
 import tools.tiny_t5
 from pipeline import Cascade
-from pipeline.cascade import export, span
+from pipeline.cascade import span
+from pipeline.cascade_folder import export
 from pipeline.errors import UserError
 from tests.conftest import stage_yaml
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from launch import cli
 from pipeline import Cascade
-from pipeline.cascade import export
+from pipeline.cascade_folder import export
 from pipeline.config import ConfigError, build
 from pipeline.data.restore import least_certain, spread
 from pipeline.data.tasks import TASKS, grey

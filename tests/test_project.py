@@ -8,7 +8,7 @@ import pytest
 from jobs import ROOT
 
 from launch.report import check
-from pipeline.cascade import CascadeConfig
+from pipeline.cascade_folder import CascadeConfig
 from pipeline.config import build, read_yaml
 from pipeline.data.tasks import TASKS
 from pipeline.kinds import read_stage_config
@@ -22,7 +22,7 @@ FLOORS = (
     ("pipeline.data",),
     ("pipeline.manifest", "pipeline.kinds"),
     ("pipeline.train",),
-    ("pipeline.editing",),
+    ("pipeline.editing", "pipeline.cascade_folder"),
     ("pipeline.cascade",),
     ("pipeline.gallery", "pipeline.explore"),
     ("pipeline.restoration",),

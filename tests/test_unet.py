@@ -13,7 +13,7 @@ from mindspore import Tensor
 
 from pipeline.config import ConfigError
 from pipeline.errors import UserError
-from pipeline.nn.blocks import Dropout
+from pipeline.nn.dropout import Dropout
 from pipeline.nn.parameters import assign, initialize, num_parameters
 from pipeline.nn.unet import UNet, UNetConfig
 from tools.references import random_weights

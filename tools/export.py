@@ -11,7 +11,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("config", help="a cascade's YAML file, as configs/cascade.yaml")
     arguments = parser.parse_args(argv)
 
-    from pipeline.cascade import CascadeConfig, export
+    from pipeline.cascade_folder import CascadeConfig, export
     from pipeline.config import build, read_yaml
     from pipeline.kinds import read_stage_config
 

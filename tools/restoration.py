@@ -40,7 +40,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of damage and noise (default 0)")
     arguments = parser.parse_args(argv)
 
-    from pipeline.cascade import Cascade, read_cascade
+    from pipeline.cascade import Cascade
+    from pipeline.cascade_folder import read_cascade
     from pipeline.restoration import check_restores
 
     check_restores(read_cascade(Path(arguments.stage))[0])

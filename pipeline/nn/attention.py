@@ -9,7 +9,7 @@ from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from pipeline import kernels
-from pipeline.nn.blocks import BlockConfig, Kept, Norm, Pointwise, Told, zeroed
+from pipeline.nn.blocks import BlockConfig, Conditions, Kept, Norm, Pointwise, zeroed
 
 SCORES = 2**26  # of a picture's attention at a time, 256 MiB in float32; none of configs/ has as many
 
@@ -88,9 +88,9 @@ class Attention(nn.Cell):
         self.lookup = LinearLookup() if kind == "linear" else Lookup()
         self.out = zeroed(Pointwise(width, width))
 
-    def construct(self, x_BCHW: Tensor, told: Told) -> Tensor:
+    def construct(self, x_BCHW: Tensor, conditions: Conditions) -> Tensor:
         B, C, H, W = x_BCHW.shape
-        _, text_BLD, bias_BL, _ = told
+        _, text_BLD, bias_BL, _ = conditions
         q = self.to_q(self.norm(x_BCHW)).reshape((B, -1, H * W))
         keys: tuple[Tensor, ...] = ()
         values: tuple[Tensor, ...] = ()

@@ -19,7 +19,7 @@ from mindspore import Tensor, ops
 from mindspore import dtype as mstype
 
 from pipeline import kernels
-from pipeline.nn.blocks import Norm, Told, channels_to_space, space_to_channels
+from pipeline.nn.blocks import Conditions, Norm, channels_to_space, space_to_channels
 from pipeline.nn.unet import UNet
 
 LIMIT = 2**24  # numbers of a picture at full resolution (64 MiB in float32) above which it is made in bands of so many
@@ -47,7 +47,7 @@ def in_bands(unet: UNet, x_BCHW: Tensor, logsnr_BT: Tensor, *told: Tensor) -> Te
     return unet.cut(channels_to_space(ops.cat(answers), unet.patch), x_BCHW)
 
 
-def picture(unet: UNet, x_BCHW: Tensor, told: Told) -> Tensor:
+def picture(unet: UNet, x_BCHW: Tensor, conditions: Conditions) -> Tensor:
     """What the head answers to `x_BCHW`, which are patches already.
 
     `depend` keeps a band from being begun before the last one is done, and the second pass from finding its bands in
@@ -59,16 +59,16 @@ def picture(unet: UNet, x_BCHW: Tensor, told: Told) -> Tensor:
 
     halves: tuple[Tensor, ...] = ()
     for band in bands:
-        half = enter(unet.stem(with_halo(x, band, 2)), told)
+        half = enter(unet.stem(with_halo(x, band, 2)), conditions)
         halves = (*halves, without_halo(half, band, 1))
         x = ops.depend(x, halves[-1])
-    h = unet.stacks(ops.cat(halves, 2), told, 1)
+    h = unet.stacks(ops.cat(halves, 2), conditions, 1)
 
     mean, variance = 0.0, 0.0
     for band in bands:
         _, start, stop, _ = band
         share = (stop - start) / stop
-        y = without_halo(leave(with_halo(h, band, 1), told), band, 2)
+        y = without_halo(leave(with_halo(h, band, 1), conditions), band, 2)
         of_band, spread = moments(y, unet.norm.groups)
         variance = variance + share * (spread - variance) + share * (1 - share) * ops.square(of_band - mean)
         mean = mean + share * (of_band - mean)
@@ -76,7 +76,7 @@ def picture(unet: UNet, x_BCHW: Tensor, told: Told) -> Tensor:
 
     answers: tuple[Tensor, ...] = ()
     for band in bands:
-        y = normalized(unet.norm, leave(with_halo(h, band, 1), told), mean, variance)
+        y = normalized(unet.norm, leave(with_halo(h, band, 1), conditions), mean, variance)
         y = ops.cat((y, unet.stem(with_halo(x, band, 2)) * unet.skip_scale), 1)
         answers = (*answers, without_halo(unet.head(y), band, 2))
         h, x = ops.depend(h, answers[-1]), ops.depend(x, answers[-1])

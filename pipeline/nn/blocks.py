@@ -1,8 +1,8 @@
 """The pieces that both U-Nets are made of.
 
 Shapes: B images, C channels, H x W pixels, N = H W positions, L text tokens, D text width, E embedding width, K heads.
-Every layer of a stack answers to `construct(x_BCHW, told)`, so that a stack is a plain list; see `Told`. It also says,
-by `kept(pixels, tokens)`, what its gradient will need: see `Kept`.
+Every layer of a stack answers to `construct(x_BCHW, conditions)`, so that a stack is a plain list; see `Conditions`. It
+also says, by `kept(pixels, tokens)`, what its gradient will need: see `Kept`.
 """
 
 from dataclasses import dataclass
@@ -13,14 +13,15 @@ from mindspore import dtype as mstype
 
 from pipeline import kernels
 from pipeline.config import ConfigError
+from pipeline.nn.dropout import Dropout
 
 GROUPS = 32  # of group normalization, as in DDPM and ADM; fewer in narrow layers
 
 NormKind = Literal["group", "layer", "instance"]
 
-# What each layer is told: emb_BE of noise levels, text and class; text_BLD and bias_BL, 0 for a token and a large
-# negative number for padding, if there is text; seeds_B of dropout, int32, in training with it.
-Told = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+# What each layer sees beside the picture: emb_BE of noise levels, text, class; if there is text, text_BLD and bias_BL,
+# 0 for a token and a large negative number for padding; in training with dropout, its seeds_B, int32.
+Conditions = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,26 +119,6 @@ def channels_to_space(x_BCHW: Tensor, patch: int) -> Tensor:
     return x.transpose((0, 1, 4, 2, 5, 3)).reshape((B, C // (patch * patch), H * patch, W * patch))
 
 
-GOLDEN = 0x9E3779B9 - 2**32  # 2^32 over the golden ratio: spreads neighbours
-
-
-def scrambled(bits: Tensor) -> Tensor:
-    """Of int32, each bit of the answer depending on all: the finalizer of MurmurHash3 (Appleby)."""
-    for shift, factor in ((16, 0x85EBCA6B - 2**32), (13, 0xC2B2AE35 - 2**32)):
-        bits = bits.bitwise_xor(shifted(bits, shift)) * factor
-    return bits.bitwise_xor(shifted(bits, 16))
-
-
-def shifted(bits: Tensor, shift: int) -> Tensor:
-    """int32 to the right, zeros from the left."""
-    return lowest(ops.bitwise_right_shift(bits, shift), 32 - shift)
-
-
-def lowest(bits: Tensor, num: int) -> Tensor:
-    """The lowest `num` bits of int32. (The mask is a tensor: a CPU has no kernel for a number there.)"""
-    return ops.bitwise_and(bits, Tensor(2**num - 1, mstype.int32))
-
-
 class Norm(nn.Cell):
     """Group normalization (Wu & He, arXiv 1803.08494), an optional scale and shift by the embedding, an optional SiLU.
 
@@ -179,30 +160,6 @@ class Norm(nn.Cell):
         return y.reshape((B, C, H, W)).astype(x_BCHW.dtype)
 
 
-class Dropout(nn.Cell):
-    """Sets a share `rate` of the numbers to zero and divides the others by 1 - rate (Srivastava et al., JMLR 2014).
-
-    Which ones is a function of the image's seed, the layer's `number` and the place, by the finalizer of MurmurHash3:
-    it depends neither on the rank, nor on the batch, nor on how often a run was continued. A framework's dropout
-    draws from a state that no checkpoint holds.
-    """
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate, self.number = rate, 0  # the network numbers its layers
-
-    def construct(self, x_BCHW: Tensor, seeds_B: Tensor) -> Tensor:
-        B, C, H, W = x_BCHW.shape
-        bits = scrambled(seeds_B + self.number)
-        for rows, count in ((B, C), (B * C, H * W)):  # channels of an image, then places of a channel
-            numbers = ops.arange(count).astype(mstype.int32) * GOLDEN
-            shape = (rows, count)
-            bits = ops.broadcast_to(bits.reshape((rows, 1)), shape) + ops.broadcast_to(numbers.reshape((1, -1)), shape)
-            bits = scrambled(bits)
-        mask = (lowest(bits, 31) >= int(self.rate * 2**31)).astype(x_BCHW.dtype).reshape(x_BCHW.shape)
-        return x_BCHW * (mask * (1.0 / (1.0 - self.rate)))
-
-
 class ResBlock(nn.Cell):
     """Norm, SiLU, convolution, norm with scale and shift, SiLU, convolution; added to the input.
 
@@ -228,8 +185,8 @@ class ResBlock(nn.Cell):
         self.conv2 = zeroed(Conv(4 * width, width, 1) if self.convnext else Conv(width, width, 3))
         self.skip = Conv(width_in, width, 1) if width_in != width else None
 
-    def construct(self, x_BCHW: Tensor, told: Told) -> Tensor:
-        emb_BE, _, _, seeds_B = told
+    def construct(self, x_BCHW: Tensor, conditions: Conditions) -> Tensor:
+        emb_BE, _, _, seeds_B = conditions
         x = x_BCHW
         h = x if self.norm1 is None else self.norm1(x)
         if self.resample == "up":
@@ -264,7 +221,7 @@ class Downsample(nn.Cell):
         super().__init__()
         self.conv = Conv(width_in, width, 3, stride=2)
 
-    def construct(self, x_BCHW: Tensor, told: Told) -> Tensor:
+    def construct(self, x_BCHW: Tensor, conditions: Conditions) -> Tensor:
         return self.conv(x_BCHW)
 
     def kept(self, pixels: int, tokens: int) -> Kept:
@@ -279,7 +236,7 @@ class Upsample(nn.Cell):
         super().__init__()
         self.conv = Conv(width_in, width, 3)
 
-    def construct(self, x_BCHW: Tensor, told: Told) -> Tensor:
+    def construct(self, x_BCHW: Tensor, conditions: Conditions) -> Tensor:
         return self.conv(upsample(x_BCHW))
 
     def kept(self, pixels: int, tokens: int) -> Kept:
@@ -295,9 +252,9 @@ class Stack(nn.Cell):
         super().__init__()
         self.layers = nn.CellList(layers)
 
-    def construct(self, x_BCHW: Tensor, told: Told, start: int = 0, stop: int = 0) -> Tensor:
+    def construct(self, x_BCHW: Tensor, conditions: Conditions, start: int = 0, stop: int = 0) -> Tensor:
         """But for `start` layers at the start and `stop` at the end, which the caller has in bands (see bands.py)."""
         x = x_BCHW
         for layer in range(start, len(self.layers) - stop):
-            x = self.layers[layer](x, told)
+            x = self.layers[layer](x, conditions)
         return x

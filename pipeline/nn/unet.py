@@ -21,19 +21,19 @@ from pipeline.config import ConfigError
 from pipeline.nn.attention import Attention, AttentionKind
 from pipeline.nn.blocks import (
     BlockConfig,
+    Conditions,
     Conv,
     Downsample,
-    Dropout,
     Kept,
     Norm,
     ResBlock,
     Stack,
-    Told,
     Upsample,
     channels_to_space,
     space_to_channels,
     zeroed,
 )
+from pipeline.nn.dropout import Dropout
 from pipeline.nn.embeddings import PADDING, LevelEmbedding, TextPool
 
 
@@ -123,9 +123,8 @@ class UNet(nn.Cell):
                     layer.recompute()
 
     def construct(self, x_BCHW: Tensor, logsnr_BT: Tensor, *told: Tensor) -> Tensor:
-        of_layers = self.conditions(logsnr_BT, *told)
         stem = self.stem(space_to_channels(self.filled(x_BCHW), self.patch))
-        h = self.norm(self.stacks(stem, of_layers))
+        h = self.norm(self.stacks(stem, self.conditions(logsnr_BT, *told)))
         if self.stem_to_head:  # not normalized: so the low resolution keeps its contrast, and copying it is linear
             h = ops.cat((h, stem * self.skip_scale), 1)
         return self.cut(channels_to_space(self.head(h), self.patch), x_BCHW)
@@ -143,7 +142,7 @@ class UNet(nn.Cell):
         y = y_BCHW.astype(mstype.float32)
         return y if y.shape[2:] == (H, W) else y[:, :, :H, :W]
 
-    def conditions(self, logsnr_BT: Tensor, *told: Tensor) -> Told:
+    def conditions(self, logsnr_BT: Tensor, *told: Tensor) -> Conditions:
         """What every layer takes beside the picture."""
         emb, text, bias_BL = 0.0, None, None
         num_text = 2 if self.has_text else 0
@@ -158,16 +157,16 @@ class UNet(nn.Cell):
             emb = emb + level(logsnr_BT[:, i])
         return ops.silu(emb), text, bias_BL, seeds_B  # SiLU, as every block would start with it
 
-    def stacks(self, h: Tensor, told: Told, outer: int = 0) -> Tensor:
+    def stacks(self, h: Tensor, conditions: Conditions, outer: int = 0) -> Tensor:
         """All between stem and head, but for `outer` layers at either end."""
         skips: tuple[Tensor, ...] = (h,)  # a tuple, as a list's pop() leaves the compiled graph
         for i, stack in enumerate(self.down):
-            h = stack(h, told, outer if i == 0 else 0)
+            h = stack(h, conditions, outer if i == 0 else 0)
             skips = (*skips, h)
-        h = self.middle(h, told)
+        h = self.middle(h, conditions)
         for i, stack in enumerate(self.up):
             h = ops.cat((h, skips[-1 - i] * self.skip_scale), 1)
-            h = stack(h, told, 0, outer if i == len(self.up) - 1 else 0)
+            h = stack(h, conditions, 0, outer if i == len(self.up) - 1 else 0)
         return h
 
     def kept(self, side: int, tokens: int) -> list[Kept]:

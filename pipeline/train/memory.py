@@ -7,8 +7,8 @@ counts for good.
 
 Three numbers are not shapes, PROGRAM, GRAPH and LOOSE. They were fitted on a CPU with MindSpore 2.9.0, to base64 (batch
 8) and sr256 (batch 2) of `tools.bench train`; `tools.bench memory` measures other configurations, to one of which each
-Adafactor's results on the way and what float16 keeps were fitted. On Ascend nothing was
-measured. What pictures that are sampled meanwhile take is not counted, nor the compiler, which runs once.
+Adafactor's results on the way and what float16 keeps were fitted. On Ascend nothing was measured. What pictures that
+are sampled meanwhile take is not counted, nor the compiler, which runs once.
 """
 
 import math
