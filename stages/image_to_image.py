@@ -6,8 +6,9 @@ make every pixel anew. One model may know one task or all, each with a share of 
 the more a task leaves open, the more noise it wants (Chen, arXiv 2301.10972).
 
 A task may have a `spread`: then the network is asked for less, how the picture differs from a `guess`, the source with
-its hole smoothly filled, and errors count in units of the spread. A small network would need most of its training to
-learn to copy. Without, this is Palette.
+its hole smoothly filled, and errors count in units of the spread. It sees the guess, the mask and, instead of the noisy
+picture, what that shows of the difference, which is nothing in much noise: a small network would need most of its
+training to learn to copy what it is shown and to close its eyes to noise. Without spreads this is Palette.
 
 Shapes: see stage.py; K tasks.
 """
@@ -25,7 +26,7 @@ from pipeline.data.image import to_uint8
 from pipeline.data.prompts import Arrays, Condition, one_hot
 from pipeline.data.tasks import TASKS, Given, damaged, guess
 from pipeline.diffusion.loss import loss as score
-from pipeline.diffusion.process import add_noise, per_image, x_around
+from pipeline.diffusion.process import add_noise, around, per_image
 from pipeline.diffusion.sampler import SamplerConfig
 from pipeline.editing import Edit
 from stages.stage import Stage, StageConfig, sheet
@@ -74,12 +75,12 @@ class ImageToImage(Stage):
 
     Config = ImageToImageConfig
     config: ImageToImageConfig
-    channels_in = 6
     num_levels = 1
 
     def __init__(self, config: ImageToImageConfig) -> None:
         self.tasks = list(config.tasks)
         self.spreads = [task.spread for task in config.tasks.values() if task.spread is not None]
+        self.channels_in = 7 if self.spreads else 6  # 7: the mask too, as no noise tells where the hole is
         super().__init__(config)
 
     def told(self) -> dict[str, int]:
@@ -99,23 +100,24 @@ class ImageToImage(Stage):
         return x, eps, logsnr + shifts[chosen], *rest, *self.seen(given, chosen)
 
     def seen(self, given: Sequence[Given], chosen: Sequence[int]) -> Arrays:
-        """What `predict` takes: with spreads guesses (B, 3, S, S); sources as the network sees them (B, 3, S, S), masks
-        (B, 1, S, S), tasks (B, K).
-        """
-        sources, masks = (np.stack(arrays) for arrays in zip(*given, strict=True))
-        pictures = [sources]
+        """What `predict` takes: sources or, with spreads, guesses (B, 3, S, S), masks (B, 1, S, S), tasks (B, K)."""
+        pictures, masks = (np.stack(arrays) for arrays in zip(*given, strict=True))
         if self.spreads:
             once = {id(each): (self.tasks[task], each) for each, task in zip(given, chosen, strict=True)}
             guesses = {key: guess(*each) for key, each in once.items()}  # samples of a picture share it
-            pictures = [np.stack([guesses[id(each)] for each in given]), sources]
-        return *((each - self.mean) / self.std for each in pictures), masks, *one_hot(chosen, len(self.tasks))
+            pictures = np.stack([guesses[id(each)] for each in given])
+        return (pictures - self.mean) / self.std, masks, *one_hot(chosen, len(self.tasks))
 
     def predict(self, z: Tensor, logsnr_B: Tensor, *told: Tensor) -> Tensor:
-        source, mask, task_BK = told[-3:]
-        seen = ops.cat((source + mask * (z - source), source), 1)
-        prompt, seeds = told[: self.num_prompt], told[self.num_prompt : -4 if self.spreads else -3]
-        answer = self.network(seen, logsnr_B.expand_dims(1), *prompt, task_BK, *seeds)
-        return x_around(told[-4], self.spread(task_BK), answer, z, logsnr_B) if self.spreads else answer
+        picture, mask, task_BK = told[-3:]
+        prompt, seeds = told[: self.num_prompt], told[self.num_prompt : -3]
+        if not self.spreads:
+            seen = ops.cat((picture + mask * (z - picture), picture), 1)
+            return self.network(seen, logsnr_B.expand_dims(1), *prompt, task_BK, *seeds)
+        spread_B = self.spread(task_BK)
+        mean, deviation = around(picture, spread_B, z, logsnr_B)
+        seen = ops.cat((mask * (mean - picture) / per_image(spread_B), picture, mask), 1)
+        return mean + deviation * self.network(seen, logsnr_B.expand_dims(1), *prompt, task_BK, *seeds)
 
     def spread(self, task_BK: Tensor) -> Tensor:
         """Of each image (B,)."""

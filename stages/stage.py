@@ -93,7 +93,7 @@ class Stage:
     """
 
     Config: ClassVar[type[StageConfig]] = StageConfig
-    channels_in: ClassVar[int]
+    channels_in: int
     num_levels: ClassVar[int]
 
     def __init__(self, config: StageConfig) -> None:

@@ -62,7 +62,8 @@ TOOLS = {
     "photographs": "--size SIZE --num NUM [--held-out HELD_OUT] [--seed SEED] [--shard-size SHARD_SIZE] OUT",
     "pixels": "SHARDS [SHARDS ...]",
     "references": "[NAME ...]",
-    "restoration": "--out DIR [--num N] [--samples N] [--steps S] [--seed N] stage shards [shards ...]",
+    "restoration": "--shards TAR [TAR ...] --out DIR [--num N] [--samples N] [--steps S] [--seed N] "
+    "[--train TAR [TAR ...]] STAGE [STAGE ...]",
     "shapes": "--num NUM --size SIZE --seed SEED [--shard-size SHARD_SIZE] [--workers WORKERS] OUT",
     "tiny_t5": "--captions FILE [FILE ...] [--width WIDTH] [--layers LAYERS] [--heads HEADS] [--vocab VOCAB] "
     "[--seed SEED] OUT",

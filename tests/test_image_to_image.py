@@ -4,6 +4,7 @@ The stage was trained for four steps: what matters is what stays, what is made a
 """
 
 import json
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ class TestGuess:
         initialize(guessing.network, 0)
         pictures = np.stack([picture() for _ in range(4)])
         x, eps, _, *told = guessing.batch(0, range(4), pictures)
-        for level, wanted in ((-20.0, told[-4]), (20.0, x)):
+        for level, wanted in ((-20.0, told[-3]), (20.0, x)):
             logsnr = np.full(4, level, np.float32)
             z = add_noise(Tensor(x), Tensor(eps), Tensor(logsnr))
             found = guessing.predict(z, Tensor(logsnr), *map(Tensor, told)).asnumpy()
@@ -141,10 +142,25 @@ class TestGuess:
         """A network that answers nothing, in much noise: the guess's own error in the hole, or everywhere."""
         initialize(guessing.network, 0)
         x, eps, _, *told = guessing.batch(0, range(6), np.stack([picture() for _ in range(6)]))
-        *_, guess, _, mask, task = told
+        *_, guess, mask, task = told
         found = guessing.loss(*map(Tensor, (x, eps, np.full(6, -20, np.float32), *told))).asnumpy()
         error = ((x - guess) ** 2 * mask).mean((1, 2, 3)) / mask.mean((1, 2, 3))
         np.testing.assert_allclose(found, error / (task @ (0.1, 0.2)) ** 2, rtol=1e-3)
+
+    @pytest.mark.parametrize("level", [-20.0, 0.0, 20.0])
+    def test_the_network_sees_what_z_shows_of_the_difference(self, guessing, level):
+        """Beside the guess and the mask: nothing in much noise, all of it in little, and none where it is known."""
+        x, eps, *_, guess, mask, task = guessing.batch(0, range(4), np.stack([picture() for _ in range(4)]))
+        logsnr, seen = np.full(4, level, np.float32), []
+        watched = copy(guessing)
+        watched.network = lambda seen_B7HW, *_: seen.append(seen_B7HW.asnumpy()) or seen_B7HW[:, :3]
+        z = add_noise(Tensor(x), Tensor(eps), Tensor(logsnr))
+        watched.predict(z, *map(Tensor, (logsnr, guess, mask, task)))
+        np.testing.assert_array_equal(seen[0][:, 3:], np.concatenate((guess, mask), 1))
+        assert not seen[0][:, :3][np.broadcast_to(mask, x.shape) == 0].any()
+        if level:
+            wanted = mask * (x - guess) / (task @ (0.1, 0.2)).reshape(4, 1, 1, 1) * (level > 0)
+            np.testing.assert_allclose(seen[0][:, :3], wanted, atol=0.02)
 
     def test_it_trains_and_restores(self, guessing, tmp_path):
         """Several samples, a part of them once more, and a mask that leaves nothing to go by."""
@@ -305,9 +321,12 @@ def test_the_command(run, files, capsys, monkeypatch):
     assert (entry["task"], entry["steps"], entry["file"]) == ("inpainting", 3, "a.png")
 
 
-def test_text_is_told_beside_the_task(shards_folder, t5_folder, tmp_path):
-    """Trained on captions, joined with the encoder and asked with and without words."""
+@pytest.mark.parametrize("spread", [None, 0.1])
+def test_text_is_told_beside_the_task(shards_folder, t5_folder, tmp_path, spread):
+    """Trained on captions, joined with the encoder and asked with and without words, with guidance."""
     changes = {"condition": "text", "text": {"encoder": str(t5_folder), "width": 16, "length": LENGTH}}
+    changes |= {"diffusion": {"prediction": "x0"}, "tasks": {"inpainting": {"spread": spread}}}
+    changes["sample"] = {"sampler": "ddim", "steps": 2, "batch": 4, "threshold": "static", "guidance": 3.0}
     assert train(make(tmp_path / "run", shards_folder, **changes))
     export({"mend": tmp_path / "run" / "stage"}, t5_folder, tmp_path / "cascade")
     told = Cascade.load(tmp_path / "cascade")

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import tarfile
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from pipeline.data.shards import DataConfig, Shards
 from pipeline.errors import UserError
 from pipeline.rng import generator
 from tools import photographs
-from tools.photographs import HELD_OUT, TRAIN, main, read, square
+from tools.photographs import HELD_OUT, TRAIN, main, read, samples, square
 
 ARGUMENTS = ["--size", "32", "--num", "60", "--held-out", "20", "--shard-size", "25"]
 
@@ -83,6 +84,17 @@ def test_squares_are_parts_of_the_photograph_at_several_scales():
     middle = np.array([image[..., 0].mean() for image in squares]) / 255
     assert middle.min() < 0.2
     assert middle.max() > 0.8
+
+
+def test_squares_to_train_on_lie_in_all_eight_ways():
+    """A picture whose red tells right from left and whose green tells up from down, in all of its squares."""
+    y, x = np.mgrid[:64, :64]
+    plane = np.stack([x * 4, y * 2, np.zeros_like(x)], -1).astype(np.uint8)
+    ways = []
+    for folder in range(2):
+        squares = [image.astype(int) for image, *_ in islice(samples([("x", "x", plane)], 64, 0, folder), 64)]
+        ways.append({tuple(np.sign(np.diff(image[0, :2], axis=0)[0, :2])) + tuple(image[0, 0]) for image in squares})
+    assert [len(each) for each in ways] == [8, 1]
 
 
 def test_a_square_is_never_enlarged():

@@ -7,10 +7,10 @@ from mindspore import Tensor
 from pipeline.diffusion.process import (
     add_noise,
     alpha_sigma,
+    around,
     eps_from_x,
     target,
     v_target,
-    x_around,
     x_from,
     x_from_eps,
     x_from_v,
@@ -80,15 +80,23 @@ def test_an_answer_counts_deviations_from_what_is_known(spread):
     (alpha, sigma), guess = rates(logsnr), X[::-1].astype(np.float64)
     z = alpha * X + sigma * EPS
     variance = 1 / (1 / spread**2 + alpha**2 / sigma**2)
-    mean = variance * (guess / spread**2 + alpha * z / sigma**2)
-    inputs = (guess.astype(np.float32), EPS, z.astype(np.float32), logsnr)
     spreads = Tensor(np.full(9, spread, np.float32))
-    found = call(lambda guess, answer, z, logsnr: x_around(guess, spreads, answer, z, logsnr), *inputs)
-    np.testing.assert_allclose(found, mean + np.sqrt(variance) * EPS, atol=2e-5)
-    inputs = (guess.astype(np.float32), np.zeros_like(EPS), z.astype(np.float32), logsnr)
-    nothing = call(lambda guess, answer, z, logsnr: x_around(guess, spreads, answer, z, logsnr), *inputs)
-    np.testing.assert_allclose(nothing[0], guess[0], atol=1e-3)
-    np.testing.assert_allclose(nothing[-1], X[-1], atol=1e-3)
+    inputs = Tensor(guess.astype(np.float32)), spreads, Tensor(z.astype(np.float32)), Tensor(logsnr)
+    found, deviation = (tensor.asnumpy() for tensor in around(*inputs))
+    np.testing.assert_allclose(found, variance * (guess / spread**2 + alpha * z / sigma**2), atol=2e-5)
+    np.testing.assert_allclose(deviation, np.sqrt(variance), rtol=1e-4)
+    np.testing.assert_allclose(found[0], guess[0], atol=1e-3)
+    np.testing.assert_allclose(found[-1], X[-1], atol=1e-3)
+
+
+def test_deviations_from_the_mean_have_one_size():
+    """At all levels, if the guess is off by its spread."""
+    rng, logsnr = np.random.default_rng(0), np.linspace(-20, 10, 9).astype(np.float32)
+    guess, off, eps = rng.standard_normal((3, 9, 3, 64, 64)).astype(np.float32)
+    truth = guess + 0.1 * off
+    x, eps, guess, spread, logsnr = map(Tensor, (truth, eps, guess, np.full(9, 0.1, np.float32), logsnr))
+    mean, deviation = (tensor.asnumpy() for tensor in around(guess, spread, add_noise(x, eps, logsnr), logsnr))
+    np.testing.assert_allclose(((truth - mean) / deviation).std((1, 2, 3)), 1, atol=0.03)
 
 
 def test_v_is_the_speed_of_z_along_the_angle():

@@ -38,27 +38,41 @@ def test_what_is_known_is_the_truth(task):
 
 
 def test_an_overview_has_a_row_a_task():
-    rows = [[np.full((8, 8, 3), 10 * i + j, np.uint8) for j in range(3)] for i in range(2)]
+    rows = [{title: np.full((64, 64, 3), 10 * i, np.uint8) for title in ("damaged", "truth")} for i in range(2)]
     sheet = np.asarray(overview(rows))
-    assert sheet.shape == (20, 32, 3)
-    assert (sheet[12:20, 24:32] == 12).all()
-    assert (sheet[:, 8:12] == 255).all()
+    assert sheet.shape == (20 + 2 * 132 - 4, 2 * 132 - 4, 3)
+    assert (sheet[152:] == np.where(np.arange(260) // 4 == 32, 255, 10)[:, None]).all()
+    assert (sheet[:20] < 128).any()
 
 
 def test_a_whole_run(run, shards_folder: Path, tmp_path: Path, capsys):  # noqa: F811
     out = tmp_path / "out"
-    argv = [str(run / "stage"), f"{shards_folder}/*.tar", "--out", str(out), "--num", "2", "--samples", "2"]
+    argv = [str(run / "stage"), "--shards", f"{shards_folder}/*.tar", "--out", str(out), "--num", "2", "--samples", "2"]
     main(argv)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" | ")[0] for line in lines[2:4]] == ["| inpainting", "| colorization"]
+    inpainting, colorization = (line.split(" | ") for line in lines[2:4])
+    assert (inpainting[0], colorization[0]) == ("| inpainting", "| colorization")
+    assert len({cell.split()[0] for cell in inpainting}) == 6
+    assert colorization[1] == colorization[2] == colorization[3]  # all grey
     assert lines[4].startswith("PSNR in dB (SSIM), means of 2 pictures; 2 samples of each")
     with Image.open(out / "overview.png") as image:
-        assert image.size == (5 * 20 - 4, 2 * 20 - 4)
+        assert image.size == (5 * 132 - 4, 20 + 2 * 132 - 4)
     assert len((out / "inpainting" / "manifest.jsonl").read_text().splitlines()) == 2 * 4
     main(argv)  # nothing is made again
     assert capsys.readouterr().out.splitlines() == lines
+    main([*argv, "--train", f"{shards_folder}/*.tar"])
+    again = capsys.readouterr().out.splitlines()
+    assert again[2] == lines[2]
+    assert [cell for cell, before in zip(again[3].split(" | "), colorization, strict=True) if cell != before] == [
+        again[3].split(" | ")[2]  # the baseline has a colour now
+    ]
 
 
 def test_other_stages_are_refused(trained: Path, tmp_path: Path):
     with pytest.raises(UserError, match="not an image-to-image stage"):
-        main([str(trained / "cascade"), "x.tar", "--out", str(tmp_path)])
+        main([str(trained / "cascade"), "--shards", "x.tar", "--out", str(tmp_path)])
+
+
+def test_a_task_that_two_stages_know_is_refused(run, tmp_path: Path):  # noqa: F811
+    with pytest.raises(UserError, match=r"knows inpainting, and .*stage does too; measure one after the other"):
+        main([str(run / "stage"), str(run / "stage"), "--shards", "x.tar", "--out", str(tmp_path)])

@@ -3,9 +3,9 @@
     python -m tools.photographs runs/restore/photographs --size 64 --num 4096
 
 The photographs are those in colour that come inside scikit-image. Two of the eight are held out whole: nothing of what
-OUT/held_out shows is in OUT/train. Six photographs teach edges and textures, not what the world looks like. Square i of
-a folder depends on the seed and i alone: which photograph, a side from a quarter to all of its shorter one (evenly in
-log scale, at least `size`), and where.
+OUT/held_out shows is in OUT/train. Six photographs teach edges and textures, not what the world looks like, so those
+to train on are turned and mirrored too. Square i of a folder depends on the seed and i alone: which photograph, a side
+from a quarter to all of its shorter one (evenly in log scale, at least `size`), where, and which way up.
 """
 
 from collections.abc import Iterator, Sequence
@@ -48,11 +48,11 @@ def read(name: str) -> np.ndarray:
     return decode((Path(package.origin).parent / "data" / name).read_bytes(), size=MAX_SIDE).pixels
 
 
-def square(pixels: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """uint8 (size, size, 3): a random square of (H, W, 3), shrunk."""
+def square(pixels: np.ndarray, size: int, rng: np.random.Generator, orientation: int = 1) -> np.ndarray:
+    """uint8 (size, size, 3): a random square of (H, W, 3), shrunk, and laid in one of Exif's eight orientations."""
     short = min(pixels.shape[:2])
     side = round(np.exp(rng.uniform(np.log(max(size, short / CLOSEST)), np.log(short))))
-    return crop_resize(Picture(window(pixels, side, *rng.random(2)), side, side), size, 0.5, 0.5)
+    return crop_resize(Picture(window(pixels, side, *rng.random(2)), side, side, orientation), size, 0.5, 0.5)
 
 
 def samples(photographs: Sequence[Photograph], size: int, seed: int, folder: int) -> Iterator[Sample]:
@@ -60,7 +60,8 @@ def samples(photographs: Sequence[Photograph], size: int, seed: int, folder: int
     for number in count():
         rng = generator(seed, "photographs", folder, number)
         name, shows, pixels = photographs[rng.integers(len(photographs))]
-        yield square(pixels, size, rng), f"a photograph of {shows}", {"photograph": name}
+        orientation = 1 if folder else int(rng.integers(1, 9))
+        yield square(pixels, size, rng, orientation), f"a photograph of {shows}", {"photograph": name}
 
 
 def write(out: Path, *, num: int, held_out: int, size: int, seed: int, shard_size: int) -> str:

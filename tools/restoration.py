@@ -1,24 +1,28 @@
-"""How well an image-to-image stage restores pictures that it has not seen, beside the damaged ones and what needs no
-network (tools/baselines.py): peak signal-to-noise ratio and structural similarity of each task, as Markdown.
+"""How well image-to-image stages restore pictures that they have not seen, beside the damaged ones and what needs no
+network, a simple baseline (tools/baselines.py) and the guess that a stage with spreads starts from: peak
+signal-to-noise ratio and structural similarity of each task, as Markdown.
 
-    python -m tools.restoration RUN/stage 'held_out/*.tar' --out DIR
+    python -m tools.restoration RUN/stage [...] --shards 'held_out/*.tar' --out DIR
 
 DIR gets a folder of restored pictures for each task, as `cascade restore` makes it and goes on with it, and
 `overview.png`: input, samples, their spread and the truth.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from launch.terminal import Parser, positive, run
+from pipeline.errors import UserError
 from pipeline.rng import generator
 
 GAP = 4  # pixels between pictures
+TILE, LINE = 128, 20  # pixels of a small picture in the overview, and of the line of titles
 SHOWN = 3  # samples in the overview
+COLOURS = 1024  # pictures of training whose colour is averaged
 
 
 class Case(NamedTuple):
@@ -31,35 +35,49 @@ class Case(NamedTuple):
 
 def main(argv: Sequence[str]) -> None:
     parser = Parser(prog="python -m tools.restoration", description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("stage", help="a stage folder")
-    parser.add_argument("shards", nargs="+", help="tars of pictures that it has not seen")
+    parser.add_argument("stages", metavar="STAGE", nargs="+", help="stage folders, which know different tasks")
+    parser.add_argument("--shards", metavar="TAR", nargs="+", required=True, help="pictures that they have not seen")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder for the restored pictures")
     parser.add_argument("--num", metavar="N", type=positive, default=64, help="pictures of each task (default 64)")
     parser.add_argument("--samples", metavar="N", type=positive, default=4, help="of each picture (default 4)")
     parser.add_argument("--steps", metavar="S", type=positive, help="network calls (default: as the stage says)")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of damage and noise (default 0)")
+    parser.add_argument("--train", metavar="TAR", nargs="+", help="their mean colour is a baseline (default: grey)")
     arguments = parser.parse_args(argv)
 
     from pipeline.cascade import Cascade
-    from pipeline.cascade_folder import read_cascade
-    from pipeline.restoration import check_restores
 
-    check_restores(read_cascade(Path(arguments.stage))[0])
-    cascade = Cascade.load(arguments.stage)
-    (manifest,) = cascade.manifests.values()
-    pictures = read(arguments.shards, manifest.size_out, arguments.num)
-    lines = ["| | damaged | baseline | a sample | mean of samples |", "|---|---|---|---|---|"]
-    rows = []
-    for task in manifest.tasks:
-        cases = [damage(task, name, truth, arguments.seed, n) for n, (name, truth) in enumerate(pictures)]
-        lines.append(measured(cascade, task, cases, arguments))
-        rows.append(row(arguments.out / task, cases[0], arguments.samples))
+    check(arguments.stages)
+    lines = ["| | damaged | baseline | guess | a sample | mean of samples |", "|---|---|---|---|---|---|"]
+    rows, pictures = [], []
+    for folder in arguments.stages:
+        cascade = Cascade.load(folder)
+        (manifest,) = cascade.manifests.values()
+        pictures = read(arguments.shards, manifest.size_out, arguments.num)
+        chroma = colour(arguments.train, manifest.size_out)
+        for task in manifest.tasks:
+            cases = [damage(task, name, truth, arguments.seed, n) for n, (name, truth) in enumerate(pictures)]
+            lines.append(measured(cascade, task, cases, chroma, arguments))
+            rows.append(row(arguments.out / task, cases[0], arguments.samples))
     overview(rows).save(arguments.out / "overview.png")
     print("\n".join(lines))
     print(
         f"PSNR in dB (SSIM), means of {len(pictures)} pictures; {arguments.samples} samples of each; "
         f"pictures in {arguments.out}"
     )
+
+
+def check(stages: Sequence[str]) -> None:
+    """UserError for a stage that restores nothing, and for a task that two of them know."""
+    from pipeline.cascade_folder import read_cascade
+    from pipeline.restoration import check_restores
+
+    first: dict[str, str] = {}
+    for folder in stages:
+        for task in check_restores(read_cascade(Path(folder))[0]):
+            if task in first:
+                raise UserError(f"{folder}: knows {task}, and {first[task]} does too; measure one after the other")
+            first[task] = folder
 
 
 def read(shards: Sequence[str], size: int, num: int) -> list[tuple[str, np.ndarray]]:
@@ -73,15 +91,23 @@ def read(shards: Sequence[str], size: int, num: int) -> list[tuple[str, np.ndarr
     return [(f"{n:05d}", crop_resize(decode(found.image(n), size), size, 0.5, 0.5)) for n in numbers]
 
 
+def colour(shards: Sequence[str] | None, size: int) -> np.ndarray | None:
+    """The mean colour of the first pictures, (3,); None: grey."""
+    from tools.baselines import mean_chroma
+
+    return mean_chroma(picture for _, picture in read(shards, size, COLOURS)) if shards else None
+
+
 def damage(task: str, name: str, truth: np.ndarray, seed: int, number: int) -> Case:
     from pipeline.data.tasks import damaged
 
     return Case(name, truth, damaged(task, truth, generator(seed, "damage", 0, number)))
 
 
-def measured(cascade: Any, task: str, cases: Sequence[Case], arguments: Any) -> str:
+def measured(cascade: Any, task: str, cases: Sequence[Case], chroma: np.ndarray | None, arguments: Any) -> str:
     """Restores them; a line of the table."""
     from pipeline.data.image import to_uint8
+    from pipeline.data.tasks import guess
     from pipeline.restoration import Damage, Restoring, restore
     from tools.baselines import baseline
 
@@ -93,7 +119,8 @@ def measured(cascade: Any, task: str, cases: Sequence[Case], arguments: Any) -> 
     for case in cases:
         samples = np.stack(samples_of(folder, case, arguments.samples))
         mean = np.rint(samples.mean(0)).astype(np.uint8)
-        shown = (before(case), baseline(task, case.given), samples[0], mean)
+        guessed = to_uint8(guess(task, case.given))
+        shown = (before(case), baseline(task, case.given, chroma), guessed, samples[0], mean)
         scores.append([score(picture, case.truth) for picture in shown])
     cells = (f"{psnr:.1f} ({ssim:.3f})" for psnr, ssim in np.mean(scores, 0))
     return f"| {task} | {' | '.join(cells)} |"
@@ -126,18 +153,25 @@ def pixels(path: Path) -> np.ndarray:
         return np.asarray(image)
 
 
-def row(folder: Path, case: Case, num: int) -> list[np.ndarray]:
-    spread = [pixels(folder / f"{case.name}.spread.png")] if num > 1 else []
-    return [before(case), *samples_of(folder, case, num)[:SHOWN], *spread, case.truth]
+def row(folder: Path, case: Case, num: int) -> dict[str, np.ndarray]:
+    """Pictures of a task by their titles."""
+    samples = {f"sample {n}": sample for n, sample in enumerate(samples_of(folder, case, num)[:SHOWN])}
+    spread = {"spread": pixels(folder / f"{case.name}.spread.png")} if num > 1 else {}
+    return {"damaged": before(case), **samples, **spread, "truth": case.truth}
 
 
-def overview(rows: Sequence[Sequence[np.ndarray]]) -> Image.Image:
-    """A row a task, on white."""
-    side = len(rows[0][0]) + GAP
-    sheet = Image.new("RGB", (side * len(rows[0]) - GAP, side * len(rows) - GAP), "white")
+def overview(rows: Sequence[Mapping[str, np.ndarray]]) -> Image.Image:
+    """A row a task, titles above, on white; a small picture is enlarged, each pixel repeated."""
+    side = max(TILE // len(rows[0]["truth"]), 1) * len(rows[0]["truth"])
+    step = side + GAP
+    sheet = Image.new("RGB", (step * len(rows[0]) - GAP, LINE + step * len(rows) - GAP), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
+    for left, title in enumerate(rows[0]):
+        draw.text((left * step, 0), title, "black", font)
     for top, pictures in enumerate(rows):
-        for left, picture in enumerate(pictures):
-            sheet.paste(Image.fromarray(picture), (left * side, top * side))
+        for left, picture in enumerate(pictures.values()):
+            large = Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST)
+            sheet.paste(large, (left * step, LINE + top * step))
     return sheet
 
 

@@ -55,18 +55,18 @@ def x_from_v(z: Tensor, v: Tensor, logsnr_B: Tensor) -> Tensor:
     return alpha * z - sigma * v
 
 
-def x_around(guess: Tensor, spread_B: Tensor, answer: Tensor, z: Tensor, logsnr_B: Tensor) -> Tensor:
-    """x = mean + deviation answer, of images that differ from `guess` by N(0, spread^2) and show themselves in z:
+def around(guess: Tensor, spread_B: Tensor, z: Tensor, logsnr_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation, given z, of images that differ from `guess` by N(0, spread^2):
 
         mean = (sigma^2 guess + spread^2 alpha z) / d,  deviation = spread sigma / sqrt(d)
 
-    with d = sigma^2 + spread^2 alpha^2. With little noise z is copied, with much the guess stays, and at all levels
-    answers of one size are wanted: the preconditioning of Karras et al. (arXiv 2206.00364, eq. 7), whose images are
-    guessed to be 0.
+    with d = sigma^2 + spread^2 alpha^2: with little noise z is copied, with much the guess stays. A network that
+    answers in deviations from the mean is asked for numbers of one size at all levels: the preconditioning of Karras
+    et al. (arXiv 2206.00364, eq. 7), whose images are guessed to be 0. Shapes (B, C, H, W) and (B, 1, 1, 1).
     """
     (alpha, sigma), spread = alpha_sigma(per_image(logsnr_B)), per_image(spread_B)
     d = sigma * sigma + spread * spread * alpha * alpha
-    return sigma * sigma / d * guess + spread * spread * alpha / d * z + spread * sigma / ops.sqrt(d) * answer
+    return guess + spread * spread * alpha / d * (z - alpha * guess), spread * sigma / ops.sqrt(d)
 
 
 def target(prediction: Prediction, x: Tensor, eps: Tensor, logsnr_B: Tensor) -> Tensor:
