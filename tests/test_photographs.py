@@ -15,7 +15,7 @@ from pipeline.data.shards import DataConfig, Shards
 from pipeline.errors import UserError
 from pipeline.rng import generator
 from tools import photographs
-from tools.photographs import HELD_OUT, TRAIN, main, read, samples, square
+from tools.photographs import FOLDERS, PHOTOGRAPHS, main, part, read, samples, square
 
 ARGUMENTS = ["--size", "32", "--num", "60", "--held-out", "20", "--shard-size", "25"]
 
@@ -38,28 +38,34 @@ def test_what_is_written(folder):
         *(f"train/{number:05d}.tar" for number in range(3)),
     ]
     assert [path.name for path in folder.parent.iterdir()] == ["out"]
-    for name, shows, first, last in (("train/00001", TRAIN, 25, 50), ("held_out/00000", HELD_OUT, 0, 20)):
+    for name, first, last in (("train/00001", 25, 50), ("held_out/00000", 0, 20)):
         found = files(folder / f"{name}.tar")
         assert sorted(found) == [f"{i:08d}.{kind}" for i in range(first, last) for kind in ("jpg", "json", "txt")]
         for i in range(first, last):
             fields = json.loads(found[f"{i:08d}.json"])
             assert (fields["width"], fields["height"]) == (32, 32)
-            assert found[f"{i:08d}.txt"].decode() == f"a photograph of {shows[fields['photograph']]}"
+            assert found[f"{i:08d}.txt"].decode() == f"a photograph of {PHOTOGRAPHS[fields['photograph']]}"
             with Image.open(io.BytesIO(found[f"{i:08d}.jpg"])) as image:
                 assert (image.format, image.size, image.mode) == ("JPEG", (32, 32), "RGB")
 
 
 def test_every_photograph_has_its_turn(folder):
-    for name, shows in (("train", TRAIN), ("held_out", HELD_OUT)):
-        tars = [files(path) for path in (folder / name).glob("*.tar")]
-        seen = {json.loads(data)["photograph"] for tar in tars for key, data in tar.items() if key.endswith("json")}
-        assert seen == shows.keys()
+    tars = [files(path) for path in (folder / "train").glob("*.tar")]
+    seen = {json.loads(data)["photograph"] for tar in tars for key, data in tar.items() if key.endswith("json")}
+    assert seen == PHOTOGRAPHS.keys()
 
 
-def test_no_scene_is_in_both():
-    scenes = [{re.split(r"[_.]", name)[0] for name in names} for names in (TRAIN, HELD_OUT)]
-    assert not scenes[0] & scenes[1]
-    assert len(scenes[0]) == len(TRAIN)
+def test_no_scene_is_there_twice():
+    assert len({re.split(r"[_.]", name)[0] for name in PHOTOGRAPHS}) == len(PHOTOGRAPHS)
+
+
+@pytest.mark.parametrize("name", PHOTOGRAPHS)
+def test_no_pixel_is_in_both_parts(name):
+    pixels = read(name)
+    train, held_out = (part(pixels, folder) for folder in FOLDERS)
+    assert not np.shares_memory(train, held_out)
+    assert (np.concatenate((train, held_out), 1) == pixels).all()
+    assert held_out.shape[1] / pixels.shape[1] == pytest.approx(1 / 3, abs=0.01)
 
 
 def test_the_loader_takes_them(folder, tmp_path):
@@ -91,7 +97,7 @@ def test_squares_to_train_on_lie_in_all_eight_ways():
     y, x = np.mgrid[:64, :64]
     plane = np.stack([x * 4, y * 2, np.zeros_like(x)], -1).astype(np.uint8)
     ways = []
-    for folder in range(2):
+    for folder in ("train", "held_out"):
         squares = [image.astype(int) for image, *_ in islice(samples([("x", "x", plane)], 64, 0, folder), 64)]
         ways.append({tuple(np.sign(np.diff(image[0, :2], axis=0)[0, :2])) + tuple(image[0, 0]) for image in squares})
     assert [len(each) for each in ways] == [8, 1]
@@ -127,7 +133,7 @@ def test_the_same_command_again(folder, capsys):
     ("arguments", "message"),
     [
         (["--num", "0"], "--num: 0 is less than 1"),
-        (["--size", "301"], "--size 301: a photograph has only 300 pixels"),
+        (["--size", "152"], "--size 152: of a photograph only 151 pixels are held out"),
         (["--seed", "-1"], "--seed -1: outside"),
         (["--colour", "red"], "unrecognized arguments: --colour"),
     ],

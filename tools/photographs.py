@@ -2,10 +2,11 @@
 
     python -m tools.photographs runs/restore/photographs --size 64 --num 4096
 
-The photographs are those in colour that come inside scikit-image. Two of the eight are held out whole: nothing of what
-OUT/held_out shows is in OUT/train. Six photographs teach edges and textures, not what the world looks like, so those
-to train on are turned and mirrored too. Square i of a folder depends on the seed and i alone: which photograph, a side
-from a quarter to all of its shorter one (evenly in log scale, at least `size`), where, and which way up.
+The photographs are those in colour that come inside scikit-image. The right third of each is held out: no pixel of
+OUT/held_out is in OUT/train. Eight photographs teach edges and textures and their own colours, not what the world looks
+like: of scenes held out whole a network that had seen six others coloured the cat well and the rocket's blue sky not at
+all. Squares to train on are turned and mirrored too. Square i of a folder depends on the seed and i alone: which
+photograph, a side from a quarter to all of its shorter one (evenly in log scale, at least `size`), where, which way up.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,16 +25,17 @@ from pipeline.rng import generator
 from tools.dataset import Sample, write_tar, writing, written
 
 # The file, and what it shows. (motorcycle_right.png is motorcycle_left.png seen from beside it.)
-TRAIN = {
+PHOTOGRAPHS = {
     "astronaut.png": "an astronaut",
+    "chelsea.png": "a cat",
     "coffee.png": "coffee",
     "hubble_deep_field.jpg": "galaxies",
     "ihc.png": "tissue",
     "motorcycle_left.png": "a motorcycle",
     "retina.jpg": "a retina",
+    "rocket.jpg": "a rocket",
 }
-HELD_OUT = {"chelsea.png": "a cat", "rocket.jpg": "a rocket"}
-FOLDERS = {"train": TRAIN, "held_out": HELD_OUT}
+FOLDERS = ("train", "held_out")
 Photograph = tuple[str, str, np.ndarray]  # its file, what it shows, uint8 (H, W, 3)
 CLOSEST = 4  # a square is at least this part of the shorter side
 
@@ -48,6 +50,12 @@ def read(name: str) -> np.ndarray:
     return decode((Path(package.origin).parent / "data" / name).read_bytes(), size=MAX_SIDE).pixels
 
 
+def part(pixels: np.ndarray, folder: str) -> np.ndarray:
+    """What the folder shows of (H, W, 3): the left two thirds, or the right one."""
+    edge = pixels.shape[1] * 2 // 3
+    return pixels[:, :edge] if folder == "train" else pixels[:, edge:]
+
+
 def square(pixels: np.ndarray, size: int, rng: np.random.Generator, orientation: int = 1) -> np.ndarray:
     """uint8 (size, size, 3): a random square of (H, W, 3), shrunk, and laid in one of Exif's eight orientations."""
     short = min(pixels.shape[:2])
@@ -55,12 +63,12 @@ def square(pixels: np.ndarray, size: int, rng: np.random.Generator, orientation:
     return crop_resize(Picture(window(pixels, side, *rng.random(2)), side, side, orientation), size, 0.5, 0.5)
 
 
-def samples(photographs: Sequence[Photograph], size: int, seed: int, folder: int) -> Iterator[Sample]:
-    """Squares of these, without end; `folder` tells the two folders' draws apart."""
+def samples(photographs: Sequence[Photograph], size: int, seed: int, folder: str) -> Iterator[Sample]:
+    """Squares of these, without end; the folders' draws are not the same."""
     for number in count():
-        rng = generator(seed, "photographs", folder, number)
+        rng = generator(seed, "photographs", FOLDERS.index(folder), number)
         name, shows, pixels = photographs[rng.integers(len(photographs))]
-        orientation = 1 if folder else int(rng.integers(1, 9))
+        orientation = int(rng.integers(1, 9)) if folder == "train" else 1
         yield square(pixels, size, rng, orientation), f"a photograph of {shows}", {"photograph": name}
 
 
@@ -75,18 +83,22 @@ def write(out: Path, *, num: int, held_out: int, size: int, seed: int, shard_siz
         raise UserError(f"--seed {seed}: outside [0, 2**64)")
     if written(out, "photographs.json", arguments):
         return f"{out}: already there, {num:,} + {held_out:,} squares of {size} px with seed {seed}"
-    photographs = [[(name, shows, read(name)) for name, shows in names.items()] for names in FOLDERS.values()]
-    smallest = min(min(pixels.shape[:2]) for some in photographs for _, _, pixels in some)
+    whole = {name: read(name) for name in PHOTOGRAPHS}
+    photographs = {
+        folder: [(name, PHOTOGRAPHS[name], part(pixels, folder)) for name, pixels in whole.items()]
+        for folder in FOLDERS
+    }
+    smallest = min(min(pixels.shape[:2]) for some in photographs.values() for _, _, pixels in some)
     if size > smallest:
-        raise UserError(f"--size {size}: a photograph has only {smallest} pixels; take at most that")
+        raise UserError(f"--size {size}: of a photograph only {smallest} pixels are held out; take at most that")
     total = 0
-    with writing(out, "photographs.json", arguments) as folder, tqdm(total=num + held_out, unit=" images") as bar:
-        for number, (name, wanted) in enumerate(zip(FOLDERS, (num, held_out), strict=True)):
-            (folder / name).mkdir()
-            squares = samples(photographs[number], size, seed, number)
+    with writing(out, "photographs.json", arguments) as target, tqdm(total=num + held_out, unit=" images") as bar:
+        for folder, wanted in zip(FOLDERS, (num, held_out), strict=True):
+            (target / folder).mkdir()
+            squares = samples(photographs[folder], size, seed, folder)
             for shard, first in enumerate(range(0, wanted, shard_size)):
                 some = min(shard_size, wanted - first)
-                total += write_tar(folder / name / f"{shard:05d}.tar", first, islice(squares, some))
+                total += write_tar(target / folder / f"{shard:05d}.tar", first, islice(squares, some))
                 bar.update(some)
     return f"{out}: {num:,} squares of {size} px to train, {held_out:,} held out, {total:,} bytes"
 
