@@ -5,7 +5,7 @@ signal-to-noise ratio and structural similarity of each task, as Markdown.
     python -m tools.restoration RUN/stage [...] --shards 'held_out/*.tar' --out DIR
 
 DIR gets a folder of restored pictures for each task, as `cascade restore` makes it and goes on with it, and
-`overview.png`: input, samples, their spread and the truth.
+`overview.png`: input, samples, their spread and the truth, of another picture for each task.
 """
 
 from collections.abc import Mapping, Sequence
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
 
     check(arguments.stages)
     lines = ["| | damaged | baseline | guess | a sample | mean of samples |", "|---|---|---|---|---|---|"]
-    rows, pictures = [], []
+    rows: list[dict[str, np.ndarray]] = []
     for folder in arguments.stages:
         cascade = Cascade.load(folder)
         (manifest,) = cascade.manifests.values()
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
         for task in manifest.tasks:
             cases = [damage(task, name, truth, arguments.seed, n) for n, (name, truth) in enumerate(pictures)]
             lines.append(measured(cascade, task, cases, chroma, arguments))
-            rows.append(row(arguments.out / task, cases[0], arguments.samples))
+            rows.append(row(arguments.out / task, cases[len(rows) % len(cases)], arguments.samples))
     overview(rows).save(arguments.out / "overview.png")
     print("\n".join(lines))
     print(
