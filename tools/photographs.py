@@ -2,11 +2,12 @@
 
     python -m tools.photographs runs/restore/photographs --size 64 --num 4096
 
-The photographs are those in colour that come inside scikit-image. The right third of each is held out: no pixel of
+The photographs are those in colour that come inside scikit-image. The middle third of each is held out: no pixel of
 OUT/held_out is in OUT/train. Eight photographs teach edges and textures and their own colours, not what the world looks
 like: of scenes held out whole a network that had seen six others coloured the cat well and the rocket's blue sky not at
-all. Squares to train on are turned and mirrored too. Square i of a folder depends on the seed and i alone: which
-photograph, a side from a quarter to all of its shorter one (evenly in log scale, at least `size`), where, which way up.
+all. Squares to train on are turned and mirrored too. Square i of a folder depends on the seed and i alone: which third
+of which photograph, a side from a quarter to all of its shorter one (evenly in log scale, at least `size`), where, and
+which way up.
 """
 
 from collections.abc import Iterator, Sequence
@@ -36,7 +37,6 @@ PHOTOGRAPHS = {
     "rocket.jpg": "a rocket",
 }
 FOLDERS = ("train", "held_out")
-Photograph = tuple[str, str, np.ndarray]  # its file, what it shows, uint8 (H, W, 3)
 CLOSEST = 4  # a square is at least this part of the shorter side
 
 
@@ -50,10 +50,10 @@ def read(name: str) -> np.ndarray:
     return decode((Path(package.origin).parent / "data" / name).read_bytes(), size=MAX_SIDE).pixels
 
 
-def part(pixels: np.ndarray, folder: str) -> np.ndarray:
-    """What the folder shows of (H, W, 3): the left two thirds, or the right one."""
-    edge = pixels.shape[1] * 2 // 3
-    return pixels[:, :edge] if folder == "train" else pixels[:, edge:]
+def parts(pixels: np.ndarray, folder: str) -> list[np.ndarray]:
+    """What the folder shows of (H, W, 3): the left and the right third, or the middle one."""
+    first, last = pixels.shape[1] // 3, pixels.shape[1] * 2 // 3
+    return [pixels[:, :first], pixels[:, last:]] if folder == "train" else [pixels[:, first:last]]
 
 
 def square(pixels: np.ndarray, size: int, rng: np.random.Generator, orientation: int = 1) -> np.ndarray:
@@ -63,13 +63,13 @@ def square(pixels: np.ndarray, size: int, rng: np.random.Generator, orientation:
     return crop_resize(Picture(window(pixels, side, *rng.random(2)), side, side, orientation), size, 0.5, 0.5)
 
 
-def samples(photographs: Sequence[Photograph], size: int, seed: int, folder: str) -> Iterator[Sample]:
-    """Squares of these, without end; the folders' draws are not the same."""
+def samples(photographs: Sequence[tuple[str, np.ndarray]], size: int, seed: int, folder: str) -> Iterator[Sample]:
+    """Squares of these files' pixels, without end; the folders' draws are not the same."""
     for number in count():
         rng = generator(seed, "photographs", FOLDERS.index(folder), number)
-        name, shows, pixels = photographs[rng.integers(len(photographs))]
+        name, pixels = photographs[rng.integers(len(photographs))]
         orientation = int(rng.integers(1, 9)) if folder == "train" else 1
-        yield square(pixels, size, rng, orientation), f"a photograph of {shows}", {"photograph": name}
+        yield square(pixels, size, rng, orientation), f"a photograph of {PHOTOGRAPHS[name]}", {"photograph": name}
 
 
 def write(out: Path, *, num: int, held_out: int, size: int, seed: int, shard_size: int) -> str:
@@ -85,10 +85,9 @@ def write(out: Path, *, num: int, held_out: int, size: int, seed: int, shard_siz
         return f"{out}: already there, {num:,} + {held_out:,} squares of {size} px with seed {seed}"
     whole = {name: read(name) for name in PHOTOGRAPHS}
     photographs = {
-        folder: [(name, PHOTOGRAPHS[name], part(pixels, folder)) for name, pixels in whole.items()]
-        for folder in FOLDERS
+        folder: [(name, part) for name, pixels in whole.items() for part in parts(pixels, folder)] for folder in FOLDERS
     }
-    smallest = min(min(pixels.shape[:2]) for some in photographs.values() for _, _, pixels in some)
+    smallest = min(min(pixels.shape[:2]) for some in photographs.values() for _, pixels in some)
     if size > smallest:
         raise UserError(f"--size {size}: of a photograph only {smallest} pixels are held out; take at most that")
     total = 0
