@@ -20,12 +20,10 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from textwrap import shorten
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from mindspore import Tensor
-from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from pipeline.cascade import Cascade
@@ -39,11 +37,11 @@ from pipeline.diffusion.schedule import SCHEDULES, ScheduleConfig
 from pipeline.errors import UserError
 from pipeline.files import write_atomically
 from pipeline.rng import sampling_noise
+from pipeline.sheet import Row, sheet
 
 COLUMNS = 8  # pictures a row and a call of the network
 STEPS = (2, 4, 8, 16, 32)
 PATHS, PAIRS = 3, 4  # rows of path.png and of interpolation.png
-TILE, GAP, LINE, LETTER = 96, 4, 18, 6  # pixels: a small picture's least side, the space between, a line, a letter
 
 
 def slerp(one: np.ndarray, other: np.ndarray, shares: Sequence[float]) -> np.ndarray:
@@ -63,36 +61,6 @@ def between(one: Arrays, other: Arrays, shares: Sequence[float]) -> Arrays:
         for a, b in zip(one, other, strict=True)
     )
     return (mixed[0], (mixed[1] > 0).astype(np.float32)) if len(mixed) == 2 else mixed
-
-
-class Row(NamedTuple):
-    """A row of a sheet: what stands before it and over its pictures, and they, uint8 (B, S, S, 3)."""
-
-    label: str
-    captions: Sequence[str]  # one a picture, or none
-    pictures: np.ndarray
-
-
-def sheet(rows: Sequence[Row]) -> Image.Image:
-    """The rows beneath one another; small pictures in visible pixels."""
-    side = rows[0].pictures.shape[1] * -(-TILE // rows[0].pictures.shape[1])
-    font = ImageFont.load_default(size=12)
-    margin = GAP + max(int(font.getlength(row.label)) + GAP if row.label else 0 for row in rows)
-    heights = [side + GAP + (LINE if row.captions else 0) for row in rows]
-    width = margin + max(len(row.pictures) for row in rows) * (side + GAP)
-    page = Image.new("RGB", (width, GAP + sum(heights)), "white")
-    draw, top = ImageDraw.Draw(page), GAP
-    for row, height in zip(rows, heights, strict=True):
-        begin = top + height - side - GAP
-        draw.text((GAP, begin + side // 2), row.label, "black", font, anchor="lm")
-        for i, picture in enumerate(row.pictures):
-            left = margin + i * (side + GAP)
-            if row.captions:
-                caption = shorten(row.captions[i], side // LETTER, placeholder="...")
-                draw.text((left + side // 2, top + LINE // 2), caption, "black", font, anchor="mm")
-            page.paste(Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST), (left, begin))
-        top += height
-    return page
 
 
 @dataclass(frozen=True)

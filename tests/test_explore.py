@@ -11,7 +11,7 @@ from launch import cli
 from pipeline import Cascade
 from pipeline.config import build
 from pipeline.data.image import to_float
-from pipeline.explore import COLUMNS, PAIRS, PATHS, Explorer, Row, between, sheet, slerp
+from pipeline.explore import COLUMNS, PAIRS, PATHS, Explorer, between, slerp
 from pipeline.kinds import stage_class
 from pipeline.rng import sampling_noise
 from pipeline.train.loop import train
@@ -152,18 +152,6 @@ def test_a_grid_has_as_many_as_were_asked_for(explorer):
 
 
 # The sheets.
-
-
-def test_a_sheet_shows_its_rows():
-    rng = np.random.default_rng(0)
-    rows = [
-        Row(label, captions, rng.integers(0, 256, (num, 50, 50, 3)).astype(np.uint8))
-        for label, captions, num in (("one", ["a", "b", "c"], 3), ("another", (), 2))
-    ]
-    page = np.asarray(sheet(rows))
-    for row in rows:
-        for picture in row.pictures:
-            assert page.tobytes().count(np.repeat(picture[0], 2, axis=0).tobytes()) == 2  # enlarged to 100 px
 
 
 def explore(*arguments: str) -> int:

@@ -17,7 +17,7 @@ from pipeline.kinds import read_stage_config
 FLOORS = (
     ("pipeline.errors", "pipeline.device"),
     ("pipeline.config", "pipeline.files", "pipeline.rng", "pipeline.runtime"),
-    ("pipeline.log", "pipeline.checkpoint", "pipeline.heartbeat", "pipeline.kernels"),
+    ("pipeline.log", "pipeline.checkpoint", "pipeline.heartbeat", "pipeline.kernels", "pipeline.sheet"),
     ("pipeline.diffusion", "pipeline.nn"),
     ("pipeline.data",),
     ("pipeline.manifest", "pipeline.kinds"),

@@ -1,8 +1,10 @@
 """What needs no network: the restored pictures that a model has to beat.
 
-colorization             the grey picture with the mean colour of the training pictures, if that is given
-inpainting, uncropping   each pixel of the hole as the nearest known one
-jpeg_restoration         a blur, which takes the edges of the blocks with the finest detail
+    colorization             the grey picture with the mean colour of the training pictures, if that is given
+    inpainting, uncropping   each pixel of the hole as the nearest known one
+    jpeg_restoration         a blur, which takes the edges of the blocks with the finest detail
+
+A fourth, the smooth fill of a hole, is the guess that a stage with spreads starts from: see pipeline/data/tasks.py.
 """
 
 from collections.abc import Iterable

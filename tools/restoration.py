@@ -8,19 +8,18 @@ DIR gets a folder of restored pictures for each task, as `cascade restore` makes
 `overview.png`: input, samples, their spread and the truth, of another picture for each task.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from launch.terminal import Parser, positive, run
 from pipeline.errors import UserError
 from pipeline.rng import generator
+from pipeline.sheet import Row, sheet
 
-GAP = 4  # pixels between pictures
-TILE, LINE = 128, 20  # pixels of a small picture in the overview, and of the line of titles
 SHOWN = 3  # samples in the overview
 COLOURS = 1024  # pictures of training whose colour is averaged
 
@@ -49,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
 
     check(arguments.stages)
     lines = ["| | damaged | baseline | guess | a sample | mean of samples |", "|---|---|---|---|---|---|"]
-    rows: list[dict[str, np.ndarray]] = []
+    rows: list[Row] = []
     for folder in arguments.stages:
         cascade = Cascade.load(folder)
         (manifest,) = cascade.manifests.values()
@@ -58,8 +57,8 @@ def main(argv: Sequence[str]) -> None:
         for task in manifest.tasks:
             cases = [damage(task, name, truth, arguments.seed, n) for n, (name, truth) in enumerate(pictures)]
             lines.append(measured(cascade, task, cases, chroma, arguments))
-            rows.append(row(arguments.out / task, cases[len(rows) % len(cases)], arguments.samples))
-    overview(rows).save(arguments.out / "overview.png")
+            rows.append(row(arguments.out, task, cases[len(rows) % len(cases)], arguments.samples))
+    sheet(rows).save(arguments.out / "overview.png")
     print("\n".join(lines))
     print(
         f"PSNR in dB (SSIM), means of {len(pictures)} pictures; {arguments.samples} samples of each; "
@@ -153,26 +152,11 @@ def pixels(path: Path) -> np.ndarray:
         return np.asarray(image)
 
 
-def row(folder: Path, case: Case, num: int) -> dict[str, np.ndarray]:
-    """Pictures of a task by their titles."""
-    samples = {f"sample {n}": sample for n, sample in enumerate(samples_of(folder, case, num)[:SHOWN])}
-    spread = {"spread": pixels(folder / f"{case.name}.spread.png")} if num > 1 else {}
-    return {"damaged": before(case), **samples, **spread, "truth": case.truth}
-
-
-def overview(rows: Sequence[Mapping[str, np.ndarray]]) -> Image.Image:
-    """A row a task, titles above, on white; a small picture is enlarged, each pixel repeated."""
-    side = max(TILE // len(rows[0]["truth"]), 1) * len(rows[0]["truth"])
-    step = side + GAP
-    sheet = Image.new("RGB", (step * len(rows[0]) - GAP, LINE + step * len(rows) - GAP), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
-    for left, title in enumerate(rows[0]):
-        draw.text((left * step, 0), title, "black", font)
-    for top, pictures in enumerate(rows):
-        for left, picture in enumerate(pictures.values()):
-            large = Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST)
-            sheet.paste(large, (left * step, LINE + top * step))
-    return sheet
+def row(folder: Path, task: str, case: Case, num: int) -> Row:
+    samples = samples_of(folder / task, case, num)[:SHOWN]
+    spread = [pixels(folder / task / f"{case.name}.spread.png")] if num > 1 else []
+    titles = ["damaged", *(f"sample {n}" for n in range(len(samples))), *["spread"] * len(spread), "truth"]
+    return Row(task, titles, np.stack([before(case), *samples, *spread, case.truth]))
 
 
 if __name__ == "__main__":
