@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from itertools import count, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -78,7 +79,8 @@ def write(out: Path, *, num: int, held_out: int, size: int, seed: int, shard_siz
     If `out` holds the same data set already, nothing is done. Raises UserError if it holds anything else, or if a
     photograph is smaller than `size`.
     """
-    arguments = {"num": num, "held_out": held_out, "size": size, "seed": seed, "shard_size": shard_size}
+    arguments: dict[str, Any] = {"num": num, "held_out": held_out, "size": size, "seed": seed, "shard_size": shard_size}
+    arguments["split"] = "thirds"  # a folder that an older version split in another way is not this data set
     if not 0 <= seed < 2**64:
         raise UserError(f"--seed {seed}: outside [0, 2**64)")
     if written(out, "photographs.json", arguments):

@@ -9,6 +9,7 @@ DIR gets a folder of restored pictures for each task, as `cascade restore` makes
 """
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
     for folder in arguments.stages:
         cascade = Cascade.load(folder)
         (manifest,) = cascade.manifests.values()
-        pictures = read(arguments.shards, manifest.size_out, arguments.num)
+        pictures = read(tuple(arguments.shards), manifest.size_out, arguments.num)
         chroma = colour(arguments.train, manifest.size_out)
         for task in manifest.tasks:
             cases = [damage(task, name, truth, arguments.seed, n) for n, (name, truth) in enumerate(pictures)]
@@ -79,13 +80,14 @@ def check(stages: Sequence[str]) -> None:
             first[task] = folder
 
 
-def read(shards: Sequence[str], size: int, num: int) -> list[tuple[str, np.ndarray]]:
+@cache  # stages are mostly of one size
+def read(shards: tuple[str, ...], size: int, num: int) -> list[tuple[str, np.ndarray]]:
     """The first `num` pictures, brought to `size`, and their names."""
     from pipeline.data.decode import decode
     from pipeline.data.image import crop_resize
     from pipeline.data.shards import DataConfig, Shards
 
-    found = Shards.open(DataConfig(shards=tuple(shards), captions={}))
+    found = Shards.open(DataConfig(shards=shards, captions={}))
     numbers = range(min(num, len(found)))
     return [(f"{n:05d}", crop_resize(decode(found.image(n), size), size, 0.5, 0.5)) for n in numbers]
 
@@ -94,7 +96,7 @@ def colour(shards: Sequence[str] | None, size: int) -> np.ndarray | None:
     """The mean colour of the first pictures, (3,); None: grey."""
     from tools.baselines import mean_chroma
 
-    return mean_chroma(picture for _, picture in read(shards, size, COLOURS)) if shards else None
+    return mean_chroma(picture for _, picture in read(tuple(shards), size, COLOURS)) if shards else None
 
 
 def damage(task: str, name: str, truth: np.ndarray, seed: int, number: int) -> Case:
