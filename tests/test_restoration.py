@@ -10,7 +10,7 @@ from pipeline.data.tasks import TASKS
 from pipeline.errors import UserError
 from pipeline.sheet import GAP, LINE, TILE
 from tests.test_image_to_image import cascade, picture, run  # noqa: F401  (fixtures)
-from tools.restoration import before, damage, main, score
+from tools.restoration import before, damage, damages, main, score
 
 RNG = np.random.default_rng(0)
 
@@ -38,26 +38,35 @@ def test_what_is_known_is_the_truth(task):
     assert (again.given.source == case.given.source).all()
 
 
+def test_inpainting_is_measured_with_holes_in_the_centre_too():
+    pictures = [("x", picture(32, 32)), ("y", picture(32, 32))]
+    drawn, centre = damages("inpainting", pictures, 0).values()
+    assert [case.given.mask.mean() for case in centre] == [0.25, 0.25]
+    assert all(case.given.mask[0, 8:24, 8:24].all() for case in centre)
+    assert (drawn[0].given.mask != drawn[1].given.mask).any()
+    assert list(damages("uncropping", pictures, 0)) == ["uncropping"]
+
+
 def test_a_whole_run(run, shards_folder: Path, tmp_path: Path, capsys):  # noqa: F811
     out = tmp_path / "out"
     argv = [str(run / "stage"), "--shards", f"{shards_folder}/*.tar", "--out", str(out), "--num", "2", "--samples", "2"]
     main(argv)
     lines = capsys.readouterr().out.splitlines()
-    inpainting, colorization = (line.split(" | ") for line in lines[2:4])
-    assert (inpainting[0], colorization[0]) == ("| inpainting", "| colorization")
+    inpainting, centre, colorization = (line.split(" | ") for line in lines[2:5])
+    assert (inpainting[0], centre[0], colorization[0]) == ("| inpainting", "| inpainting_centre", "| colorization")
     assert len({cell.split()[0] for cell in inpainting}) == 6
     assert colorization[1] == colorization[2] == colorization[3]  # all grey
-    assert lines[4].startswith("PSNR in dB (SSIM), means of 2 pictures; 2 samples of each")
+    assert lines[5].startswith("PSNR in dB (SSIM), means of 2 pictures; 2 samples of each")
     with Image.open(out / "overview.png") as image:
-        assert image.height == GAP + 2 * (TILE + GAP + LINE)
+        assert image.height == GAP + 3 * (TILE + GAP + LINE)
     assert len((out / "inpainting" / "manifest.jsonl").read_text().splitlines()) == 2 * 4
     main(argv)  # nothing is made again
     assert capsys.readouterr().out.splitlines() == lines
     main([*argv, "--train", f"{shards_folder}/*.tar"])
     again = capsys.readouterr().out.splitlines()
-    assert again[2] == lines[2]
-    assert [cell for cell, before in zip(again[3].split(" | "), colorization, strict=True) if cell != before] == [
-        again[3].split(" | ")[2]  # the baseline has a colour now
+    assert again[2:4] == lines[2:4]
+    assert [cell for cell, before in zip(again[4].split(" | "), colorization, strict=True) if cell != before] == [
+        again[4].split(" | ")[2]  # the baseline has a colour now
     ]
 
 

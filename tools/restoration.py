@@ -4,8 +4,8 @@ signal-to-noise ratio and structural similarity of each task, as Markdown.
 
     python -m tools.restoration RUN/stage [...] --shards 'held_out/*.tar' --out DIR
 
-DIR gets a folder of restored pictures for each task, as `cascade restore` makes it and goes on with it, and
-`overview.png`: input, samples, their spread and the truth, of another picture for each task.
+DIR gets a folder of restored pictures for each line of it, as `cascade restore` makes it and goes on with it, and
+`overview.png`: input, samples, their spread and the truth, of another picture in each row.
 """
 
 from collections.abc import Sequence
@@ -56,9 +56,9 @@ def main(argv: Sequence[str]) -> None:
         pictures = read(tuple(arguments.shards), manifest.size_out, arguments.num)
         chroma = colour(arguments.train, manifest.size_out)
         for task in manifest.tasks:
-            cases = [damage(task, name, truth, arguments.seed, n) for n, (name, truth) in enumerate(pictures)]
-            lines.append(measured(cascade, task, cases, chroma, arguments))
-            rows.append(row(arguments.out, task, cases[len(rows) % len(cases)], arguments.samples))
+            for title, cases in damages(task, pictures, arguments.seed).items():
+                lines.append(measured(cascade, task, title, cases, chroma, arguments))
+                rows.append(row(arguments.out, title, cases[len(rows) % len(cases)], arguments.samples))
     sheet(rows).save(arguments.out / "overview.png")
     print("\n".join(lines))
     print(
@@ -99,23 +99,38 @@ def colour(shards: Sequence[str] | None, size: int) -> np.ndarray | None:
     return mean_chroma(picture for _, picture in read(tuple(shards), size, COLOURS)) if shards else None
 
 
+def damages(task: str, pictures: Sequence[tuple[str, np.ndarray]], seed: int) -> dict[str, list[Case]]:
+    """The pictures damaged as in training and, as Palette is measured, inpainting's with a hole in the centre too."""
+    from pipeline.data.tasks import centre, with_hole
+
+    found = {task: [damage(task, name, truth, seed, n) for n, (name, truth) in enumerate(pictures)]}
+    if task == "inpainting":
+        found["inpainting_centre"] = [
+            Case(name, truth, with_hole(truth, centre(len(truth)), generator(seed, "damage", 0, n)))
+            for n, (name, truth) in enumerate(pictures)
+        ]
+    return found
+
+
 def damage(task: str, name: str, truth: np.ndarray, seed: int, number: int) -> Case:
     from pipeline.data.tasks import damaged
 
     return Case(name, truth, damaged(task, truth, generator(seed, "damage", 0, number)))
 
 
-def measured(cascade: Any, task: str, cases: Sequence[Case], chroma: np.ndarray | None, arguments: Any) -> str:
-    """Restores them; a line of the table."""
+def measured(
+    cascade: Any, task: str, title: str, cases: Sequence[Case], chroma: np.ndarray | None, arguments: Any
+) -> str:
+    """Restores them into a folder of this title; a line of the table."""
     from pipeline.data.image import to_uint8
     from pipeline.data.tasks import guess
     from pipeline.restoration import Damage, Restoring, restore
     from tools.baselines import baseline
 
-    damages = [Damage(case.name, to_uint8(case.given.source), case.given.mask[0] == 1) for case in cases]
+    given = [Damage(case.name, to_uint8(case.given.source), case.given.mask[0] == 1) for case in cases]
     how = Restoring(task=task, seed=arguments.seed, samples=arguments.samples)
-    folder = arguments.out / task
-    restore(cascade, damages, how, folder, steps=arguments.steps)
+    folder = arguments.out / title
+    restore(cascade, given, how, folder, steps=arguments.steps)
     scores = []
     for case in cases:
         samples = np.stack(samples_of(folder, case, arguments.samples))
@@ -124,7 +139,7 @@ def measured(cascade: Any, task: str, cases: Sequence[Case], chroma: np.ndarray 
         shown = (before(case), baseline(task, case.given, chroma), guessed, samples[0], mean)
         scores.append([score(picture, case.truth) for picture in shown])
     cells = (f"{psnr:.1f} ({ssim:.3f})" for psnr, ssim in np.mean(scores, 0))
-    return f"| {task} | {' | '.join(cells)} |"
+    return f"| {title} | {' | '.join(cells)} |"
 
 
 def before(case: Case) -> np.ndarray:
@@ -154,11 +169,11 @@ def pixels(path: Path) -> np.ndarray:
         return np.asarray(image)
 
 
-def row(folder: Path, task: str, case: Case, num: int) -> Row:
-    samples = samples_of(folder / task, case, num)[:SHOWN]
-    spread = [pixels(folder / task / f"{case.name}.spread.png")] if num > 1 else []
-    titles = ["damaged", *(f"sample {n}" for n in range(len(samples))), *["spread"] * len(spread), "truth"]
-    return Row(task, titles, np.stack([before(case), *samples, *spread, case.truth]))
+def row(folder: Path, title: str, case: Case, num: int) -> Row:
+    samples = samples_of(folder / title, case, num)[:SHOWN]
+    spread = [pixels(folder / title / f"{case.name}.spread.png")] if num > 1 else []
+    captions = ["damaged", *(f"sample {n}" for n in range(len(samples))), *["spread"] * len(spread), "truth"]
+    return Row(title, captions, np.stack([before(case), *samples, *spread, case.truth]))
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def compressed(picture: np.ndarray, quality: int) -> np.ndarray:
 
 
 def centre(side: int) -> np.ndarray:
-    """The middle half of the rows and columns, a quarter of the picture: the hole that evaluation always has."""
+    """The middle half of the rows and columns, a quarter of the picture: a hole to measure with, not to train on."""
     mask = np.zeros((side, side), bool)
     middle = slice(side // 4, side // 4 + side // 2)
     mask[middle, middle] = True
