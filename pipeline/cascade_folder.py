@@ -4,17 +4,20 @@ What ties the stages stands in their manifests; it is checked before a weight is
 """
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.config import ConfigError
 from pipeline.errors import UserError
 from pipeline.files import replace_folder
 from pipeline.manifest import Manifest, TextFacts, check_chain, read_manifest, read_weights, text_of
 from pipeline.nn.fingerprint import TOKENIZER_FILES, fingerprint
 
 FORMAT = 1  # of cascade.json
+PARTS = ("text_encoder", "tokenizer")  # beside the stages
 ENCODER_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
 
 
@@ -24,6 +27,10 @@ class StageEntry:
 
     name: str
     config: str
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"\w[\w.-]*", self.name) or self.name in PARTS:
+            raise ConfigError(f"name: {self.name!r} cannot be a stage's folder; take letters, digits and _ . -")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +65,35 @@ def read_cascade(folder: Path) -> tuple[dict[str, Manifest], TextFacts | None]:
     return manifests, text_of(manifests)[1]
 
 
+def check_replaceable(folder: Path) -> None:
+    """UserError unless `folder` is not there, is empty, or holds a cascade that `export` wrote and nothing else."""
+    if not folder.name:
+        raise UserError(f"{folder}: cannot be replaced by a cascade; name a folder of its own in `folder`")
+    if not folder.exists():
+        return
+    try:
+        names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+        if names:
+            raw = json.loads((folder / "cascade.json").read_text())
+            names -= {
+                "cascade.json",
+                *PARTS,
+                *(name for name in raw["stages"] if (folder / name / "stage.json").exists()),
+            }
+    except NotADirectoryError:
+        raise UserError(f"{folder}: is a file; name a folder of its own in `folder`") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{folder}: is there and is no cascade folder (it has no cascade.json of one), so it is not replaced; name "
+            "another in `folder`"
+        ) from None
+    if names:
+        raise UserError(
+            f"{folder}: holds '{min(names)}', which no export wrote, so it is not replaced; move that away or name "
+            "another in `folder`"
+        )
+
+
 def export(stages: Mapping[str, Path], encoder: Path | None, folder: Path) -> None:
     """Makes a cascade folder of stage folders and the text encoder of those that know text; whole or not at all."""
     manifests = {name: read_manifest(path) for name, path in stages.items()}
@@ -68,12 +104,14 @@ def export(stages: Mapping[str, Path], encoder: Path | None, folder: Path) -> No
             f"{encoder}: fingerprint {found[:12]}, but the stages were trained with {facts.fingerprint[:12]}; "
             "give the encoder of the training"
         )
+    folder = folder.resolve()
+    check_replaceable(folder)
     side = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(side, ignore_errors=True)
     for name, path in stages.items():
         read_weights(path, manifests[name])
         shutil.copytree(path, side / name)
-    for part, patterns in (("text_encoder", ENCODER_FILES), ("tokenizer", TOKENIZER_FILES)) if encoder else ():
+    for part, patterns in zip(PARTS, (ENCODER_FILES, TOKENIZER_FILES), strict=True) if encoder else ():
         (side / part).mkdir()
         for pattern in patterns:
             for file in encoder.glob(pattern):  # type: ignore[union-attr]

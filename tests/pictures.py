@@ -53,6 +53,19 @@ def quarters(height: int = 48, width: int = 64) -> np.ndarray:
     return image
 
 
+def lossless_jpeg(side: int) -> bytes:
+    """Frame SOF3 (ITU-T T.81, annex H), three components of one colour: every difference is category 0, one bit."""
+
+    def segment(marker: int, body: bytes) -> bytes:
+        return b"\xff" + bytes([marker]) + struct.pack(">H", len(body) + 2) + body
+
+    frame = struct.pack(">BHHB", 8, side, side, 3) + b"".join(bytes([name, 0x11, 0]) for name in b"RGB")
+    table = b"\0" + bytes([1] + [0] * 15) + b"\0"
+    scan = b"\3" + b"".join(bytes([name, 0]) for name in b"RGB") + b"\1\0\0"
+    segments = segment(0xC3, frame) + segment(0xC4, table) + segment(0xDA, scan)
+    return b"\xff\xd8" + segments + bytes(side * side * 3 // 8) + b"\xff\xd9"
+
+
 def cmyk_jpeg(image: np.ndarray | None = None) -> bytes:
     """As Adobe writes it, inks inverted. (YCCK is the same in other axes: `ycck_jpeg`.)"""
     return encoded(Image.fromarray(quarters() if image is None else image).convert("CMYK"), "JPEG", quality=95)

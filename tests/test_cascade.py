@@ -14,7 +14,8 @@ import tools.export
 import tools.tiny_t5
 from pipeline import Cascade
 from pipeline.cascade import span
-from pipeline.cascade_folder import export
+from pipeline.cascade_folder import CascadeConfig, export
+from pipeline.config import ConfigError, build
 from pipeline.errors import UserError
 from tests.conftest import stage_yaml
 
@@ -143,6 +144,43 @@ def test_the_export_tool_makes_the_folder_that_was_loaded(trained, shards_folder
     )
     assert made.keys() == expected.keys()
     assert all(made[name].read_bytes() == expected[name].read_bytes() for name in made)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["base64/config.yaml"], "is there and is no cascade folder"),  # `folder: runs`, say
+        (["cascade.json"], "is there and is no cascade folder"),  # empty: not one of ours
+        (None, "is a file"),
+    ],
+)
+def test_export_replaces_nothing_but_a_cascade(trained, t5_folder, tmp_path, files, message):
+    folder = tmp_path / "runs"
+    for file in files or ():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).touch()
+    if files is None:
+        folder.touch()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=message):
+        export({"base": trained / "base" / "stage"}, t5_folder, folder)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_export_replaces_its_own_cascade_unless_something_was_added(trained, t5_folder, tmp_path):
+    folder = tmp_path / "cascade"
+    for _ in range(2):
+        export({"base": trained / "base" / "stage"}, t5_folder, folder)
+    (folder / "images").mkdir()
+    with pytest.raises(UserError, match="holds 'images', which no export wrote"):
+        export({"base": trained / "base" / "stage"}, t5_folder, folder)
+    assert (folder / "images").exists()
+
+
+@pytest.mark.parametrize("name", ["../base", "", ".hidden", "tokenizer", "a/b"])
+def test_a_stage_is_named_like_a_folder(name):
+    with pytest.raises(ConfigError, match=r"stages\[0\]\.name: "):
+        build(CascadeConfig, {"folder": "cascade", "stages": [{"name": name, "config": "base.yaml"}]})
 
 
 def test_another_text_encoder_is_refused(trained, tmp_path, shards_folder):

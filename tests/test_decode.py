@@ -7,7 +7,7 @@ import numpy as np
 import pictures
 import pytest
 import simplejpeg
-from pictures import encoded, picture, psnr, quarters, smooth
+from pictures import encoded, lossless_jpeg, picture, psnr, quarters, smooth
 from PIL import Image, ImageOps
 
 from pipeline.data.decode import BadImage, Picture, decode, dimensions
@@ -96,6 +96,15 @@ class TestDecode:
         assert (whole(data) == np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))).all()
         assert close(pixels(data, 20), quarters(20, 30))
         assert dimensions(data) == (240, 160)
+
+    @pytest.mark.parametrize("padding", [b"", b"\xff\xff", b"\xff\1"])
+    def test_only_frames_that_can_be_are_scaled(self, padding):
+        """A lossless JPEG decoded at 1/8 would write beyond its buffer and end the process."""
+        data = lossless_jpeg(512)
+        frame = data.index(b"\xff\xc3")
+        found = decode(data[:frame] + padding + data[frame:], 64)
+        assert found.pixels.shape == (512, 512, 3)
+        assert np.ptp(found.pixels) == 0
 
     def test_grey_jpeg(self):
         assert np.abs(whole(pictures.grey_jpeg(90)).astype(int) - 90).max() <= 1

@@ -40,6 +40,8 @@ MAX_SIDE = 65_535  # of a JPEG
 MAX_PIXELS = 89_000_000  # a larger header is a mistake or an attack: 270 MB decoded, and Pillow begins to warn
 FORMATS = "JPEG, PNG, WEBP, GIF, BMP"  # what crawled files turn out to be; Pillow's others run more foreign code
 NUM_SCALES = 8  # a JPEG can be decoded at 1/8, 2/8, ... of its size
+STANDALONE = (b"\0", b"\1", *(bytes([0xD0 + n]) for n in range(8)))  # second bytes of markers without a length
+SCALABLE = (0xC0, 0xC1, 0xC2)  # frames that can: baseline, extended, progressive. A lossless one would crash libjpeg
 
 
 class BadImage(ValueError):
@@ -119,7 +121,9 @@ def decode(data: bytes, size: int) -> Picture:
         (
             eighths / NUM_SCALES
             for eighths in (1, 2, 4)
-            if short >= NUM_SCALES and (short * eighths % (NUM_SCALES * size) == 0 or short * eighths >= 14 * size)
+            if _jpeg_frame(data) in SCALABLE
+            and short >= NUM_SCALES
+            and (short * eighths % (NUM_SCALES * size) == 0 or short * eighths >= 14 * size)
         ),
         1.0,
     )
@@ -149,18 +153,34 @@ def _jpeg_header(data: bytes) -> tuple[int, int, str]:
     return height, width, colours
 
 
-def _jpeg_orientation(data: bytes) -> int:
-    """Of the first Exif segment before the pixels; the header is known to be sound."""
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """(second byte of the marker, body) of each segment before the first scan, found as libjpeg finds them."""
     place = 2
-    while (marker := data[place : place + 2]) not in (b"\xff\xda", b""):
-        if marker == b"\xff\xff":  # padding
+    while (place := data.find(b"\xff", place)) >= 0:
+        marker = data[place + 1 : place + 2]
+        if marker == b"\xff":  # padding
             place += 1
             continue
+        if marker in STANDALONE:
+            place += 2
+            continue
+        if marker in (b"\xda", b"\xd9", b""):
+            return
         end = place + 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-        if marker == b"\xff\xe1" and data.startswith(b"Exif\0\0", place + 4):
-            return _orientation(data[place + 4 : end])
+        yield marker[0], data[place + 4 : end]
         place = end
-    return 1
+
+
+def _jpeg_frame(data: bytes) -> int | None:
+    """The marker SOFn of the frame: 0xC0 to 0xCF without DHT, JPG and DAC (ITU-T T.81, table B.1)."""
+    markers = (marker for marker, _ in _jpeg_segments(data))
+    return next((marker for marker in markers if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)), None)
+
+
+def _jpeg_orientation(data: bytes) -> int:
+    """Of the first Exif segment."""
+    bodies = (body for marker, body in _jpeg_segments(data) if marker == 0xE1)
+    return next((_orientation(body) for body in bodies if body.startswith(b"Exif\0\0")), 1)
 
 
 def _orientation(exif: bytes) -> int:
