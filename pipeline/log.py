@@ -1,8 +1,9 @@
-"""What a run says: metrics.jsonl for programs, TensorBoard for eyes, a bar and plain lines for the terminal.
+"""What a run says: metrics.jsonl for programs, TensorBoard for eyes, a bar and plain lines for the
+terminal.
 
-`metrics.jsonl` has one object a reported step (step, loss, lr, grad_norm, images_per_second, seconds, what the stage
-adds), floats to the last digit. A run that resumes at step S first drops what a killed attempt wrote after S, so that
-each step stands once.
+`metrics.jsonl` has one object a reported step (step, loss, lr, grad_norm, images_per_second,
+seconds, what the stage adds), floats to the last digit. A run that resumes at step S first drops
+what a killed attempt wrote after S, so that each step stands once.
 """
 
 import io
@@ -24,7 +25,9 @@ LINE_EVERY = 10.0  # seconds between lines of progress where there is no termina
 
 
 def setup_logging() -> None:
-    """Lets the "cascade" logger write to stderr, one line a message. Calling it again changes nothing."""
+    """Lets the "cascade" logger write to stderr, one line a message. Calling it again changes
+    nothing.
+    """
     if not any(isinstance(handler, _Terminal) for handler in log.handlers):
         log.addHandler(_Terminal())
         log.setLevel(logging.INFO)
@@ -41,9 +44,13 @@ class _Terminal(logging.Handler):
 
 
 class RunLog:
-    """The log of a run that has done `first_step` of `total_steps`; nothing at all unless `enabled` (rank 0)."""
+    """The log of a run that has done `first_step` of `total_steps`; nothing at all unless `enabled`
+    (rank 0).
+    """
 
-    def __init__(self, folder: Path, first_step: int, total_steps: int, enabled: bool = True) -> None:
+    def __init__(
+        self, folder: Path, first_step: int, total_steps: int, enabled: bool = True
+    ) -> None:
         self.folder, self.enabled = folder, enabled
         if not enabled:
             return
@@ -53,22 +60,39 @@ class RunLog:
         _drop_after(folder / "metrics.jsonl", first_step)
         self.metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self.board = _Board(folder / "tensorboard", first_step)
-        # A bar in a log file would be one endless line: there, `report` writes a line now and then instead.
+        # A bar in a log file would be one endless line: there, `report` writes a line now and then
+        # instead.
         self.told = -math.inf
-        self.bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=None)
+        self.bar = tqdm(
+            total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=None
+        )
 
     def report(self, step: int, metrics: Mapping[str, float | np.generic]) -> None:
-        """One line of metrics.jsonl, one point on each curve. A number that is not finite is null in JSON."""
+        """One line of metrics.jsonl, one point on each curve. A number that is not finite is null
+        in JSON.
+        """
         if not self.enabled:
             return
-        values = {name: value.item() if isinstance(value, np.generic) else value for name, value in metrics.items()}
+        values = {
+            name: value.item() if isinstance(value, np.generic) else value
+            for name, value in metrics.items()
+        }
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self.metrics.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
         self.metrics.flush()
-        self.board.add(step, *({"tag": name, "simple_value": value} for name, value in values.items()))
-        if self.bar.disable and (time.monotonic() - self.told >= LINE_EVERY or step == self.bar.total):
+        self.board.add(
+            step, *({"tag": name, "simple_value": value} for name, value in values.items())
+        )
+        if self.bar.disable and (
+            time.monotonic() - self.told >= LINE_EVERY or step == self.bar.total
+        ):
             self.told = time.monotonic()
-            log.info("step %d/%d: %s", step, self.bar.total, ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
+            log.info(
+                "step %d/%d: %s",
+                step,
+                self.bar.total,
+                ", ".join(f"{k} {v:.4g}" for k, v in values.items()),
+            )
         if "loss" in values:
             self.bar.set_postfix(loss=f"{values['loss']:.4g}", refresh=False)
 
@@ -84,7 +108,12 @@ class RunLog:
 
         buffer, (height, width, _) = io.BytesIO(), image_HWC.shape
         Image.fromarray(image_HWC).save(buffer, "PNG")
-        png = {"height": height, "width": width, "colorspace": 3, "encoded_image_string": buffer.getvalue()}
+        png = {
+            "height": height,
+            "width": width,
+            "colorspace": 3,
+            "encoded_image_string": buffer.getvalue(),
+        }
         self.board.add(step, {"tag": "samples", "image": png})
         (self.folder / "samples").mkdir(exist_ok=True)
         write_atomically(self.folder / "samples" / f"step_{step:07d}.png", buffer.getvalue())
@@ -104,8 +133,8 @@ class RunLog:
 class _Board:
     """TensorBoard's event file, written at once, by the thread that reports.
 
-    tensorboardX's SummaryWriter has a thread for it behind a queue of ten: when the disk is full the thread dies, the
-    queue fills, and the run hangs for ever. Here it ends with the OSError.
+    tensorboardX's SummaryWriter has a thread for it behind a queue of ten: when the disk is full
+    the thread dies, the queue fills, and the run hangs for ever. Here it ends with the OSError.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
@@ -113,7 +142,8 @@ class _Board:
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         folder.mkdir(exist_ok=True)
-        # The name ends with the step, as an attempt begun within the same second would overwrite the last one's file.
+        # The name ends with the step, as an attempt begun within the same second would overwrite
+        # the last one's file.
         self.file, self.event = EventsWriter(str(folder / "events"), f".{first_step}"), Event
         # The start of a session makes TensorBoard forget this and all later steps of earlier files.
         self._write(first_step + 1, session_log={"status": SessionLog.START})

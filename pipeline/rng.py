@@ -1,9 +1,10 @@
 """Randomness as data: every draw is a pure function of (seed, purpose, counters).
 
-NumPy's Philox is a counter-based generator (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): a
-key and a 256-bit counter name a stream. The seed and the purpose are the key; step, position in the global batch or
-image number are the high words of the counter. A draw therefore depends neither on the rank that makes it, nor on the
-size of the batch it is part of, nor on how often the job was restarted.
+NumPy's Philox is a counter-based generator (Salmon et al., "Parallel random numbers: as easy as 1,
+2, 3", SC 2011): a key and a 256-bit counter name a stream. The seed and the purpose are the key;
+step, position in the global batch or image number are the high words of the counter. A draw
+therefore depends neither on the rank that makes it, nor on the size of the batch it is part of, nor
+on how often the job was restarted.
 """
 
 import os
@@ -12,7 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-# One number a purpose, so that two kinds of draw never share a stream. Part of a run's identity: never reuse one.
+# One number a purpose, so that two kinds of draw never share a stream. Part of a run's identity:
+# never reuse one.
 PURPOSES = {
     "order": 1,  # permutation of the samples of a window
     "crop": 2,  # which square of a picture
@@ -36,14 +38,22 @@ PURPOSES = {
 
 
 def generator(seed: int, purpose: str, *counters: int) -> np.random.Generator:
-    """The stream of `purpose` under `seed` at up to three `counters` (each in [0, 2**64)): step, position, ..."""
-    words = [0, *counters, *[0] * (3 - len(counters))]  # the lowest word counts the draws within the stream
+    """The stream of `purpose` under `seed` at up to three `counters` (each in [0, 2**64)): step,
+    position, ...
+    """
+    words = [
+        0,
+        *counters,
+        *[0] * (3 - len(counters)),
+    ]  # the lowest word counts the draws within the stream
     key, counter = np.array([seed, PURPOSES[purpose]], np.uint64), np.array(words, np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
 def unit_noise(streams: Sequence[np.random.Generator], shape: tuple[int, ...]) -> np.ndarray:
-    """float32 (B, *shape). Drawn in threads: at 1024 px a batch's draws take as long as a small network's call."""
+    """float32 (B, *shape). Drawn in threads: at 1024 px a batch's draws take as long as a small
+    network's call.
+    """
     noise = np.empty((len(streams), *shape), np.float32)
 
     def draw(stream: np.random.Generator, out: np.ndarray) -> None:
@@ -54,6 +64,10 @@ def unit_noise(streams: Sequence[np.random.Generator], shape: tuple[int, ...]) -
     return noise
 
 
-def sampling_noise(seed: int, numbers: Sequence[int], shape: tuple[int, ...], step: int) -> np.ndarray:
+def sampling_noise(
+    seed: int, numbers: Sequence[int], shape: tuple[int, ...], step: int
+) -> np.ndarray:
     """Unit noise float32 (B, *shape); the size of the picture tells the stages of a cascade apart."""
-    return unit_noise([generator(seed, "sample", number, shape[-1], step) for number in numbers], shape)
+    return unit_noise(
+        [generator(seed, "sample", number, shape[-1], step) for number in numbers], shape
+    )

@@ -1,6 +1,8 @@
-"""The base of a cascade: text to a small picture (Imagen, arXiv 2205.11487, section 2.2; 64 px there).
+"""The base of a cascade: text to a small picture (Imagen, arXiv 2205.11487, section 2.2; 64 px
+there).
 
-By itself, told a class or nothing, it is the classic small diffusion model (DDPM, arXiv 2006.11239).
+By itself, told a class or nothing, it is the classic small diffusion model (DDPM, arXiv
+2006.11239).
 """
 
 from collections.abc import Sequence
@@ -10,8 +12,8 @@ from typing import Any, Literal
 import numpy as np
 from mindspore import Tensor
 
-from pipeline.data.prompts import Arrays
-from stages.stage import Stage, StageConfig, sheet
+from pipeline.stage.stage import Stage, StageConfig, sheet
+from pipeline.text.prompts import Arrays
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,14 +1,17 @@
-"""Image to image: a picture of which something is missing to what it may have been (Palette, arXiv 2111.05826).
+"""Image to image: a picture of which something is missing to what it may have been (Palette, arXiv
+2111.05826).
 
-The network sees the noisy picture beside the damaged one, its `source`, and which task it is to do. Where a pixel is
-known, outside of the task's mask, the noisy picture is the known one and the loss does not count; tasks without a hole
-make every pixel anew. One model may know one task or all, each with a share of the batch and a noise level of its own:
-the more a task leaves open, the more noise it wants (Chen, arXiv 2301.10972).
+The network sees the noisy picture beside the damaged one, its `source`, and which task it is to do.
+Where a pixel is known, outside of the task's mask, the noisy picture is the known one and the loss
+does not count; tasks without a hole make every pixel anew. One model may know one task or all, each
+with a share of the batch and a noise level of its own: the more a task leaves open, the more noise
+it wants (Chen, arXiv 2301.10972).
 
-A task may have a `spread`: then the network is asked for less, how the picture differs from a `guess`, the source with
-its hole smoothly filled, and errors count in units of the spread. It sees the guess, the mask and, instead of the noisy
-picture, what that shows of the difference, which is nothing in much noise: a small network would need most of its
-training to learn to copy what it is shown and to close its eyes to noise. Without spreads this is Palette.
+A task may have a `spread`: then the network is asked for less, how the picture differs from a
+`guess`, the source with its hole smoothly filled, and errors count in units of the spread. It sees
+the guess, the mask and, instead of the noisy picture, what that shows of the difference, which is
+nothing in much noise: a small network would need most of its training to learn to copy what it is
+shown and to close its eyes to noise. Without spreads this is Palette.
 
 Shapes: see stage.py; K tasks.
 """
@@ -23,13 +26,13 @@ from mindspore import dtype as mstype
 
 from pipeline.config import ConfigError
 from pipeline.data.image import to_uint8
-from pipeline.data.prompts import Arrays, Condition, one_hot
-from pipeline.data.tasks import TASKS, Given, damaged, guess
-from pipeline.diffusion.loss import loss as score
+from pipeline.diffusion.objective import loss as score
 from pipeline.diffusion.process import add_noise, around, per_image
-from pipeline.diffusion.sampler import SamplerConfig
-from pipeline.editing import Edit
-from stages.stage import Stage, StageConfig, sheet
+from pipeline.diffusion.solvers import SamplerConfig
+from pipeline.generate.edit import Edit
+from pipeline.imaging.degradations import TASKS, Given, damaged, guess
+from pipeline.stage.stage import Stage, StageConfig, sheet
+from pipeline.text.prompts import Arrays, Condition, one_hot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,14 +40,22 @@ class TaskConfig:
     """A task among those that a stage learns."""
 
     weight: float = 1.0  # its share of the batch, beside the others'
-    shift: float = 0.0  # added to logsnr in training and sampling: below 0 is more noise, for a harder task
-    spread: float | None = None  # by about how much pictures differ from a guess, if the network is to start from one
+    shift: float = (
+        0.0  # added to logsnr in training and sampling: below 0 is more noise, for a harder task
+    )
+    spread: float | None = (
+        None  # by about how much pictures differ from a guess, if the network is to start from one
+    )
 
     def __post_init__(self) -> None:
         if self.spread is not None and self.spread <= 0:
-            raise ConfigError(f"spread: {self.spread} is not positive; leave it out for a network without a guess")
+            raise ConfigError(
+                f"spread: {self.spread} is not positive; leave it out for a network without a guess"
+            )
         if self.weight <= 0:
-            raise ConfigError(f"weight: {self.weight} is not positive; leave out the task that is not to be learnt")
+            raise ConfigError(
+                f"weight: {self.weight} is not positive; leave out the task that is not to be learnt"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,21 +64,29 @@ class ImageToImageConfig(StageConfig):
 
     kind: Literal["image_to_image"] = "image_to_image"
     condition: Condition = "none"
-    tasks: dict[str, TaskConfig] = field(hash=False)  # by name, see pipeline/data/tasks.py
+    tasks: dict[str, TaskConfig] = field(
+        hash=False
+    )  # by name, see pipeline/imaging/degradations.py
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.condition == "class":
-            raise ConfigError("condition: class, but image to image is told its task; take none or text")
+            raise ConfigError(
+                "condition: class, but image to image is told its task; take none or text"
+            )
         if unknown := [name for name in self.tasks if name not in TASKS]:
             raise ConfigError(f"tasks.{unknown[0]}: no such task; there are {', '.join(TASKS)}")
         if not self.tasks:
             raise ConfigError(f"tasks: there is none; name some of {', '.join(TASKS)}")
         without = [name for name, task in self.tasks.items() if task.spread is None]
         if without and len(without) < len(self.tasks):
-            raise ConfigError(f"tasks.{without[0]}.spread: none, and other tasks have one; give each task one or none")
+            raise ConfigError(
+                f"tasks.{without[0]}.spread: none, and other tasks have one; give each task one or none"
+            )
         if not without and self.diffusion.prediction != "x0":
-            raise ConfigError(f"diffusion.prediction: {self.diffusion.prediction}, and tasks have a spread; give x0")
+            raise ConfigError(
+                f"diffusion.prediction: {self.diffusion.prediction}, and tasks have a spread; give x0"
+            )
 
 
 class ImageToImage(Stage):
@@ -80,13 +99,17 @@ class ImageToImage(Stage):
     def __init__(self, config: ImageToImageConfig) -> None:
         self.tasks = list(config.tasks)
         self.spreads = [task.spread for task in config.tasks.values() if task.spread is not None]
-        self.channels_in = 7 if self.spreads else 6  # 7: the mask too, as no noise tells where the hole is
+        self.channels_in = (
+            7 if self.spreads else 6
+        )  # 7: the mask too, as no noise tells where the hole is
         super().__init__(config)
 
     def told(self) -> dict[str, int]:
         return {**super().told(), "num_classes": len(self.tasks)}
 
-    def batch(self, step: int, positions: Sequence[int], pictures: np.ndarray, *prompt: np.ndarray) -> Arrays:
+    def batch(
+        self, step: int, positions: Sequence[int], pictures: np.ndarray, *prompt: np.ndarray
+    ) -> Arrays:
         """Adds the damage: what is given of each picture, and by which task."""
         x, eps, logsnr, *rest = super().batch(step, positions, pictures, *prompt)
         weights = np.array([task.weight for task in self.config.tasks.values()])
@@ -100,11 +123,17 @@ class ImageToImage(Stage):
         return x, eps, logsnr + shifts[chosen], *rest, *self.seen(given, chosen)
 
     def seen(self, given: Sequence[Given], chosen: Sequence[int]) -> Arrays:
-        """What `predict` takes: sources or, with spreads, guesses (B, 3, S, S), masks (B, 1, S, S), tasks (B, K)."""
+        """What `predict` takes: sources or, with spreads, guesses (B, 3, S, S), masks (B, 1, S, S),
+        tasks (B, K).
+        """
         pictures, masks = (np.stack(arrays) for arrays in zip(*given, strict=True))
         if self.spreads:
-            once = {id(each): (self.tasks[task], each) for each, task in zip(given, chosen, strict=True)}
-            guesses = {key: guess(*each) for key, each in once.items()}  # samples of a picture share it
+            once = {
+                id(each): (self.tasks[task], each) for each, task in zip(given, chosen, strict=True)
+            }
+            guesses = {
+                key: guess(*each) for key, each in once.items()
+            }  # samples of a picture share it
             pictures = np.stack([guesses[id(each)] for each in given])
         return (pictures - self.mean) / self.std, masks, *one_hot(chosen, len(self.tasks))
 
@@ -117,11 +146,15 @@ class ImageToImage(Stage):
         spread_B = self.spread(task_BK)
         mean, deviation = around(picture, spread_B, z, logsnr_B)
         seen = ops.cat((mask * (mean - picture) / per_image(spread_B), picture, mask), 1)
-        return mean + deviation * self.network(seen, logsnr_B.expand_dims(1), *prompt, task_BK, *seeds)
+        return mean + deviation * self.network(
+            seen, logsnr_B.expand_dims(1), *prompt, task_BK, *seeds
+        )
 
     def spread(self, task_BK: Tensor) -> Tensor:
         """Of each image (B,)."""
-        return (task_BK * ops.broadcast_to(Tensor(self.spreads, mstype.float32), task_BK.shape)).sum(axis=1)
+        return (
+            task_BK * ops.broadcast_to(Tensor(self.spreads, mstype.float32), task_BK.shape)
+        ).sum(axis=1)
 
     def loss(self, x: Tensor, eps: Tensor, logsnr_B: Tensor, *told: Tensor) -> Tensor:
         """The loss of each image (B,), over what is to be made."""
@@ -152,8 +185,8 @@ class ImageToImage(Stage):
     ) -> np.ndarray:
         """`sample` of what is given of some pictures of one size, uint8 (B, H, W, 3).
 
-        What is known comes out as it went in; or it is the pictures `kept`, uint8 (B, H, W, 3), outside of their masks,
-        float32 (B, 1, H, W).
+        What is known comes out as it went in; or it is the pictures `kept`, uint8 (B, H, W, 3),
+        outside of their masks, float32 (B, 1, H, W).
         """
         schedule, shift = config.schedule or self.config.diffusion, self.config.tasks[task].shift
         shifted = replace(config, schedule=replace(schedule, shift=schedule.shift + shift))
@@ -167,7 +200,10 @@ class ImageToImage(Stage):
         for first, task in enumerate(self.tasks[: len(pictures)]):
             rows = range(first, len(pictures), len(self.tasks))
             streams = self.streams("damage", 0, rows)
-            given = [damaged(task, pictures[row], stream) for row, stream in zip(rows, streams, strict=True)]
+            given = [
+                damaged(task, pictures[row], stream)
+                for row, stream in zip(rows, streams, strict=True)
+            ]
             told = tuple(array[rows] for array in prompt)
             sources[rows] = to_uint8(np.stack([each.source for each in given]))
             made[rows] = self.restore(self.config.sample, task, given, told, self.config.seed, rows)

@@ -1,9 +1,10 @@
 """Super-resolution: a picture and its text to the same picture at a multiple of its size.
 
-The low resolution, enlarged, is concatenated to the noisy picture. It carries noise of its own: in training of a level
-drawn anew for each sample, which the network is told, so that it learns not to trust the low resolution more than that
-level allows and forgives the faults of the stage before (Ho et al., arXiv 2106.15282; Imagen, section 2.4). A stage for
-large pictures trains on windows of them and samples them whole (Imagen, appendix F).
+The low resolution, enlarged, is concatenated to the noisy picture. It carries noise of its own: in
+training of a level drawn anew for each sample, which the network is told, so that it learns not to
+trust the low resolution more than that level allows and forgives the faults of the stage before (Ho
+et al., arXiv 2106.15282; Imagen, section 2.4). A stage for large pictures trains on windows of them
+and samples them whole (Imagen, appendix F).
 """
 
 from collections.abc import Sequence
@@ -15,12 +16,14 @@ from mindspore import Tensor, ops
 
 from pipeline.config import ConfigError
 from pipeline.data.image import downsample, upsample
-from pipeline.data.prompts import Arrays
 from pipeline.diffusion.process import add_noise
 from pipeline.rng import sampling_noise, unit_noise
-from stages.stage import Stage, StageConfig, sheet
+from pipeline.stage.stage import Stage, StageConfig, sheet
+from pipeline.text.prompts import Arrays
 
-AUGMENT_STEP = 2**32  # names the low resolution's noise among the draws of sampling; no sampler takes as many steps
+AUGMENT_STEP = (
+    2**32
+)  # names the low resolution's noise among the draws of sampling; no sampler takes as many steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +36,9 @@ class LowResConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_augment <= 1:
-            raise ConfigError(f"max_augment: {self.max_augment} is not a diffusion time in [0, 1]; Imagen has 1.0")
+            raise ConfigError(
+                f"max_augment: {self.max_augment} is not a diffusion time in [0, 1]; Imagen has 1.0"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +51,9 @@ class SuperResolutionConfig(StageConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.size % self.low_res.size or self.size == self.low_res.size:
-            raise ConfigError(f"low_res.size: {self.low_res.size} does not divide {self.size}, the stage's size")
+            raise ConfigError(
+                f"low_res.size: {self.low_res.size} does not divide {self.size}, the stage's size"
+            )
         if not 0 <= self.sample.augment <= self.low_res.max_augment:
             raise ConfigError(
                 f"sample.augment: {self.sample.augment} is not in [0, low_res.max_augment = {self.low_res.max_augment}]"
@@ -77,7 +84,9 @@ class SuperResolution(Stage):
     def scale(self) -> int:
         return self.config.size // self.config.low_res.size
 
-    def batch(self, step: int, positions: Sequence[int], pictures: np.ndarray, *prompt: np.ndarray) -> Arrays:
+    def batch(
+        self, step: int, positions: Sequence[int], pictures: np.ndarray, *prompt: np.ndarray
+    ) -> Arrays:
         """Adds the enlarged low resolution, its noise and its level."""
         x, *rest = super().batch(step, positions, pictures, *prompt)
         low = upsample(downsample(x, x.shape[-1] // self.scale), x.shape[-1])
@@ -102,14 +111,23 @@ class SuperResolution(Stage):
         side = given.shape[1] * self.scale
         level = np.full(len(given), augment)
         noise = sampling_noise(seed, numbers, (3, side, side), AUGMENT_STEP)
-        return (3, side, side), (upsample(self.from_pictures(given), side), noise, self.augment_logsnr(level))
+        return (3, side, side), (
+            upsample(self.from_pictures(given), side),
+            noise,
+            self.augment_logsnr(level),
+        )
 
     def picture(self, pictures: np.ndarray, *prompt: np.ndarray) -> np.ndarray:
         """True low resolution, enlarged | sample | truth."""
         side = pictures.shape[1]
         low = downsample(self.from_pictures(pictures), side // self.scale)
-        made = self.sample(self.config.sample, prompt, self.config.seed, range(len(low)), self.to_pictures(low))
+        made = self.sample(
+            self.config.sample, prompt, self.config.seed, range(len(low)), self.to_pictures(low)
+        )
         return sheet(self.to_pictures(upsample(low, side)), made, pictures)
 
     def facts(self) -> dict[str, Any]:
-        return {"size_in": self.config.low_res.size, "augment": [0.0, self.config.low_res.max_augment]}
+        return {
+            "size_in": self.config.low_res.size,
+            "augment": [0.0, self.config.low_res.max_augment],
+        }

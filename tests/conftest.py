@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import QUICK, Running, leaving_nothing
 
 from pipeline import kernels
 from pipeline.data.shards import DataConfig, Shards
-from pipeline.data.text import load_encoder, recipe
-from pipeline.data.text_store import TextStore
-from pipeline.nn.text_encoder import TextConfig
+from pipeline.text.caption_embeddings import load_encoder, recipe
+from pipeline.text.encoder import TextConfig
+from pipeline.text.store import TextStore
+from tests.helpers.jobs import QUICK, Running, leaving_nothing
 from tools import shapes, tiny_t5
 
 LENGTH = 12  # tokens a caption
@@ -41,7 +41,9 @@ def both(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 @pytest.fixture(scope="session")
 def shards_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 captioned scenes of 96 px in two tars, 00000.tar and 00001.tar. Read only: all tests share it."""
+    """24 captioned scenes of 96 px in two tars, 00000.tar and 00001.tar. Read only: all tests share
+    it.
+    """
     folder = tmp_path_factory.mktemp("data") / "shards"
     shapes.write(folder, num=24, size=96, seed=1, shard_size=12, workers=1)
     return folder
@@ -49,9 +51,13 @@ def shards_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def t5_folder(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A T5 of width 16 whose tokenizer knows the captions of `shards_folder`; their embeddings lie beside them."""
+    """A T5 of width 16 whose tokenizer knows the captions of `shards_folder`; their embeddings lie
+    beside them.
+    """
     folder = tmp_path_factory.mktemp("models") / "t5"
-    tiny_t5.make(folder, sorted(shards_folder.glob("*.tar")), width=16, layers=1, heads=2, vocab=64, seed=0)
+    tiny_t5.make(
+        folder, sorted(shards_folder.glob("*.tar")), width=16, layers=1, heads=2, vocab=64, seed=0
+    )
     shards = Shards.open(DataConfig(shards=f"{shards_folder}/*.tar"), progress=False)
     text = TextConfig(encoder=str(folder), width=16, length=LENGTH)
     TextStore(shards, recipe(text)).build(partial(load_encoder, text), progress=False)
@@ -59,7 +65,9 @@ def t5_folder(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def stage_yaml(kind: str, run: Path, shards: Path, t5: Path) -> dict[str, Any]:
-    """The smallest stage that has all parts: `base` 16 px, `sr32` 16 to 32 px, `sr64` 32 to 64 px on windows."""
+    """The smallest stage that has all parts: `base` 16 px, `sr32` 16 to 32 px, `sr64` 32 to 64 px
+    on windows.
+    """
     size = {"base": 16, "sr32": 32, "sr64": 64}[kind]
     raw: dict[str, Any] = {
         "kind": "base" if kind == "base" else "super_resolution",
@@ -79,7 +87,13 @@ def stage_yaml(kind: str, run: Path, shards: Path, t5: Path) -> dict[str, Any]:
         },
         "data": {"shards": f"{shards}/*.tar", "global_batch": 4},
         "optimizer": {"lr": 1.0e-3, "warmup_steps": 2},
-        "train": {"steps": 4, "checkpoint_every": 2, "report_every": 1, "sample_every": 4, "num_samples": 2},
+        "train": {
+            "steps": 4,
+            "checkpoint_every": 2,
+            "report_every": 1,
+            "sample_every": 4,
+            "num_samples": 2,
+        },
         "sample": {"sampler": "dpm_solver++", "steps": 3, "guidance": 2.0, "batch": 4},
     }
     if kind != "base":
@@ -89,13 +103,14 @@ def stage_yaml(kind: str, run: Path, shards: Path, t5: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def trained(shards_folder: Path, t5_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the run folders base, sr32 and sr64 of three stages trained for 4 steps, and cascade/ of them.
+    """A folder with the run folders base, sr32 and sr64 of three stages trained for 4 steps, and
+    cascade/ of them.
 
     Read only: all tests share it.
     """
-    from pipeline.cascade_folder import export
     from pipeline.config import build
-    from pipeline.kinds import stage_class
+    from pipeline.generate.cascade_folder import export
+    from pipeline.stage.registry import stage_class
     from pipeline.train.loop import train
 
     folder = tmp_path_factory.mktemp("trained")
@@ -103,7 +118,11 @@ def trained(shards_folder: Path, t5_folder: Path, tmp_path_factory: pytest.TempP
         raw = stage_yaml(name, folder / name, shards_folder, t5_folder)
         cls = stage_class(raw["kind"])
         assert train(cls(build(cls.Config, raw)))
-    export({name: folder / name / "stage" for name in ("base", "sr32", "sr64")}, t5_folder, folder / "cascade")
+    export(
+        {name: folder / name / "stage" for name in ("base", "sr32", "sr64")},
+        t5_folder,
+        folder / "cascade",
+    )
     return folder
 
 
@@ -122,7 +141,14 @@ def supervise(tmp_path: Path) -> Iterator[Callable[..., Running]]:
     with leaving_nothing(run) as start:
 
         def started(*faults: str, **options: object) -> Running:
-            argv = [sys.executable, "-m", "tests.supervised", str(run), json.dumps(QUICK | options), *faults]
+            argv = [
+                sys.executable,
+                "-m",
+                "tests.helpers.supervised",
+                str(run),
+                json.dumps(QUICK | options),
+                *faults,
+            ]
             return Running(run, start(argv))
 
         yield started

@@ -5,27 +5,33 @@ import re
 from pathlib import Path
 
 import pytest
-from jobs import ROOT
 
-from launch.report import check
-from pipeline.cascade_folder import CascadeConfig
+from launch.cli.report import check
 from pipeline.config import build, read_yaml
-from pipeline.data.tasks import TASKS
-from pipeline.kinds import read_stage_config
+from pipeline.generate.cascade_folder import CascadeConfig
+from pipeline.imaging.degradations import TASKS
+from pipeline.stage.registry import read_stage_config
+from tests.helpers.jobs import ROOT
 
 # Ground floor first. A room imports from itself and from the floors before its own.
 FLOORS = (
     ("pipeline.errors", "pipeline.device"),
     ("pipeline.config", "pipeline.files", "pipeline.rng", "pipeline.runtime"),
-    ("pipeline.log", "pipeline.checkpoint", "pipeline.heartbeat", "pipeline.kernels", "pipeline.sheet"),
+    (
+        "pipeline.log",
+        "pipeline.train.checkpoint",
+        "pipeline.train.heartbeat",
+        "pipeline.kernels",
+        "pipeline.imaging.contact_sheet",
+    ),
     ("pipeline.diffusion", "pipeline.nn"),
     ("pipeline.data",),
-    ("pipeline.manifest", "pipeline.kinds"),
+    ("pipeline.stage.manifest", "pipeline.stage.registry"),
     ("pipeline.train",),
-    ("pipeline.editing", "pipeline.cascade_folder"),
-    ("pipeline.cascade",),
-    ("pipeline.gallery", "pipeline.explore"),
-    ("pipeline.restoration",),
+    ("pipeline.generate.edit", "pipeline.generate.cascade_folder"),
+    ("pipeline.generate.cascade",),
+    ("pipeline.generate.output_folder", "pipeline.generate.inspect"),
+    ("pipeline.generate.restore",),
     ("pipeline",),  # the door: `from pipeline import Cascade`
     ("stages",),
     ("launch",),
@@ -33,7 +39,11 @@ FLOORS = (
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
-SOURCES = [path for top in ("pipeline", "stages", "launch", "tools") for path in sorted((ROOT / top).rglob("*.py"))]
+SOURCES = [
+    path
+    for top in ("pipeline", "stages", "launch", "tools")
+    for path in sorted((ROOT / top).rglob("*.py"))
+]
 each_source = pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 
 
@@ -50,7 +60,9 @@ def imports(tree: ast.AST) -> set[str]:
 
 
 def room(name: str) -> str | None:
-    """Where in the house a module, or a name in one, is at home: the longest beginning that is a room."""
+    """Where in the house a module, or a name in one, is at home: the longest beginning that is a
+    room.
+    """
     parts = name.split(".")
     beginnings = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
     return next((beginning for beginning in beginnings if beginning in FLOOR), None)
@@ -68,7 +80,9 @@ def test_imports_go_down(path: Path) -> None:
     mine = home(path)
     for name in imports(ast.parse(path.read_text())):
         theirs = room(name)
-        assert theirs is None or theirs == mine or FLOOR[theirs] < FLOOR[mine], f"{mine} imports {name}"
+        assert theirs is None or theirs == mine or FLOOR[theirs] < FLOOR[mine], (
+            f"{mine} imports {name}"
+        )
         assert not name.startswith("tests")
 
 
@@ -90,7 +104,10 @@ def test_the_rule_finds_what_it_forbids() -> None:
 
 @each_source
 def test_only_runtime_touches_the_environment_and_mindspores_context(path: Path) -> None:
-    found = re.findall(r"environ\b|getenv|putenv|set_context|\b(?:ms|mindspore)\.(?:set_|runtime)", path.read_text())
+    found = re.findall(
+        r"environ\b|getenv|putenv|set_context|\b(?:ms|mindspore)\.(?:set_|runtime)",
+        path.read_text(),
+    )
     assert not found or home(path) == "pipeline.runtime"
 
 
@@ -107,7 +124,11 @@ def test_no_stored_code_is_run(path: Path) -> None:
     }
     calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     assert not {"eval", "exec", "__import__", "importlib.import_module"} & calls
-    assert not [call for call in calls if call.endswith((".load_checkpoint", ".save_checkpoint", "torch.load"))]
+    assert not [
+        call
+        for call in calls
+        if call.endswith((".load_checkpoint", ".save_checkpoint", "torch.load"))
+    ]
     assert "allow_pickle=True" not in path.read_text()
 
 
@@ -135,7 +156,10 @@ def test_every_configuration_loads(path: Path) -> None:
     else:
         config, _ = read_stage_config(path)
         if path.stem.startswith("palette"):
-            assert (config.kind, config.size) == ("image_to_image", 64 if path.parent.name == "tiny" else 256)
+            assert (config.kind, config.size) == (
+                "image_to_image",
+                64 if path.parent.name == "tiny" else 256,
+            )
             assert list(config.tasks) == list(TASKS)
             return
         if path.parent.name == "classic":  # named after what it is trained on
@@ -143,11 +167,16 @@ def test_every_configuration_loads(path: Path) -> None:
             assert config.kind == "base"
             assert config.condition == ("class" if path.stem == "classes64" else "none")
             return
-        assert f"{config.kind.removesuffix('_resolution').replace('super', 'sr')}{config.size}" == path.stem
+        assert (
+            f"{config.kind.removesuffix('_resolution').replace('super', 'sr')}{config.size}"
+            == path.stem
+        )
 
 
 def test_a_set_is_a_cascade_of_the_papers_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Imagen's base has 2B parameters and its super-resolutions 600M and 400M (arXiv 2205.11487, section 4.1)."""
+    """Imagen's base has 2B parameters and its super-resolutions 600M and 400M (arXiv 2205.11487,
+    section 4.1).
+    """
     monkeypatch.chdir(ROOT)
     stages = check("configs/cascade.yaml", ())["stages"]
     for name, expected in {"base": 2.0e9, "sr256": 600e6, "sr1024": 400e6}.items():

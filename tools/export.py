@@ -1,9 +1,11 @@
-"""Puts the trained stages of a cascade and their text encoder into one folder, for sampling anywhere."""
+"""Puts the trained stages of a cascade and their text encoder into one folder, for sampling
+anywhere.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.terminal import Parser, run
+from pipeline.terminal import Parser, run
 
 
 def main(argv: Sequence[str]) -> None:
@@ -11,9 +13,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("config", help="a cascade's YAML file, as configs/cascade.yaml")
     arguments = parser.parse_args(argv)
 
-    from pipeline.cascade_folder import CascadeConfig, export
     from pipeline.config import build, read_yaml
-    from pipeline.kinds import read_stage_config
+    from pipeline.generate.cascade_folder import CascadeConfig, export
+    from pipeline.stage.registry import read_stage_config
 
     config = build(CascadeConfig, read_yaml(arguments.config))
     stages = {entry.name: read_stage_config(entry.config)[0] for entry in config.stages}

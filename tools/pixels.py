@@ -1,10 +1,11 @@
-"""Measure the pixels of data sets: the mean and the standard deviation of each channel, as a stage's `pixels:` wants.
+"""Measure the pixels of data sets: the mean and the standard deviation of each channel, as a
+stage's `pixels:` wants.
 
     python -m tools.pixels 'runs/classic/shapes/*.tar'
 
-In [-1, 1], over all pixels of the pictures as they lie there; shrinking them for a stage leaves the mean and takes a
-little from the deviation. What is summed is how often each of 256 values occurs, in whole numbers: so the answer is
-exact, and does not depend on the order.
+In [-1, 1], over all pixels of the pictures as they lie there; shrinking them for a stage leaves the
+mean and takes a little from the deviation. What is summed is how often each of 256 values occurs,
+in whole numbers: so the answer is exact, and does not depend on the order.
 """
 
 from collections import Counter
@@ -14,8 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from launch.terminal import Parser, run
 from pipeline.errors import UserError
+from pipeline.terminal import Parser, run
 
 if TYPE_CHECKING:
     from pipeline.data.shards import Shards
@@ -44,13 +45,18 @@ def moments(counts_CV: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation (3,) in [-1, 1], float64."""
     values = np.arange(VALUES) / 127.5 - 1
     mean = counts_CV @ values / counts_CV.sum(axis=1)
-    return mean, np.sqrt((counts_CV * (values - mean[:, None]) ** 2).sum(axis=1) / counts_CV.sum(axis=1))
+    return mean, np.sqrt(
+        (counts_CV * (values - mean[:, None]) ** 2).sum(axis=1) / counts_CV.sum(axis=1)
+    )
 
 
 def main(argv: Sequence[str]) -> None:
     parser = Parser(prog="python -m tools.pixels", description=__doc__.partition("\n")[0])
     parser.add_argument(
-        "shards", nargs="+", metavar="SHARDS", help="tars, with {00000..00127} and *; file: and http(s): URLs too"
+        "shards",
+        nargs="+",
+        metavar="SHARDS",
+        help="tars, with {00000..00127} and *; file: and http(s): URLs too",
     )
     arguments = parser.parse_args(argv)
 
@@ -61,7 +67,9 @@ def main(argv: Sequence[str]) -> None:
     shards = Shards.open(DataConfig(shards=tuple(arguments.shards), captions={}, max_damage=1.0))
     counts, out = histogram(shards)
     if not counts.any():
-        raise UserError(f"{' '.join(arguments.shards)}: no picture can be decoded ({', '.join(out)})")
+        raise UserError(
+            f"{' '.join(arguments.shards)}: no picture can be decoded ({', '.join(out)})"
+        )
     mean, std = ([round(number, 4) for number in each.tolist()] for each in moments(counts))
     for reason, number in out.most_common():
         print(f"# left out: {number:,} that {reason}")

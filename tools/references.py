@@ -1,9 +1,11 @@
-"""Makes the small files in tests/data that our networks are compared with: `python -m tools.references [NAME ...]`.
+"""Makes the small files in tests/data that our networks are compared with: `python -m
+tools.references [NAME ...]`.
 
-A reference is what another implementation (PyTorch's, through `transformers` or tools/twin.py) answers to a fixed
-input: inputs, weights and outputs as NumPy arrays in one safetensors file, the configuration as JSON in its metadata.
-Tests then need no PyTorch. Making one needs the `parity` extra; the files are part of the repository, so only a new or
-changed reference calls for running this again.
+A reference is what another implementation (PyTorch's, through `transformers` or tools/twin.py)
+answers to a fixed input: inputs, weights and outputs as NumPy arrays in one safetensors file, the
+configuration as JSON in its metadata. Tests then need no PyTorch. Making one needs the `parity`
+extra; the files are part of the repository, so only a new or changed reference calls for running
+this again.
 """
 
 import json
@@ -15,17 +17,19 @@ from typing import Any, Literal
 
 import numpy as np
 
-from launch.terminal import Parser, run
 from pipeline.errors import UserError
+from pipeline.terminal import Parser, run
 
-FOLDER = Path(__file__).parent.parent / "tests" / "data"
+FOLDER = Path(__file__).parent.parent / "tests" / "references"
 Reference = tuple[dict[str, np.ndarray], dict[str, Any]]  # arrays, and configuration
 
 T5_SIZES = {"vocab_size": 64, "d_model": 24, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 2}
 
 
 def t5_model(kind: Literal["v1_0", "v1_1"], whole: bool = False, **changes: Any) -> Any:
-    """A tiny T5 of `transformers` with random weights, the gains of its norms too; `whole` is encoder and decoder."""
+    """A tiny T5 of `transformers` with random weights, the gains of its norms too; `whole` is
+    encoder and decoder.
+    """
     import torch
     from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
 
@@ -40,8 +44,12 @@ def t5_model(kind: Literal["v1_0", "v1_1"], whole: bool = False, **changes: Any)
     return model
 
 
-def t5_inputs(length: int = 150, vocab: int = T5_SIZES["vocab_size"]) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and mask of a full and a padded row, long enough to reach the last bucket of relative positions."""
+def t5_inputs(
+    length: int = 150, vocab: int = T5_SIZES["vocab_size"]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and mask of a full and a padded row, long enough to reach the last bucket of relative
+    positions.
+    """
     ids = np.random.default_rng(0).integers(2, vocab, (2, length), dtype=np.int32)
     mask = np.arange(length)[None] < np.array([[length], [length // 3]])
     return np.where(mask, ids, 0).astype(np.int32), mask.astype(np.int32)
@@ -52,37 +60,79 @@ def t5_output(model: Any, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
     import torch
 
     with torch.no_grad():
-        inputs = {"input_ids": torch.from_numpy(ids).long(), "attention_mask": torch.from_numpy(mask).long()}
+        inputs = {
+            "input_ids": torch.from_numpy(ids).long(),
+            "attention_mask": torch.from_numpy(mask).long(),
+        }
         output: np.ndarray = model.get_encoder()(**inputs).last_hidden_state.numpy()
     return output
 
 
 def t5_reference(kind: Literal["v1_0", "v1_1"]) -> Reference:
-    """A T5 encoder's weights under their Hugging Face names, and last_hidden_state for two captions."""
+    """A T5 encoder's weights under their Hugging Face names, and last_hidden_state for two
+    captions.
+    """
     model = t5_model(kind)
     ids, mask = t5_inputs()
-    weights = {f"weights.{name}": value.detach().numpy() for name, value in model.named_parameters()}
+    weights = {
+        f"weights.{name}": value.detach().numpy() for name, value in model.named_parameters()
+    }
     config = json.loads(model.config.to_json_string())
-    return {**weights, "ids": ids, "mask": mask, "last_hidden_state": t5_output(model, ids, mask)}, config
+    return {
+        **weights,
+        "ids": ids,
+        "mask": mask,
+        "last_hidden_state": t5_output(model, ids, mask),
+    }, config
 
 
-# Layers and U-Nets. Their weights are not stored but drawn: by this tool for PyTorch, by the tests for MindSpore.
+# Layers and U-Nets. Their weights are not stored but drawn: by this tool for PyTorch, by the tests
+# for MindSpore.
 
 LAYERS: dict[str, dict[str, Any]] = {
     "resblock": {"kind": "ResBlock", "width_in": 16, "width": 24, "emb": 20},
     "resblock_up": {"kind": "ResBlock", "width_in": 24, "width": 24, "emb": 20, "resample": "up"},
-    "resblock_down": {"kind": "ResBlock", "width_in": 16, "width": 24, "emb": 20, "resample": "down"},
-    "attention_self": {"kind": "Attention", "width": 32, "head": 16, "text_width": 12, "cross": False},
-    "attention_cross": {"kind": "Attention", "width": 32, "head": 16, "text_width": 12, "cross": True},
+    "resblock_down": {
+        "kind": "ResBlock",
+        "width_in": 16,
+        "width": 24,
+        "emb": 20,
+        "resample": "down",
+    },
+    "attention_self": {
+        "kind": "Attention",
+        "width": 32,
+        "head": 16,
+        "text_width": 12,
+        "cross": False,
+    },
+    "attention_cross": {
+        "kind": "Attention",
+        "width": 32,
+        "head": 16,
+        "text_width": 12,
+        "cross": True,
+    },
 }
-TINY: dict[str, Any] = {"channels": 16, "channel_mults": (1, 2), "head_channels": 16, "text_channels": 16}
+TINY: dict[str, Any] = {
+    "channels": 16,
+    "channel_mults": (1, 2),
+    "head_channels": 16,
+    "text_channels": 16,
+}
 UNETS: dict[str, dict[str, Any]] = {
     "unet_adm": {
         "config": {**TINY, "kind": "adm", "num_blocks": (1, 1), "attention": ("none", "self")},
         "sizes": {"channels_in": 3, "num_levels": 1, "text_width": 12},
     },
     "unet_efficient": {
-        "config": {**TINY, "kind": "efficient", "num_blocks": (2, 1), "attention": ("self", "cross"), "patch": 2},
+        "config": {
+            **TINY,
+            "kind": "efficient",
+            "num_blocks": (2, 1),
+            "attention": ("self", "cross"),
+            "patch": 2,
+        },
         "sizes": {"channels_in": 6, "num_levels": 2, "text_width": 12},
     },
 }
@@ -90,9 +140,11 @@ SMALL = 4000  # numbers; gradients of larger parameters are left out of the file
 
 
 def random_weights(shapes: Mapping[str, Sequence[int]], seed: int) -> dict[str, np.ndarray]:
-    """float32 by name, drawn in the order of names: matrices of variance 1 / fan-in, gains about 1, biases about 0.
+    """float32 by name, drawn in the order of names: matrices of variance 1 / fan-in, gains about 1,
+    biases about 0.
 
-    None is zero, not even what training starts at zero, so that no mistake hides behind a factor of zero.
+    None is zero, not even what training starts at zero, so that no mistake hides behind a factor of
+    zero.
     """
     stream, weights = np.random.default_rng(seed), {}
     for name, shape in sorted(shapes.items()):
@@ -105,8 +157,12 @@ def random_weights(shapes: Mapping[str, Sequence[int]], seed: int) -> dict[str, 
     return weights
 
 
-def unet_inputs(seed: int, channels_in: int, num_levels: int, text_width: int) -> dict[str, np.ndarray]:
-    """A picture that is not square, logsnr from -6 to 6, a caption of all tokens and one with padding."""
+def unet_inputs(
+    seed: int, channels_in: int, num_levels: int, text_width: int
+) -> dict[str, np.ndarray]:
+    """A picture that is not square, logsnr from -6 to 6, a caption of all tokens and one with
+    padding.
+    """
     stream = np.random.default_rng(seed)
     return {
         "x": stream.standard_normal((2, channels_in, 16, 8)).astype(np.float32),
@@ -116,8 +172,11 @@ def unet_inputs(seed: int, channels_in: int, num_levels: int, text_width: int) -
     }
 
 
-def differentiate(module: Any, inputs: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
-    """What a PyTorch module answers, in float64: `output`, and for a random `cotangent` all gradients.
+def differentiate(
+    module: Any, inputs: Mapping[str, np.ndarray], seed: int
+) -> dict[str, np.ndarray]:
+    """What a PyTorch module answers, in float64: `output`, and for a random `cotangent` all
+    gradients.
 
     `gradients.x` is with respect to the first input, `gradients.NAME` to a parameter.
     """
@@ -127,16 +186,23 @@ def differentiate(module: Any, inputs: Mapping[str, np.ndarray], seed: int) -> d
     tensors[0].requires_grad_()
     module.double()
     output = module(*tensors)
-    cotangent = torch.tensor(np.random.default_rng(seed).standard_normal(output.shape).astype(np.float32))
+    cotangent = torch.tensor(
+        np.random.default_rng(seed).standard_normal(output.shape).astype(np.float32)
+    )
     output.backward(cotangent.double())
-    gradients = {"x": tensors[0].grad, **{name: parameter.grad for name, parameter in module.named_parameters()}}
+    gradients = {
+        "x": tensors[0].grad,
+        **{name: parameter.grad for name, parameter in module.named_parameters()},
+    }
     found = {"output": output.detach(), "cotangent": cotangent}
     found |= {f"gradients.{name}": gradient for name, gradient in gradients.items()}
     return {name: value.float().numpy() for name, value in found.items()}
 
 
 def layer_reference(name: str) -> Reference:
-    """A layer's inputs (`inputs.NAME`, in order x, emb, text, bias) and what `differentiate` makes of them."""
+    """A layer's inputs (`inputs.NAME`, in order x, emb, text, bias) and what `differentiate` makes
+    of them.
+    """
     import torch
 
     from tools import twin
@@ -152,14 +218,20 @@ def layer_reference(name: str) -> Reference:
         "emb": (2, arguments.get("emb", 1)),
         "text": (2, 5, arguments.get("text_width", 1)),
     }
-    inputs = {key: stream.standard_normal(shape).astype(np.float32) for key, shape in shapes.items()}
+    inputs = {
+        key: stream.standard_normal(shape).astype(np.float32) for key, shape in shapes.items()
+    }
     inputs["bias"] = np.where(np.arange(5) < [[5], [3]], 0, -1e4).astype(np.float32)
-    arrays = {f"inputs.{key}": value for key, value in inputs.items()} | differentiate(layer, inputs, seed=2)
+    arrays = {f"inputs.{key}": value for key, value in inputs.items()} | differentiate(
+        layer, inputs, seed=2
+    )
     return arrays, {**LAYERS[name], "seed": 0}
 
 
 def unet_reference(name: str) -> Reference:
-    """The same of a U-Net (`inputs.NAME` in order x, logsnr, text, mask), without the gradients of large parameters."""
+    """The same of a U-Net (`inputs.NAME` in order x, logsnr, text, mask), without the gradients of
+    large parameters.
+    """
     from pipeline.nn.unet import UNetConfig
     from tools.twin import UNet, twin
 
@@ -167,8 +239,14 @@ def unet_reference(name: str) -> Reference:
     shapes = {key: value.shape for key, value in UNet(config, **sizes).named_parameters()}
     network = twin(config, **sizes, weights=random_weights(shapes, seed=0))
     inputs = unet_inputs(1, **sizes)
-    arrays = {f"inputs.{key}": value for key, value in inputs.items()} | differentiate(network, inputs, seed=2)
-    kept = {key: value for key, value in arrays.items() if not key.startswith("gradients.") or value.size <= SMALL}
+    arrays = {f"inputs.{key}": value for key, value in inputs.items()} | differentiate(
+        network, inputs, seed=2
+    )
+    kept = {
+        key: value
+        for key, value in arrays.items()
+        if not key.startswith("gradients.") or value.size <= SMALL
+    }
     return kept, {"config": asdict(config), "sizes": sizes, "seed": 0}
 
 
@@ -181,8 +259,12 @@ REFERENCES: dict[str, Callable[[], Reference]] = {
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = Parser(prog="python -m tools.references", description="Make the references in tests/data again.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which of {', '.join(REFERENCES)} (all)")
+    parser = Parser(
+        prog="python -m tools.references", description="Make the references in tests/data again."
+    )
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"which of {', '.join(REFERENCES)} (all)"
+    )
     names = parser.parse_args(argv).names or list(REFERENCES)
     for name in names:
         if name not in REFERENCES:
@@ -197,7 +279,9 @@ def write(name: str) -> None:
     try:
         arrays, config = REFERENCES[name]()
     except ImportError as error:
-        raise UserError(f"{name}: {error}; install the extra, pip install -e '.[parity]'") from error
+        raise UserError(
+            f"{name}: {error}; install the extra, pip install -e '.[parity]'"
+        ) from error
     path = FOLDER / f"{name}.safetensors"
     arrays = {key: np.ascontiguousarray(value) for key, value in arrays.items()}
     save_file(arrays, path, metadata={"config": json.dumps(config)})

@@ -1,8 +1,10 @@
-"""The U-Net in PyTorch: an independent reference for tests, and the limit that a benchmark compares to.
+"""The U-Net in PyTorch: an independent reference for tests, and the limit that a benchmark compares
+to.
 
-It shares with pipeline/nn/unet.py the configuration and the names of the parameters, so that weights pass from one to
-the other, and no line of arithmetic: every operator is PyTorch's own. Shapes as in pipeline/nn/blocks.py. Import this
-file late: PyTorch is the extra `parity`, and nothing that trains or samples needs it.
+It shares with pipeline/nn/unet.py the configuration and the names of the parameters, so that
+weights pass from one to the other, and no line of arithmetic: every operator is PyTorch's own.
+Shapes as in pipeline/nn/blocks.py. Import this file late: PyTorch is the extra `parity`, and
+nothing that trains or samples needs it.
 """
 
 from collections.abc import Mapping
@@ -19,10 +21,16 @@ if TYPE_CHECKING:  # a benchmark has PyTorch alone in its process
 Weights = Mapping[str, np.ndarray]  # by their names in MindSpore
 
 
-def twin(config: "UNetConfig", channels_in: int, num_levels: int, text_width: int, weights: Weights) -> "UNet":
-    """`unet(x_BCHW, logsnr_BT, text_BLD, mask_BL) -> (B, 3, H, W)`. RuntimeError if a name or shape differs."""
+def twin(
+    config: "UNetConfig", channels_in: int, num_levels: int, text_width: int, weights: Weights
+) -> "UNet":
+    """`unet(x_BCHW, logsnr_BT, text_BLD, mask_BL) -> (B, 3, H, W)`. RuntimeError if a name or shape
+    differs.
+    """
     network = UNet(config, channels_in, num_levels, text_width)
-    network.load_state_dict({name: torch.tensor(value) for name, value in weights.items()}, strict=True)
+    network.load_state_dict(
+        {name: torch.tensor(value) for name, value in weights.items()}, strict=True
+    )
     return network
 
 
@@ -82,14 +90,18 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, emb: Tensor, text: Tensor, bias: Tensor) -> Tensor:
-        of_picture = self.to_q(self.norm(x).flatten(2).mT).unflatten(2, (-1, x.shape[1]))  # (B, N, q or q k v, C)
+        of_picture = self.to_q(self.norm(x).flatten(2).mT).unflatten(
+            2, (-1, x.shape[1])
+        )  # (B, N, q or q k v, C)
         q, own = of_picture[:, :, 0], of_picture[:, :, 1:]
         kv = self.text_kv(text).unflatten(2, (2, -1))
         if not self.cross:
             kv, bias = torch.cat((own, kv), 1), F.pad(bias, (own.shape[1], 0))
         k, v = kv.unbind(2)
         q, k, v = (part.unflatten(2, (-1, self.head)).transpose(1, 2) for part in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[:, None, None].expand(-1, -1, q.shape[2], -1))
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=bias[:, None, None].expand(-1, -1, q.shape[2], -1)
+        )
         return x + self.out(y.transpose(1, 2).flatten(2)).mT.reshape(x.shape)
 
 
@@ -121,7 +133,9 @@ class LevelEmbedding(nn.Module):
 
     def forward(self, logsnr: Tensor) -> Tensor:
         time = torch.atan2((-logsnr / 4).exp(), (logsnr / 4).exp()) * 2000 / torch.pi
-        angles = torch.outer(time, torch.logspace(0, -4, self.dense1.in_features // 2, dtype=time.dtype))
+        angles = torch.outer(
+            time, torch.logspace(0, -4, self.dense1.in_features // 2, dtype=time.dtype)
+        )
         return self.dense2(F.silu(self.dense1(torch.cat((angles.sin(), angles.cos()), 1))))
 
 
@@ -135,15 +149,26 @@ class TextPool(nn.Module):
         mean = (text * bias.softmax(1)[:, :, None]).sum(1, keepdim=True)
         k, v = self.kv(text).chunk(2, 2)
         q, k, v = (x.unflatten(2, (8, -1)).transpose(1, 2) for x in (self.q(mean), k, v))
-        return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=bias[:, None, None]).flatten(1))
+        return self.out(
+            F.scaled_dot_product_attention(q, k, v, attn_mask=bias[:, None, None]).flatten(1)
+        )
 
 
 class UNet(nn.Module):
-    def __init__(self, config: "UNetConfig", channels_in: int, num_levels: int, text_width: int) -> None:
+    def __init__(
+        self, config: "UNetConfig", channels_in: int, num_levels: int, text_width: int
+    ) -> None:
         super().__init__()
-        emb, patch, first = 4 * config.channels, config.patch, config.channels * config.channel_mults[0]
+        emb, patch, first = (
+            4 * config.channels,
+            config.patch,
+            config.channels * config.channel_mults[0],
+        )
         self.config = config
-        self.text_norm, self.text_in = LayerNorm(text_width), nn.Linear(text_width, config.text_channels)
+        self.text_norm, self.text_in = (
+            LayerNorm(text_width),
+            nn.Linear(text_width, config.text_channels),
+        )
         self.text_pool = TextPool(config.text_channels, emb)
         self.levels = nn.ModuleList(LevelEmbedding(config.channels, emb) for _ in range(num_levels))
         self.stem = conv(channels_in * patch**2, first)
@@ -155,7 +180,9 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, logsnr: Tensor, text: Tensor, mask: Tensor) -> Tensor:
         bias = torch.where(mask > 0, 0.0, -1e4).to(x.dtype)
         text = self.text_in(self.text_norm(text))
-        levels = [level(column) for level, column in zip(self.levels, logsnr.unbind(1), strict=True)]
+        levels = [
+            level(column) for level, column in zip(self.levels, logsnr.unbind(1), strict=True)
+        ]
         emb = F.silu(self.text_pool(text, bias) + sum(levels))
         h = self.stem(F.pixel_unshuffle(x, self.config.patch))
         skips = [h]
@@ -177,12 +204,21 @@ Stacks = tuple[list[Stack], Stack, list[Stack]]
 
 def attend(config: "UNetConfig", level: int) -> list[nn.Module]:
     kind, width = config.attention[level], config.channels * config.channel_mults[level]
-    return [] if kind == "none" else [Attention(width, config.head_channels, config.text_channels, kind == "cross")]
+    return (
+        []
+        if kind == "none"
+        else [Attention(width, config.head_channels, config.text_channels, kind == "cross")]
+    )
 
 
 def adm(config: "UNetConfig", emb: int) -> Stacks:
-    """Widths follow the picture: what a way-up block takes is its input's width and that of the skip it meets."""
-    widths, depth = [config.channels * mult for mult in config.channel_mults], len(config.channel_mults)
+    """Widths follow the picture: what a way-up block takes is its input's width and that of the
+    skip it meets.
+    """
+    widths, depth = (
+        [config.channels * mult for mult in config.channel_mults],
+        len(config.channel_mults),
+    )
     skips, down, up = [widths[0]], [], []  # widths of skip connections, the stem's first
     for i, width in enumerate(widths):
         for _ in range(config.num_blocks[i]):
@@ -196,13 +232,17 @@ def adm(config: "UNetConfig", emb: int) -> Stacks:
     for i, width in reversed(list(enumerate(widths))):
         for block in range(config.num_blocks[i] + 1):
             enter = width if block else widths[min(i + 1, depth - 1)]
-            grow = [ResBlock(width, width, emb, "up")] if i and block == config.num_blocks[i] else []
+            grow = (
+                [ResBlock(width, width, emb, "up")] if i and block == config.num_blocks[i] else []
+            )
             up.append(Stack(ResBlock(enter + skips.pop(), width, emb), *attend(config, i), *grow))
     return down, middle, up
 
 
 def efficient(config: "UNetConfig", emb: int) -> Stacks:
-    """A level's blocks: the first takes the embedding; self-attention after each, cross-attention after the last."""
+    """A level's blocks: the first takes the embedding; self-attention after each, cross-attention
+    after the last.
+    """
     widths = [config.channels * mult for mult in config.channel_mults]
     outside = widths[:1] + widths[:-1]  # width of the picture one level up
 
@@ -220,6 +260,10 @@ def efficient(config: "UNetConfig", emb: int) -> Stacks:
     twice = [*blocks(low, widths[low]), *blocks(low, widths[low])]
     return (
         down,
-        Stack(Resample(outside[low], widths[low], False), *twice, Resample(widths[low], outside[low], True)),
+        Stack(
+            Resample(outside[low], widths[low], False),
+            *twice,
+            Resample(widths[low], outside[low], True),
+        ),
         up[::-1],
     )

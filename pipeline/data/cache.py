@@ -1,14 +1,16 @@
 """Ranges of remote files on a local disk, so that what was read once is not fetched again.
 
-Each range is a file of its own: the CRC-32 of the bytes, then the bytes. Its name is the SHA-256 of what it is a range
-of and of which version, so that a file that has changed on its server is simply not found here. Nothing is fsynced, and
-need not be: whatever a crash or a bad disk leaves fails its CRC and is fetched again.
+Each range is a file of its own: the CRC-32 of the bytes, then the bytes. Its name is the SHA-256 of
+what it is a range of and of which version, so that a file that has changed on its server is simply
+not found here. Nothing is fsynced, and need not be: whatever a crash or a bad disk leaves fails its
+CRC and is fetched again.
 
-The folder is bounded, least recently used first (a file's time is that of its last use), by one rule that keeps nothing
-in memory however many files there are: for every sixteenth of `limit` that is written, look through the folder once and
-make room for it. A process alone thus stays within `limit`, but for what its threads are writing at the moment, and
-looks at 16 files for each that it writes. Processes that share a folder see each other's files whenever they look; in
-between, each after the first may exceed `limit` by its sixteenth.
+The folder is bounded, least recently used first (a file's time is that of its last use), by one
+rule that keeps nothing in memory however many files there are: for every sixteenth of `limit` that
+is written, look through the folder once and make room for it. A process alone thus stays within
+`limit`, but for what its threads are writing at the moment, and looks at 16 files for each that it
+writes. Processes that share a folder see each other's files whenever they look; in between, each
+after the first may exceed `limit` by its sixteenth.
 """
 
 import contextlib
@@ -28,7 +30,9 @@ CRC = 4  # bytes
 
 
 class RangeCache:
-    """For any number of threads and processes. It never fails: on a full or broken disk it warns once and does less."""
+    """For any number of threads and processes. It never fails: on a full or broken disk it warns
+    once and does less.
+    """
 
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder, self.limit = folder, limit  # bytes
@@ -46,9 +50,13 @@ class RangeCache:
         except OSError as error:
             self._warn(error)
             return None
-        if len(data) <= CRC or zlib.crc32(memoryview(data)[CRC:]) != int.from_bytes(data[:CRC], "big"):
+        if len(data) <= CRC or zlib.crc32(memoryview(data)[CRC:]) != int.from_bytes(
+            data[:CRC], "big"
+        ):
             return None  # the next put replaces it
-        with contextlib.suppress(OSError):  # gone in between, or a folder to read only: the bytes are good
+        with contextlib.suppress(
+            OSError
+        ):  # gone in between, or a folder to read only: the bytes are good
             os.utime(path, ns=(time.time_ns(),) * 2)
         return data[CRC:]
 
@@ -57,12 +65,16 @@ class RangeCache:
         path, size = self._path(key), len(data) + CRC
         if size > self.limit:
             return
-        side = path.with_name(f".tmp-{secrets.token_hex(8)}")  # what a kill leaves grows old and goes like the others
+        side = path.with_name(
+            f".tmp-{secrets.token_hex(8)}"
+        )  # what a kill leaves grows old and goes like the others
         try:
             self._make_room(size)
             path.parent.mkdir(parents=True, exist_ok=True)
             side.write_bytes(zlib.crc32(data).to_bytes(CRC, "big") + data)
-            os.utime(side, ns=(time.time_ns(),) * 2)  # the kernel's own clock ticks too slowly to tell uses apart
+            os.utime(
+                side, ns=(time.time_ns(),) * 2
+            )  # the kernel's own clock ticks too slowly to tell uses apart
             side.replace(path)
         except FileNotFoundError:  # somebody empties the folder
             return
@@ -91,11 +103,18 @@ class RangeCache:
             self._room -= size
 
     def _files(self) -> Iterator[tuple[int, int, str]]:
-        """(time of the last use, bytes, path) of each file; only folders of our own making are looked into."""
+        """(time of the last use, bytes, path) of each file; only folders of our own making are
+        looked into.
+        """
         for number in range(256):
-            with contextlib.suppress(FileNotFoundError), os.scandir(self.folder / f"{number:02x}") as entries:
+            with (
+                contextlib.suppress(FileNotFoundError),
+                os.scandir(self.folder / f"{number:02x}") as entries,
+            ):
                 for entry in entries:
-                    with contextlib.suppress(FileNotFoundError):  # another process is making room too
+                    with contextlib.suppress(
+                        FileNotFoundError
+                    ):  # another process is making room too
                         stat = entry.stat()
                         yield stat.st_mtime_ns, stat.st_size, entry.path
 
@@ -103,4 +122,8 @@ class RangeCache:
         with self._lock:
             warned, self._warned = self._warned, True
         if not warned:
-            log.warning("%s: the cache of remote shards fails (%s); going on without", self.folder, error.strerror)
+            log.warning(
+                "%s: the cache of remote shards fails (%s); going on without",
+                self.folder,
+                error.strerror,
+            )

@@ -1,6 +1,8 @@
-"""A picture's file to pixels: its header's size, its upright side, and no more of a JPEG than is wanted.
+"""A picture's file to pixels: its header's size, its upright side, and no more of a JPEG than is
+wanted.
 
-A file's type is told by its bytes, not by its name. What becomes of what crawls bring, each held by a test:
+A file's type is told by its bytes, not by its name. What becomes of what crawls bring, each held by
+a test:
 
     JPEG, PNG, WebP, GIF, BMP     RGB; embedded colour profiles are not applied
     Exif orientation              applied to JPEG, PNG and WebP, as browsers do (CSS `image-orientation: from-image`);
@@ -40,8 +42,16 @@ MAX_SIDE = 65_535  # of a JPEG
 MAX_PIXELS = 89_000_000  # a larger header is a mistake or an attack: 270 MB decoded, and Pillow begins to warn
 FORMATS = "JPEG, PNG, WEBP, GIF, BMP"  # what crawled files turn out to be; Pillow's others run more foreign code
 NUM_SCALES = 8  # a JPEG can be decoded at 1/8, 2/8, ... of its size
-STANDALONE = (b"\0", b"\1", *(bytes([0xD0 + n]) for n in range(8)))  # second bytes of markers without a length
-SCALABLE = (0xC0, 0xC1, 0xC2)  # frames that can: baseline, extended, progressive. A lossless one would crash libjpeg
+STANDALONE = (
+    b"\0",
+    b"\1",
+    *(bytes([0xD0 + n]) for n in range(8)),
+)  # second bytes of markers without a length
+SCALABLE = (
+    0xC0,
+    0xC1,
+    0xC2,
+)  # frames that can: baseline, extended, progressive. A lossless one would crash libjpeg
 
 
 class BadImage(ValueError):
@@ -49,10 +59,12 @@ class BadImage(ValueError):
 
 
 class Picture(NamedTuple):
-    """A decoded picture as its file stores it, not yet turned upright: turning is cheaper when it is small.
+    """A decoded picture as its file stores it, not yet turned upright: turning is cheaper when it
+    is small.
 
-    The last row and column of a scaled decode are rounded up, so the picture ends within them, at `height` and `width`.
-    (To take the 129 columns of 1025 px at 1/8 for 128.125 stretches it: 25 dB from the right 64 px instead of 39.)
+    The last row and column of a scaled decode are rounded up, so the picture ends within them, at
+    `height` and `width`. (To take the 129 columns of 1025 px at 1/8 for 128.125 stretches it: 25 dB
+    from the right 64 px instead of 39.)
     """
 
     pixels: np.ndarray  # uint8 (H, W, 3), RGB
@@ -65,12 +77,15 @@ class Picture(NamedTuple):
         return turned(self.pixels, self.orientation)
 
 
-# Exif's orientations: which of the stored axes run backwards, and whether they are then exchanged (TIFF 6.0, tag 274).
+# Exif's orientations: which of the stored axes run backwards, and whether they are then exchanged
+# (TIFF 6.0, tag 274).
 UPSIDE_DOWN, MIRRORED, TRANSPOSED = (3, 4, 6, 7), (2, 3, 7, 8), (5, 6, 7, 8)
 
 
 def turned(stored: np.ndarray, orientation: int) -> np.ndarray:
-    seen = stored[:: -1 if orientation in UPSIDE_DOWN else 1, :: -1 if orientation in MIRRORED else 1]
+    seen = stored[
+        :: -1 if orientation in UPSIDE_DOWN else 1, :: -1 if orientation in MIRRORED else 1
+    ]
     return seen.swapaxes(0, 1) if orientation in TRANSPOSED else seen
 
 
@@ -80,13 +95,18 @@ def _refusing() -> Iterator[None]:
         yield
     except BadImage:
         raise
-    except Exception as error:  # damaged bytes surface as almost anything: OSError, SyntaxError, struct.error, ...
-        raise BadImage(f"cannot be decoded ({str(error).strip() or type(error).__name__})") from error
+    except (
+        Exception
+    ) as error:  # damaged bytes surface as almost anything: OSError, SyntaxError, struct.error, ...
+        raise BadImage(
+            f"cannot be decoded ({str(error).strip() or type(error).__name__})"
+        ) from error
 
 
 @_refusing()
 def dimensions(data: bytes) -> tuple[int, int]:
-    """(width, height) in pixels of the picture in `data` as it is to be seen, by its header: nothing is decoded.
+    """(width, height) in pixels of the picture in `data` as it is to be seen, by its header:
+    nothing is decoded.
 
     Raises BadImage for what `decode` refuses by the header.
     """
@@ -103,11 +123,11 @@ def dimensions(data: bytes) -> tuple[int, int]:
 def decode(data: bytes, size: int) -> Picture:
     """The picture in `data`, with pixels enough for `crop_resize` to `size`. Raises BadImage.
 
-    A JPEG is decoded at 1/8, 2/8 or 4/8 where its shorter side then has a whole multiple of `size`, or 7/4 of it: much
-    cheaper than decoding 1024 pixels for 64. At these scales libjpeg-turbo's short transforms give the exact mean of
-    each block of pixels (at 4:2:0 the chroma is decoded at twice the scale). At 3/8, 5/8, ... they cut off frequencies
-    instead, and take longer than the whole: 203 against 330 pictures a second at 6/8 of 1024 px. Other formats are
-    decoded whole.
+    A JPEG is decoded at 1/8, 2/8 or 4/8 where its shorter side then has a whole multiple of `size`,
+    or 7/4 of it: much cheaper than decoding 1024 pixels for 64. At these scales libjpeg-turbo's
+    short transforms give the exact mean of each block of pixels (at 4:2:0 the chroma is decoded at
+    twice the scale). At 3/8, 5/8, ... they cut off frequencies instead, and take longer than the
+    whole: 203 against 330 pictures a second at 6/8 of 1024 px. Other formats are decoded whole.
     """
     if not _is_jpeg(data):
         image = _open(data)
@@ -128,11 +148,16 @@ def decode(data: bytes, size: int) -> Picture:
         1.0,
     )
     least = {"min_height": -int(-height * scale // 1), "min_width": -int(-width * scale // 1)}
-    # Strict: a missing end or lost synchronisation would otherwise pass as a grey or smeared region. (About one in four
-    # single flipped bits breaks the stream; the others make another valid picture.)
+    # Strict: a missing end or lost synchronisation would otherwise pass as a grey or smeared
+    # region. (About one in four single flipped bits breaks the stream; the others make another
+    # valid picture.)
     if colours in ("CMYK", "YCCK"):  # libjpeg-turbo does not turn inks into RGB
         inks = simplejpeg.decode_jpeg(data, "CMYK", strict=True, **least)
-        pixels = np.asarray(Image.frombytes("CMYK", inks.shape[1::-1], inks.tobytes(), "raw", "CMYK;I").convert("RGB"))
+        pixels = np.asarray(
+            Image.frombytes("CMYK", inks.shape[1::-1], inks.tobytes(), "raw", "CMYK;I").convert(
+                "RGB"
+            )
+        )
     else:
         pixels = simplejpeg.decode_jpeg(data, strict=True, **least)
     return Picture(pixels, height * scale, width * scale, _jpeg_orientation(data))
@@ -140,7 +165,9 @@ def decode(data: bytes, size: int) -> Picture:
 
 def _check_size(height: int, width: int) -> None:
     if min(height, width) < 1 or max(height, width) > MAX_SIDE or height * width > MAX_PIXELS:
-        raise BadImage(f"{width} x {height} pixels; from 1 to {MAX_SIDE:,} a side and {MAX_PIXELS:,} in all are taken")
+        raise BadImage(
+            f"{width} x {height} pixels; from 1 to {MAX_SIDE:,} a side and {MAX_PIXELS:,} in all are taken"
+        )
 
 
 def _is_jpeg(data: bytes) -> bool:
@@ -154,7 +181,9 @@ def _jpeg_header(data: bytes) -> tuple[int, int, str]:
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """(second byte of the marker, body) of each segment before the first scan, found as libjpeg finds them."""
+    """(second byte of the marker, body) of each segment before the first scan, found as libjpeg
+    finds them.
+    """
     place = 2
     while (place := data.find(b"\xff", place)) >= 0:
         marker = data[place + 1 : place + 2]
@@ -174,7 +203,14 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
 def _jpeg_frame(data: bytes) -> int | None:
     """The marker SOFn of the frame: 0xC0 to 0xCF without DHT, JPG and DAC (ITU-T T.81, table B.1)."""
     markers = (marker for marker, _ in _jpeg_segments(data))
-    return next((marker for marker in markers if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)), None)
+    return next(
+        (
+            marker
+            for marker in markers
+            if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)
+        ),
+        None,
+    )
 
 
 def _jpeg_orientation(data: bytes) -> int:
@@ -191,7 +227,9 @@ def _orientation(exif: bytes) -> int:
         (start,) = struct.unpack_from(f"{order}I", tiff, 4)
         (num,) = struct.unpack_from(f"{order}H", tiff, start)
         for entry in range(num):
-            tag, kind, count, value = struct.unpack_from(f"{order}HHIH", tiff, start + 2 + 12 * entry)
+            tag, kind, count, value = struct.unpack_from(
+                f"{order}HHIH", tiff, start + 2 + 12 * entry
+            )
             if tag == 274:
                 return value if (kind, count) == (3, 1) and 1 <= value <= 8 else 1
     except (KeyError, struct.error):
@@ -200,7 +238,9 @@ def _orientation(exif: bytes) -> int:
 
 
 def _open(data: bytes) -> ImageFile:
-    """A picture other than a JPEG, not yet decoded. Pillow's readers by name: `Image.open` warns of sizes."""
+    """A picture other than a JPEG, not yet decoded. Pillow's readers by name: `Image.open` warns of
+    sizes.
+    """
     file = io.BytesIO(data)
     image: ImageFile
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -220,10 +260,14 @@ def _open(data: bytes) -> ImageFile:
 
 
 def _gif_size(data: bytes) -> tuple[int, int]:
-    """Height and width of a GIF's canvas, which grows to hold the first frame, as in Pillow, which warns of it."""
+    """Height and width of a GIF's canvas, which grows to hold the first frame, as in Pillow, which
+    warns of it.
+    """
     width, height, flags = struct.unpack_from("<HHB", data, 6)
     place = 13 + (3 * 2 ** (flags % 8 + 1) if flags & 0x80 else 0)
-    while data[place] == 0x21:  # an extension: its kind, then blocks with their lengths, the last of length 0
+    while (
+        data[place] == 0x21
+    ):  # an extension: its kind, then blocks with their lengths, the last of length 0
         place += 2
         while data[place]:
             place += data[place] + 1

@@ -1,11 +1,12 @@
-"""Batches by step: sample numbers, bytes, pictures, prompts and, from the stage, the arrays that its network takes.
+"""Batches by step: sample numbers, bytes, pictures, prompts and, from the stage, the arrays that
+its network takes.
 
-A batch is a pure function of the configuration and the step, and each of its places one of the step and the place. So
-the work is cut into small pieces, in the order in which the samples lie in their shards, for a pool of threads that
-runs ahead: reading, decoding and drawing noise release Python's lock. (Threads rather than processes: nothing has to
-be copied between them, and there is no worker whose death could be taken for a preemption. Measured in tools/bench.)
-A picture that cannot be used is written down in `quarantine.jsonl` and another one takes its place, the same one in
-every run.
+A batch is a pure function of the configuration and the step, and each of its places one of the step
+and the place. So the work is cut into small pieces, in the order in which the samples lie in their
+shards, for a pool of threads that runs ahead: reading, decoding and drawing noise release Python's
+lock. (Threads rather than processes: nothing has to be copied between them, and there is no worker
+whose death could be taken for a preemption. Measured in tools/bench.) A picture that cannot be used
+is written down in `quarantine.jsonl` and another one takes its place, the same one in every run.
 """
 
 import math
@@ -20,11 +21,11 @@ import numpy as np
 from pipeline.data import image
 from pipeline.data.decode import BadImage, decode
 from pipeline.data.order import Order
-from pipeline.data.prompts import Arrays, Prompts
 from pipeline.data.quarantine import Quarantine
 from pipeline.data.shards import Damaged, Shards
 from pipeline.errors import UserError
 from pipeline.rng import generator
+from pipeline.text.prompts import Arrays, Prompts
 
 ATTEMPTS = 16  # stand-ins tried for one place before the data set is called broken
 AHEAD = 2  # steps that are prepared while one is trained
@@ -41,9 +42,10 @@ class Loader:
         shards, prompts: the samples and what conditions them.
         seed: of the run.
         size: side to which pictures are brought, in pixels.
-        window: side S of the window of them that is wanted, drawn for each place; None: all, S is `size`.
-        arrange: (step, positions in the global batch, uint8 (B, S, S, 3), *prompt) -> the arrays of one training step,
-            whose rows must not depend on one another.
+        window: side S of the window of them that is wanted, drawn for each place; None: all, S is
+            `size`.
+        arrange: (step, positions in the global batch, uint8 (B, S, S, 3), *prompt) -> the arrays of
+            one training step, whose rows must not depend on one another.
         quarantine: the file for what cannot be used.
         share: which slice of the global batch this process makes.
     """
@@ -67,7 +69,8 @@ class Loader:
             self.quarantine.write(shard, fault.key, fault.reason)
 
     def picture(self, number: int, step: int | None, position: int) -> np.ndarray:
-        """Sample `number` as uint8 (S, S, 3), cut as `position` of `step` has it (None: in the middle).
+        """Sample `number` as uint8 (S, S, 3), cut as `position` of `step` has it (None: in the
+        middle).
 
         Raises BadImage or Damaged.
         """
@@ -103,28 +106,39 @@ class Loader:
         size = min(PIECE, math.ceil(len(places) / self.config.workers))
         return [places[start : start + size] for start in range(0, len(places), size)]
 
-    def pictures(self, step: int | None, piece: Sequence[tuple[int, int]]) -> tuple[list[int], list[int], np.ndarray]:
+    def pictures(
+        self, step: int | None, piece: Sequence[tuple[int, int]]
+    ) -> tuple[list[int], list[int], np.ndarray]:
         """The samples that were used, their positions, and their pictures uint8 (B, S, S, 3)."""
         self.quarantine.look(len(piece))
         numbers, pictures = [], np.empty((len(piece), self.window, self.window, 3), np.uint8)
-        for place, (number, position) in enumerate(piece):  # copied at once: a window keeps its whole picture's memory
+        for place, (number, position) in enumerate(
+            piece
+        ):  # copied at once: a window keeps its whole picture's memory
             number, pictures[place] = self.usable(number, step, position)
             numbers.append(number)
         return numbers, [position for _, position in piece], pictures
 
-    def rows(self, step: int, numbers: list[int], positions: list[int], pictures: np.ndarray) -> Piece:
+    def rows(
+        self, step: int, numbers: list[int], positions: list[int], pictures: np.ndarray
+    ) -> Piece:
         """These positions of the batch."""
         prompt = self.prompts.embed(numbers, self.seed, step, positions)
         return positions, self.arrange(step, positions, pictures, *prompt)
 
     def first(self, num: int) -> Arrays:
-        """Pictures and prompt of samples 0 to `num` - 1 (again from 0 if there are fewer), to be looked at."""
-        numbers, positions, pictures = self.pictures(None, [(i % len(self.shards), i) for i in range(num)])
+        """Pictures and prompt of samples 0 to `num` - 1 (again from 0 if there are fewer), to be
+        looked at.
+        """
+        numbers, positions, pictures = self.pictures(
+            None, [(i % len(self.shards), i) for i in range(num)]
+        )
         return pictures, *self.prompts.embed(numbers, self.seed, 0, positions)
 
     def batches(self, start: int, stop: int) -> Iterator[Arrays]:
         """The batches of steps `start` to `stop` - 1, prepared ahead in threads."""
-        # MindSpore compiles and runs in one thread: where captions are encoded now, that is left to the caller's.
+        # MindSpore compiles and runs in one thread: where captions are encoded now, that is left to
+        # the caller's.
         whole = self.prompts.threadsafe
 
         def make(step: int, piece: list[tuple[int, int]]) -> Any:
@@ -135,15 +149,24 @@ class Loader:
             parts = [piece.result() for piece in pieces]
             return join(self.share, parts) if whole else parts
 
-        with ThreadPoolExecutor(1, "loader") as gatherer, ThreadPoolExecutor(self.config.workers, "loader") as threads:
+        with (
+            ThreadPoolExecutor(1, "loader") as gatherer,
+            ThreadPoolExecutor(self.config.workers, "loader") as threads,
+        ):
             ahead: deque[Future] = deque()
             try:
                 for step in range(start, stop):
                     for later in range(step + len(ahead), min(step + 1 + AHEAD, stop)):
-                        pieces = [threads.submit(make, later, piece) for piece in self.pieces(later)]
+                        pieces = [
+                            threads.submit(make, later, piece) for piece in self.pieces(later)
+                        ]
                         ahead.append(gatherer.submit(gather, pieces))
                     done = ahead.popleft().result()
-                    yield done if whole else join(self.share, [self.rows(step, *part) for part in done])
+                    yield (
+                        done
+                        if whole
+                        else join(self.share, [self.rows(step, *part) for part in done])
+                    )
             finally:
                 gatherer.shutdown(wait=False, cancel_futures=True)
                 threads.shutdown(wait=False, cancel_futures=True)
@@ -153,7 +176,9 @@ def join(share: range, parts: list[Piece]) -> Arrays:
     """Pieces of a batch, each with its positions, as one batch in order."""
     batch: Arrays = ()
     for positions, arrays in parts:
-        batch = batch or tuple(np.empty((len(share), *array.shape[1:]), array.dtype) for array in arrays)
+        batch = batch or tuple(
+            np.empty((len(share), *array.shape[1:]), array.dtype) for array in arrays
+        )
         for whole, part in zip(batch, arrays, strict=True):
             whole[np.subtract(positions, share.start)] = part
     return batch

@@ -1,5 +1,5 @@
-"""`quarantine.jsonl`: what was left out and why, one line a sample, once over all runs in the folder and all processes
-of a job; and the limit beyond which a run does not go on.
+"""`quarantine.jsonl`: what was left out and why, one line a sample, once over all runs in the
+folder and all processes of a job; and the limit beyond which a run does not go on.
 """
 
 import json
@@ -48,7 +48,10 @@ class Quarantine:
         self.write(shard, key, reason)
         with self.lock:
             self.bad.add((shard, key))
-            bad, seen = len(self.bad), max(min(self.drawn, self.num_samples), min(self.num_samples, ENOUGH))
+            bad, seen = (
+                len(self.bad),
+                max(min(self.drawn, self.num_samples), min(self.num_samples, ENOUGH)),
+            )
         if bad <= self.max_damage * seen:
             return
         raise UserError(

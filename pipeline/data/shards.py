@@ -1,7 +1,8 @@
 """All samples of a run's data sets, numbered through and read by number.
 
-Only counts are held of each shard; its index is opened when a sample of it is wanted, and the last few stay. So ten
-thousand shards cost little to open, and a step, whose samples come from a window of shards, finds theirs open.
+Only counts are held of each shard; its index is opened when a sample of it is wanted, and the last
+few stay. So ten thousand shards cost little to open, and a step, whose samples come from a window
+of shards, finds theirs open.
 """
 
 import hashlib
@@ -20,13 +21,13 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from pipeline.config import ConfigError
-from pipeline.data.captions import captions
+from pipeline.data.filters import FilterConfig, select
 from pipeline.data.index import THREADS, Index, build, index_path, read_index
 from pipeline.data.order import BLOCK, quotas
-from pipeline.data.select import FilterConfig, select
 from pipeline.data.source import Sources, distinct, expand
 from pipeline.data.tar import Fault
 from pipeline.errors import UserError
+from pipeline.text.captions import captions
 
 OPEN = 64  # tables of shards in memory, each some hundred kilobytes
 GIB = 2**30
@@ -36,18 +37,23 @@ GIB = 2**30
 class DataConfig:
     """Where samples come from, which are taken, in what order, and how many make a step."""
 
-    # Tars, with braces and *; or several data sets and their weights. (MindSpore hashes configurations it compiles in.)
+    # Tars, with braces and *; or several data sets and their weights. (MindSpore hashes
+    # configurations it compiles in.)
     shards: str | tuple[str, ...] | dict[str, float] = field(hash=False)
     global_batch: int = 2048  # samples a step over all ranks
     window: int = 8  # shards whose samples are shuffled together
-    crop: Literal["center", "random"] = "center"  # where the square is cut out of a picture that is none
+    crop: Literal["center", "random"] = (
+        "center"  # where the square is cut out of a picture that is none
+    )
     captions: dict[str, float] = field(
         default_factory=lambda: {"txt": 1.0}, hash=False
     )  # txt, fields of KEY.json; {}: none
     filter: FilterConfig = FilterConfig()
     max_damage: float = 0.1  # share of samples that may be unusable before the run stops
     workers: int = 2  # threads that prepare batches
-    cache: str | None = None  # folder for indexes and embeddings (default: beside the shards) and what http(s) gave
+    cache: str | None = (
+        None  # folder for indexes and embeddings (default: beside the shards) and what http(s) gave
+    )
     cache_gib: float = 64  # of what http(s) gave
 
     def __post_init__(self) -> None:
@@ -61,9 +67,13 @@ class DataConfig:
             if isinstance(weights, dict) and (
                 (name == "shards" and not weights) or min(weights.values(), default=1) <= 0
             ):
-                raise ConfigError(f"{name}: {weights}; give each entry a weight above 0, or leave it out")
+                raise ConfigError(
+                    f"{name}: {weights}; give each entry a weight above 0, or leave it out"
+                )
         if 0 in quotas(list(self.sets.values())):
-            raise ConfigError(f"shards: {self.shards}; a weight is so small that {BLOCK:,} samples have none of it")
+            raise ConfigError(
+                f"shards: {self.shards}; a weight is so small that {BLOCK:,} samples have none of it"
+            )
 
     @property
     def sets(self) -> dict[tuple[str, ...], float]:
@@ -74,7 +84,9 @@ class DataConfig:
 
     def sources(self) -> Sources:
         """What reads the shards, with connections and what is known of servers of its own."""
-        return Sources(Path(self.cache) / "ranges" if self.cache else None, int(self.cache_gib * GIB))
+        return Sources(
+            Path(self.cache) / "ranges" if self.cache else None, int(self.cache_gib * GIB)
+        )
 
     @property
     def cache_folder(self) -> Path | None:
@@ -119,14 +131,16 @@ class Shards:
     def open(cls, config: DataConfig, progress: bool = True) -> "Shards":
         """The samples of `config.shards`, indexed now where they are not yet.
 
-        Raises UserError for shards that cannot be, for an index that no longer fits its shard, for a data set of which
-        no sample is left, and if more is damaged than `config.max_damage`.
+        Raises UserError for shards that cannot be, for an index that no longer fits its shard, for
+        a data set of which no sample is left, and if more is damaged than `config.max_damage`.
         """
         sources = config.sources()
         shards = cls(config, sources, indexed(config, sources, progress=progress))
         for patterns, sizes in zip(config.sets, shards.sizes, strict=True):
             if not sum(sizes):
-                raise UserError(f"data.shards: {', '.join(patterns)}: no sample is left; {shards.account()}")
+                raise UserError(
+                    f"data.shards: {', '.join(patterns)}: no sample is left; {shards.account()}"
+                )
         if shards.damage > config.max_damage:
             raise UserError(
                 f"data.max_damage: {shards.damage:.1%} of the samples are damaged, more than {config.max_damage:.1%}; "
@@ -144,16 +158,26 @@ class Shards:
 
     @property
     def damage(self) -> float:
-        """The share of samples that are damaged; a stretch of a tar counts as the samples it would hold."""
+        """The share of samples that are damaged; a stretch of a tar counts as the samples it would
+        hold.
+        """
         found = sum(index.num_samples for index in self.indexes)
-        size = sum(index.stat.size for index in self.indexes) - sum(fault.size for _, fault in self.faults)
+        size = sum(index.stat.size for index in self.indexes) - sum(
+            fault.size for _, fault in self.faults
+        )
         lost = sum(max(1.0, fault.size * found / max(size, 1)) for _, fault in self.faults)
         return lost / max(found + lost, 1)
 
     @property
     def digest(self) -> str:
-        """SHA-256, in hexadecimal, of what decides which sample is which: texts and checksums of all shards, counts."""
-        facts = [[(index.digest, index.content) for index in self.indexes], self.sizes, self.weights]
+        """SHA-256, in hexadecimal, of what decides which sample is which: texts and checksums of
+        all shards, counts.
+        """
+        facts = [
+            [(index.digest, index.content) for index in self.indexes],
+            self.sizes,
+            self.weights,
+        ]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def account(self) -> str:
@@ -162,7 +186,9 @@ class Shards:
         parts = [f"{number:,} {reason}" for reason, number in self.removed.most_common()]
         if faults:
             location, fault = faults[0]
-            parts.append(f"{len(faults):,} damaged (the first, {location}:{fault.key}, {fault.reason})")
+            parts.append(
+                f"{len(faults):,} damaged (the first, {location}:{fault.key}, {fault.reason})"
+            )
         return "left out: " + (", ".join(parts) or "nothing")
 
     def location(self, i: int) -> tuple[int, int]:
@@ -174,7 +200,10 @@ class Shards:
 
     def table(self, shard: int) -> Table:
         rows = self.rows(shard)
-        return Table(rows, *(self.indexes[shard].column(name)[rows, 0] for name in ("offset", "size", "crc32")))
+        return Table(
+            rows,
+            *(self.indexes[shard].column(name)[rows, 0] for name in ("offset", "size", "crc32")),
+        )
 
     def rows(self, shard: int) -> np.ndarray:
         """The rows of a shard's index that are samples here."""
@@ -186,10 +215,14 @@ class Shards:
         return self.indexes[shard].location, next(self.indexes[shard].texts(np.array([row])))["key"]
 
     def image(self, i: int) -> bytes:
-        """The picture's file, as it lies in the shard. Raises Damaged if it is not what was indexed."""
+        """The picture's file, as it lies in the shard. Raises Damaged if it is not what was
+        indexed.
+        """
         shard, _ = self.location(i)
         table, row = self._table(shard), i - self._starts[shard]
-        data = self.sources.read(self.indexes[shard].location, int(table.offset[row]), int(table.size[row]))
+        data = self.sources.read(
+            self.indexes[shard].location, int(table.offset[row]), int(table.size[row])
+        )
         if zlib.crc32(data) != table.crc32[row]:
             raise Damaged("its bytes are no longer those that were indexed")
         return data
@@ -206,9 +239,11 @@ class Shards:
             yield {name: captions(text["txt"], meta, name) for name in self.config.captions}
 
 
-def indexed(config: DataConfig, sources: Sources, outdated: bool = False, progress: bool = True) -> list[list[Index]]:
-    """The indexes of each data set's shards, made now where they are missing, and if `outdated` where they no longer
-    fit. UserError otherwise.
+def indexed(
+    config: DataConfig, sources: Sources, outdated: bool = False, progress: bool = True
+) -> list[list[Index]]:
+    """The indexes of each data set's shards, made now where they are missing, and if `outdated`
+    where they no longer fit. UserError otherwise.
     """
     cache = config.cache_folder
     sets = [expand(patterns) for patterns in config.sets]
@@ -228,6 +263,8 @@ def indexed(config: DataConfig, sources: Sources, outdated: bool = False, progre
 
 
 def _count(index: Index, config: DataConfig) -> tuple[int, Counter[str]]:
-    """How many samples pass, and what removed the others; not which: that is looked up when a shard is opened."""
+    """How many samples pass, and what removed the others; not which: that is looked up when a shard
+    is opened.
+    """
     rows, removed = select(index, config.filter, config.captions)
     return len(rows), removed

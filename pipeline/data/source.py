@@ -1,8 +1,8 @@
 """Where the bytes of a shard come from: a disk, or a web server.
 
-A location is a path or an `http:`/`https:` URL, and both are read in any order, from any thread. Nothing else is spoken
-here: `pipe:` runs a program, and each of `s3:`, `gs:`, `hdfs:` wants a client, an account and a way to fail of its own,
-while every object store speaks HTTP as well.
+A location is a path or an `http:`/`https:` URL, and both are read in any order, from any thread.
+Nothing else is spoken here: `pipe:` runs a program, and each of `s3:`, `gs:`, `hdfs:` wants a
+client, an account and a way to fail of its own, while every object store speaks HTTP as well.
 """
 
 import glob
@@ -30,23 +30,34 @@ def is_remote(location: str) -> bool:
 
 
 def expand(patterns: tuple[str, ...]) -> list[str]:
-    """The locations that `patterns` name, in their order (those of a `*` sorted), each once; local ones are there.
+    """The locations that `patterns` name, in their order (those of a `*` sorted), each once; local
+    ones are there.
 
-    UserError for a pattern that names nothing, a missing file, a URL of another kind than http, https and file.
+    UserError for a pattern that names nothing, a missing file, a URL of another kind than http,
+    https and file.
     """
-    from webdataset.shardlists import expand_urls  # late: webdataset imports torch where that is installed
+    from webdataset.shardlists import (
+        expand_urls,
+    )  # late: webdataset imports torch where that is installed
 
     locations: list[str] = []
     for pattern in patterns:
         try:
             names = expand_urls(pattern)
-        except (ValueError, AssertionError) as error:  # unbalanced braces; ${NAME} without WDS_NAME in the environment
-            raise UserError(f"data.shards: {pattern}: {error}; write it like {{00000..00127}}.tar") from error
+        except (
+            ValueError,
+            AssertionError,
+        ) as error:  # unbalanced braces; ${NAME} without WDS_NAME in the environment
+            raise UserError(
+                f"data.shards: {pattern}: {error}; write it like {{00000..00127}}.tar"
+            ) from error
         for name in names:
             if not is_remote(name):
                 locations += _files(name)
             elif "*" in name:
-                raise UserError(f"data.shards: {name}: a server lists nothing; write the numbers as {{00000..00127}}")
+                raise UserError(
+                    f"data.shards: {name}: a server lists nothing; write the numbers as {{00000..00127}}"
+                )
             else:
                 locations.append(name)
     if not locations:
@@ -57,10 +68,14 @@ def expand(patterns: tuple[str, ...]) -> list[str]:
 
 def distinct(locations: Sequence[str], fault: str) -> None:
     """UserError with this `fault` if two are the same."""
-    ordered = sorted(location if is_remote(location) else str(Path(location)) for location in locations)
+    ordered = sorted(
+        location if is_remote(location) else str(Path(location)) for location in locations
+    )
     for one, next_one in pairwise(ordered):
         if one == next_one:
-            raise UserError(f"data.shards: {one}: {fault}, so that its samples would be seen twice; name it once")
+            raise UserError(
+                f"data.shards: {one}: {fault}, so that its samples would be seen twice; name it once"
+            )
 
 
 def _files(name: str) -> list[str]:
@@ -70,28 +85,40 @@ def _files(name: str) -> list[str]:
     if kind == "file:":
         path = unquote(re.sub(r"^//(localhost)?(?=/)", "", name[len(kind) :], flags=re.IGNORECASE))
         if path.startswith("//"):
-            raise UserError(f"data.shards: {name}: is on another host; write file:///PATH for a file here")
+            raise UserError(
+                f"data.shards: {name}: is on another host; write file:///PATH for a file here"
+            )
     elif kind in ("http:", "https:"):
         raise UserError(f"data.shards: {name}: names no server; write {kind}//HOST/PATH")
     elif kind == "pipe:":
-        raise UserError(f"data.shards: {name}: runs a program, which data may not; serve the tar by https or copy it")
+        raise UserError(
+            f"data.shards: {name}: runs a program, which data may not; serve the tar by https or copy it"
+        )
     elif kind:
-        raise UserError(f"data.shards: {name}: {kind} is not read; serve the tar by https or copy it to a disk")
+        raise UserError(
+            f"data.shards: {name}: {kind} is not read; serve the tar by https or copy it to a disk"
+        )
     wild = any(sign in path for sign in "*?[") and not Path(path).exists()
     found = sorted(glob.glob(path)) if wild else [path]  # noqa: PTH207  (Path.glob takes no absolute pattern)
     if not found:
         raise UserError(f"data.shards: {name}: matches no file (looked from {Path.cwd()})")
     for path in found:
         if not Path(path).is_file():
-            what = "a folder; add /*.tar" if Path(path).is_dir() else f"no such file (looked from {Path.cwd()})"
+            what = (
+                "a folder; add /*.tar"
+                if Path(path).is_dir()
+                else f"no such file (looked from {Path.cwd()})"
+            )
             raise UserError(f"data.shards: {path}: {what}")
     return found
 
 
 class Sources:
-    """Reads locations, from any thread. Ranges from servers are kept in the folder `cache`, of at most `limit` bytes.
+    """Reads locations, from any thread. Ranges from servers are kept in the folder `cache`, of at
+    most `limit` bytes.
 
-    All methods raise UserError for what is not there or is refused, and JobError where a server stays away.
+    All methods raise UserError for what is not there or is refused, and JobError where a server
+    stays away.
     """
 
     def __init__(self, cache: Path | None = None, limit: int = 0) -> None:
@@ -114,7 +141,9 @@ class Sources:
             return b""
         if not is_remote(location):
             data = _pread(location, offset, size)
-        elif self._cache and (stamp := self.stat(location).stamp):  # without one, old bytes would pass for new ones
+        elif self._cache and (
+            stamp := self.stat(location).stamp
+        ):  # without one, old bytes would pass for new ones
             key = (location, stamp, offset, size)
             data = self._cache.get(*key) or b""
             if not data and len(data := self._web.part(location, offset, size)) == size:
@@ -122,7 +151,9 @@ class Sources:
         else:
             data = self._web.part(location, offset, size)
         if len(data) < size:
-            raise UserError(f"{location}: ends before byte {offset + size}, unlike before; put the whole file back")
+            raise UserError(
+                f"{location}: ends before byte {offset + size}, unlike before; put the whole file back"
+            )
         return data
 
     def open(self, location: str) -> BinaryIO:
@@ -147,7 +178,9 @@ class Sources:
 
 
 class _Remote(io.RawIOBase):
-    """A file on a server as Python's buffered reader wants it: each `readinto` is one range, of a piece at most."""
+    """A file on a server as Python's buffered reader wants it: each `readinto` is one range, of a
+    piece at most.
+    """
 
     def __init__(self, web: Web, url: str) -> None:
         self._web, self._url, self._size, self._position = web, url, web.stat(url).size, 0
@@ -159,7 +192,9 @@ class _Remote(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = (
+            offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        )
         return self._position
 
     def readinto(self, buffer: "WriteableBuffer") -> int:
@@ -175,7 +210,8 @@ class _Remote(io.RawIOBase):
 
 
 def _pread(path: str, offset: int, size: int) -> bytes:
-    # To keep descriptors open would save 4 us of the milliseconds that a picture takes, and run out of them.
+    # To keep descriptors open would save 4 us of the milliseconds that a picture takes, and run out
+    # of them.
     try:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -187,4 +223,6 @@ def _pread(path: str, offset: int, size: int) -> bytes:
 
 
 def _unreadable(path: str, error: OSError) -> UserError:
-    return UserError(f"{path}: cannot be read: {error.strerror}; see that it is there and may be read")
+    return UserError(
+        f"{path}: cannot be read: {error.strerror}; see that it is there and may be read"
+    )

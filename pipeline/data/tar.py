@@ -1,8 +1,8 @@
 """What a shard holds, read from its first byte to its last, whatever has happened to it.
 
-A shard is a plain tar as img2dataset writes it: the files of a sample share their name up to the first dot, the key,
-and differ in what follows, `KEY.jpg` (or jpeg, png, webp), `KEY.txt` with a caption and `KEY.json`. What is wrong has
-one outcome each:
+A shard is a plain tar as img2dataset writes it: the files of a sample share their name up to the
+first dot, the key, and differ in what follows, `KEY.jpg` (or jpeg, png, webp), `KEY.txt` with a
+caption and `KEY.json`. What is wrong has one outcome each:
 
     damaged header, garbage         the stretch is a fault with its bytes; samples before and after it are used
     cut in a file, in a header or   the cut is a fault; samples before it are used
@@ -17,10 +17,11 @@ one outcome each:
     KEY.cls that is no number       the sample is left out; else the number counts as field `cls` of KEY.json
     no caption, or not UTF-8        a sample all the same; whether it needs one is the run's to say
     files of a sample apart         one sample, as if they were together
-    KEY.a.jpg                       the key ends at the first dot, so `a.jpg` is no picture: left out, and the reason
-                                    says so
+    KEY.a.jpg                       the key ends at the first dot, so `a.jpg` is no picture: left
+                                    out, and the reason says so
 
-`tarfile`, like WebDataset's own readers, takes a damaged header for the end and drops the rest in silence.
+`tarfile`, like WebDataset's own readers, takes a damaged header for the end and drops the rest in
+silence.
 """
 
 import json
@@ -65,8 +66,8 @@ def caption(data: bytes) -> str:
 
 
 def scan(file: BinaryIO, size: int) -> tuple[dict[str, dict[str, File]], list[Fault]]:
-    """The usable samples of a tar in the order of their first files, each as {"image", "txt", "json", file type: ...},
-    and all that is wrong.
+    """The usable samples of a tar in the order of their first files, each as {"image", "txt",
+    "json", file type: ...}, and all that is wrong.
     """
     samples: dict[str, dict[str, File]] = {}
     bad: dict[str, str] = {}
@@ -99,9 +100,15 @@ def scan(file: BinaryIO, size: int) -> tuple[dict[str, dict[str, File]], list[Fa
             if "cls" in files and key not in bad:
                 label = {"cls": int(files["cls"].data)}
                 json_file = files.get("json", ABSENT)
-                files["json"] = json_file._replace(data=json.dumps(json.loads(json_file.data or "{}") | label).encode())
+                files["json"] = json_file._replace(
+                    data=json.dumps(json.loads(json_file.data or "{}") | label).encode()
+                )
         elif key not in bad:
-            dotted = "; a key ends at the first dot of the name" if any("." in kind for kind in files) else ""
+            dotted = (
+                "; a key ends at the first dot of the name"
+                if any("." in kind for kind in files)
+                else ""
+            )
             bad[key] = f"no picture ({', '.join(IMAGE_TYPES)}) among its {', '.join(files)}{dotted}"
     faults += [Fault(key, reason) for key, reason in bad.items()]
     return {key: files for key, files in samples.items() if key not in bad}, faults
@@ -129,16 +136,24 @@ def read(file: BinaryIO, member: tarfile.TarInfo, kind: str) -> File:
             raise ValueError("its json is no JSON object")
     if kind == "cls" and not data.strip().isdigit():
         raise ValueError(f"its cls is {data[:20]!r}, no whole number from 0 on")
-    return File(member.offset_data, member.size, zlib.crc32(data), caption(data).encode() if kind == "txt" else data)
+    return File(
+        member.offset_data,
+        member.size,
+        zlib.crc32(data),
+        caption(data).encode() if kind == "txt" else data,
+    )
 
 
 def walk(file: BinaryIO, size: int, faults: list[Fault]) -> Iterator[tarfile.TarInfo]:
-    """The members of a tar. Bytes that belong to none and are not zero, and an early end, are added to `faults`."""
+    """The members of a tar. Bytes that belong to none and are not zero, and an early end, are added
+    to `faults`.
+    """
     start = end = 0  # of the part that tarfile is given; of what is accounted for
     while start < size:
         file.seek(start)
         try:
-            # `ignore_zeros` is meant for tars joined by `cat`; with it tarfile looks on after what is no header.
+            # `ignore_zeros` is meant for tars joined by `cat`; with it tarfile looks on after what
+            # is no header.
             with tarfile.open(fileobj=file, mode="r:", ignore_zeros=True) as tar:
                 while (member := tar.next()) is not None:
                     tar.members = []  # type: ignore[attr-defined]  # it would keep them all
@@ -148,12 +163,20 @@ def walk(file: BinaryIO, size: int, faults: list[Fault]) -> Iterator[tarfile.Tar
                     end = tar.offset
                     yield member
             break
-        except (tarfile.TarError, ValueError, OverflowError):  # what a damaged extended header sets off
+        except (
+            tarfile.TarError,
+            ValueError,
+            OverflowError,
+        ):  # what a damaged extended header sets off
             start = max(start + BLOCK, end, file.tell() // BLOCK * BLOCK)
     if not end:
         file.seek(0)
         kind = COMPRESSED.get(file.read(2))
-        reason = f"compressed by {kind}: unpack it, samples are read by their place" if kind else "no tar with files"
+        reason = (
+            f"compressed by {kind}: unpack it, samples are read by their place"
+            if kind
+            else "no tar with files"
+        )
         faults[:] = [Fault("", reason if size else "empty", size)]
     elif end >= size:
         faults.append(Fault("", f"cut short at byte {size:,}"))
@@ -162,7 +185,9 @@ def walk(file: BinaryIO, size: int, faults: list[Fault]) -> Iterator[tarfile.Tar
 
 
 def gap(file: BinaryIO, start: int, end: int) -> list[Fault]:
-    """The fault of the bytes between two members, or between the last one and the end, unless all are zero."""
+    """The fault of the bytes between two members, or between the last one and the end, unless all
+    are zero.
+    """
     file.seek(start)
     while (position := file.tell()) < end:
         if any(file.read(min(end - position, 2**20))):

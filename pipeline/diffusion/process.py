@@ -1,7 +1,8 @@
 """The forward process and the three things a network may predict, as functions of tensors.
 
-z = alpha x + sigma eps, with alpha^2 = sigmoid(logsnr) and sigma^2 = sigmoid(-logsnr). Of x, eps and
-v = alpha eps - sigma x (Salimans & Ho, arXiv 2202.00512) any one gives the others once z is known:
+z = alpha x + sigma eps, with alpha^2 = sigmoid(logsnr) and sigma^2 = sigmoid(-logsnr). Of x, eps
+and v = alpha eps - sigma x (Salimans & Ho, arXiv 2202.00512) any one gives the others once z is
+known:
 
     x = (z - sigma eps) / alpha = alpha z - sigma v         eps = (z - alpha x) / sigma = alpha v + sigma z
 
@@ -60,9 +61,10 @@ def around(guess: Tensor, spread_B: Tensor, z: Tensor, logsnr_B: Tensor) -> tupl
 
         mean = (sigma^2 guess + spread^2 alpha z) / d,  deviation = spread sigma / sqrt(d)
 
-    with d = sigma^2 + spread^2 alpha^2: with little noise z is copied, with much the guess stays. A network that
-    answers in deviations from the mean is asked for numbers of one size at all levels: the preconditioning of Karras
-    et al. (arXiv 2206.00364, eq. 7), whose images are guessed to be 0. Shapes (B, C, H, W) and (B, 1, 1, 1).
+    with d = sigma^2 + spread^2 alpha^2: with little noise z is copied, with much the guess stays. A
+    network that answers in deviations from the mean is asked for numbers of one size at all levels:
+    the preconditioning of Karras et al. (arXiv 2206.00364, eq. 7), whose images are guessed to be
+    0. Shapes (B, C, H, W) and (B, 1, 1, 1).
     """
     (alpha, sigma), spread = alpha_sigma(per_image(logsnr_B)), per_image(spread_B)
     d = sigma * sigma + spread * spread * alpha * alpha

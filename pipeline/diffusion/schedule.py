@@ -1,12 +1,15 @@
-"""Noise schedules: diffusion time t in [0, 1] to logsnr, the one primitive from which all else is derived.
+"""Noise schedules: diffusion time t in [0, 1] to logsnr, the one primitive from which all else is
+derived.
 
-A variance-preserving diffusion mixes an image x with unit noise eps: z = alpha x + sigma eps, alpha^2 + sigma^2 = 1.
-One number fixes both: logsnr = log(alpha^2 / sigma^2), so that alpha^2 = sigmoid(logsnr) and sigma^2 = sigmoid(-logsnr)
-(Kingma et al., "Variational Diffusion Models", arXiv 2107.00630). A schedule says how logsnr falls from t = 0 (the
-image) to t = 1 (noise). Times are drawn on the host, so the schedules run there, in float64.
+A variance-preserving diffusion mixes an image x with unit noise eps: z = alpha x + sigma eps,
+alpha^2 + sigma^2 = 1. One number fixes both: logsnr = log(alpha^2 / sigma^2), so that alpha^2 =
+sigmoid(logsnr) and sigma^2 = sigmoid(-logsnr) (Kingma et al., "Variational Diffusion Models", arXiv
+2107.00630). A schedule says how logsnr falls from t = 0 (the image) to t = 1 (noise). Times are
+drawn on the host, so the schedules run there, in float64.
 
-Time is continuous, or discrete as in DDPM: T steps k = 1 to T, which are the times k / T. Of the cosines these are
-places on the curve; the linear schedule is defined by the steps, and its curve is their limit.
+Time is continuous, or discrete as in DDPM: T steps k = 1 to T, which are the times k / T. Of the
+cosines these are places on the curve; the linear schedule is defined by the steps, and its curve is
+their limit.
 """
 
 from collections.abc import Callable
@@ -24,7 +27,9 @@ LOGSNR_MAX = 20.0  # the cleanest and the noisiest level of Imagen's stages: sig
 
 
 def _cosine_between(t: np.ndarray, first: float, last: float) -> np.ndarray:
-    """alpha = cos(angle), sigma = sin(angle), with an angle that goes evenly from `first` to `last`."""
+    """alpha = cos(angle), sigma = sin(angle), with an angle that goes evenly from `first` to
+    `last`.
+    """
     return -2.0 * np.log(np.tan(first + (last - first) * np.asarray(t, np.float64)))
 
 
@@ -35,14 +40,17 @@ def cosine(t: np.ndarray) -> np.ndarray:
 
 
 def offset_cosine(t: np.ndarray) -> np.ndarray:
-    """The cosine between the signal rates alpha = 0.95 and 0.02: neither end is reached (Keras' DDIM example)."""
+    """The cosine between the signal rates alpha = 0.95 and 0.02: neither end is reached (Keras'
+    DDIM example).
+    """
     return _cosine_between(t, np.arccos(0.95), np.arccos(0.02))
 
 
 def linear(t: np.ndarray, betas: tuple[float, float] = DDPM_BETAS) -> np.ndarray:
     """DDPM's betas, those of 1000 steps, in continuous time (Ho et al., arXiv 2006.11239).
 
-    alpha^2 = exp(-B(t)) with B(t) = 1000 (b_1 t + (b_T - b_1) t^2 / 2), hence logsnr = -log(exp(B) - 1).
+    alpha^2 = exp(-B(t)) with B(t) = 1000 (b_1 t + (b_T - b_1) t^2 / 2), hence logsnr = -log(exp(B)
+    - 1).
     """
     t, (first, last) = np.asarray(t, np.float64), betas
     total = 1000 * (first * t + (last - first) * t**2 / 2)
@@ -50,7 +58,8 @@ def linear(t: np.ndarray, betas: tuple[float, float] = DDPM_BETAS) -> np.ndarray
 
 
 def linear_steps(num: int, betas: tuple[float, float] = DDPM_BETAS) -> np.ndarray:
-    """The logsnr of steps 1 to `num` (num,) with betas that go evenly from the first to the last (arXiv 2006.11239).
+    """The logsnr of steps 1 to `num` (num,) with betas that go evenly from the first to the last
+    (arXiv 2006.11239).
 
     alpha_k^2 = (1 - b_1) ... (1 - b_k).
     """
@@ -71,24 +80,34 @@ class ScheduleConfig:
 
     schedule: ScheduleName = "cosine"
     timesteps: int | None = None  # T of discrete time; None: continuous
-    betas: tuple[float, float] = DDPM_BETAS  # of `linear`, the first and the last of T (of 1000 in continuous time)
+    betas: tuple[float, float] = (
+        DDPM_BETAS  # of `linear`, the first and the last of T (of 1000 in continuous time)
+    )
     shift: float = 0.0  # added to logsnr: below 0 is more noise at every time, for large pictures (arXiv 2301.11093)
 
     def __post_init__(self) -> None:
         if self.timesteps is not None and self.timesteps < 2:
-            raise ConfigError(f"timesteps: {self.timesteps} is less than 2; DDPM has 1000, leave it out for continuous")
+            raise ConfigError(
+                f"timesteps: {self.timesteps} is less than 2; DDPM has 1000, leave it out for continuous"
+            )
         if not 0 < self.betas[0] <= self.betas[1] < 1:
-            raise ConfigError(f"betas: {list(self.betas)} do not rise within (0, 1); DDPM has [1.0e-4, 0.02]")
+            raise ConfigError(
+                f"betas: {list(self.betas)} do not rise within (0, 1); DDPM has [1.0e-4, 0.02]"
+            )
         if self.schedule != "linear" and self.betas != DDPM_BETAS:
-            raise ConfigError(f"betas: {list(self.betas)} are of the linear schedule and this is {self.schedule}")
+            raise ConfigError(
+                f"betas: {list(self.betas)} are of the linear schedule and this is {self.schedule}"
+            )
 
     def logsnr(self, t: np.ndarray) -> np.ndarray:
-        """Of times in [0, 1], float64. In discrete time that of step ceil(t T), so that uniform times make each step
-        equally likely; t = 0 is step 1.
+        """Of times in [0, 1], float64. In discrete time that of step ceil(t T), so that uniform
+        times make each step equally likely; t = 0 is step 1.
         """
         t = np.asarray(t, np.float64)
         if self.timesteps is None:
-            clean = linear(t, self.betas) if self.schedule == "linear" else SCHEDULES[self.schedule](t)
+            clean = (
+                linear(t, self.betas) if self.schedule == "linear" else SCHEDULES[self.schedule](t)
+            )
             return clean + self.shift
         # what rounding put beyond a step is that step
         step = np.clip(np.ceil(t * self.timesteps - 1e-9), 1, self.timesteps).astype(int)

@@ -1,8 +1,9 @@
-"""Convolution, normalization, softmax and quantiles for CPUs, in C++: half the time, less memory than MindSpore's own.
+"""Convolution, normalization, softmax and quantiles for CPUs, in C++: half the time, less memory
+than MindSpore's own.
 
-`g++` builds them when the first network is made, for this processor, into the user's cache. Where that cannot be, or on
-another device, `convolution` and the others answer None, and who asked does the same in MindSpore's operators. All
-tensors are float32.
+`g++` builds them when the first network is made, for this processor, into the user's cache. Where
+that cannot be, or on another device, `convolution` and the others answer None, and who asked does
+the same in MindSpore's operators. All tensors are float32.
 """
 
 import atexit
@@ -27,7 +28,14 @@ log = logging.getLogger("cascade")
 EPSILON = 1e-5  # added to the variance of a group
 ONEDNN = (3, 10)  # whose interface the sources declare
 FLAGS = (
-    *("-std=c++17", "-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"),
+    *(
+        "-std=c++17",
+        "-O3",
+        "-march=native",
+        "-fopenmp-simd",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+    ),
     *("-shared", "-fPIC", "-pthread", "-Wl,--no-undefined", f"-DEPSILON={EPSILON}"),
 )
 
@@ -67,7 +75,9 @@ def check_version(onednn: Path) -> None:
     version = ctypes.CDLL(str(onednn)).dnnl_version
     version.restype = ctypes.POINTER(ctypes.c_int * 2)
     if (found := tuple(version().contents)) != ONEDNN:
-        raise OSError(f"{onednn} is oneDNN {'.'.join(map(str, found))}, not {'.'.join(map(str, ONEDNN))}")
+        raise OSError(
+            f"{onednn} is oneDNN {'.'.join(map(str, found))}, not {'.'.join(map(str, ONEDNN))}"
+        )
 
 
 def built(path: Path, inputs: list[str]) -> Path:
@@ -86,7 +96,8 @@ def built(path: Path, inputs: list[str]) -> Path:
 
 @cache
 def convolution(stride: int) -> ops.Custom | None:
-    """(x_BCHW, weight, bias) -> the convolution that keeps the picture's size, divided by `stride` and rounded up.
+    """(x_BCHW, weight, bias) -> the convolution that keeps the picture's size, divided by `stride`
+    and rounded up.
 
     ValueError for a stride but 1 and 2: the kernel tells it by the sizes.
     """
@@ -94,9 +105,14 @@ def convolution(stride: int) -> ops.Custom | None:
         raise ValueError(f"stride {stride}: 1 and 2 are known")
     if library() is None:
         return None
-    towards_x = ops.Custom(f"{library()}:convolve_input", lambda dy, x, w: x, lambda dy, x, w: dy, "aot")
+    towards_x = ops.Custom(
+        f"{library()}:convolve_input", lambda dy, x, w: x, lambda dy, x, w: dy, "aot"
+    )
     towards_weight = ops.Custom(
-        f"{library()}:convolve_weight", lambda dy, x, w: (w, (w[0],)), lambda dy, x, w: (dy, dy), "aot"
+        f"{library()}:convolve_weight",
+        lambda dy, x, w: (w, (w[0],)),
+        lambda dy, x, w: (dy, dy),
+        "aot",
     )
 
     def shape(x: tuple[int, ...], w: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
@@ -107,23 +123,32 @@ def convolution(stride: int) -> ops.Custom | None:
         return towards_x(dy, x, w), dw, db
 
     operator = ops.Custom(f"{library()}:convolve", shape, lambda x, w, b: x, "aot", bprop=bprop)
-    return operator.add_prim_attr("stride", stride)  # operators alike in attributes are one to MindSpore
+    return operator.add_prim_attr(
+        "stride", stride
+    )  # operators alike in attributes are one to MindSpore
 
 
 @cache
 def normalization(silu: bool) -> ops.Custom | None:
-    """(x_BCHW, a_BGc, b_BGc) -> a z + b, or SiLU of that, where z is x normalized in each of G groups of c channels."""
+    """(x_BCHW, a_BGc, b_BGc) -> a z + b, or SiLU of that, where z is x normalized in each of G
+    groups of c channels.
+    """
     if library() is None:
         return None
     name = "normalize_silu" if silu else "normalize"
     gradient = ops.Custom(
-        f"{library()}:{name}_gradient", lambda dy, x, a, b: (x, a, b), lambda dy, x, a, b: (x, a, b), "aot"
+        f"{library()}:{name}_gradient",
+        lambda dy, x, a, b: (x, a, b),
+        lambda dy, x, a, b: (x, a, b),
+        "aot",
     )
 
     def bprop(x: Tensor, a: Tensor, b: Tensor, y: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
         return gradient(dy, x, a, b)
 
-    return ops.Custom(f"{library()}:{name}", lambda x, a, b: x, lambda x, a, b: x, "aot", bprop=bprop)
+    return ops.Custom(
+        f"{library()}:{name}", lambda x, a, b: x, lambda x, a, b: x, "aot", bprop=bprop
+    )
 
 
 @cache
@@ -141,8 +166,8 @@ def softmax() -> ops.Custom | None:
 
 @cache
 def quantile() -> ops.Custom | None:
-    """(x_BN, at_3) -> (B, 1): of each row the number at place 4096 at[0] + at[1] + at[2] in order, between neighbours:
-    float32 counts to 2^24 alone. It has no gradient.
+    """(x_BN, at_3) -> (B, 1): of each row the number at place 4096 at[0] + at[1] + at[2] in order,
+    between neighbours: float32 counts to 2^24 alone. It has no gradient.
     """
     if library() is None:
         return None

@@ -1,6 +1,7 @@
 """Attention: what positions of a picture look up in the text and in one another.
 
-Shapes: see blocks.py; c channels a head, M what is looked at: tokens of the text, positions, or both.
+Shapes: see blocks.py; c channels a head, M what is looked at: tokens of the text, positions, or
+both.
 """
 
 from typing import Literal
@@ -11,7 +12,9 @@ from mindspore import dtype as mstype
 from pipeline import kernels
 from pipeline.nn.blocks import BlockConfig, Conditions, Kept, Norm, Pointwise, zeroed
 
-SCORES = 2**26  # of a picture's attention at a time, 256 MiB in float32; none of configs/ has as many
+SCORES = (
+    2**26
+)  # of a picture's attention at a time, 256 MiB in float32; none of configs/ has as many
 
 AttentionKind = Literal["none", "self", "cross", "linear"]
 
@@ -23,17 +26,22 @@ def split_heads(x_BCN: Tensor, num_heads: int) -> Tensor:
 
 
 class Lookup(nn.Cell):
-    """Attention: v softmax(q^T k / sqrt(c) + bias)^T for each head, (B, K, c, N). The softmax is float32's.
+    """Attention: v softmax(q^T k / sqrt(c) + bias)^T for each head, (B, K, c, N). The softmax is
+    float32's.
 
-    The plain formula: the one place where a device's fused kernel would branch off. Products transpose as they read,
-    since MindSpore's transposition on a CPU keeps 8 bytes a number for as long as a graph lives. A query's answer does
-    not depend on the others, so where a picture's scores (K, N, M) are many, some queries are answered after others.
+    The plain formula: the one place where a device's fused kernel would branch off. Products
+    transpose as they read, since MindSpore's transposition on a CPU keeps 8 bytes a number for as
+    long as a graph lives. A query's answer does not depend on the others, so where a picture's
+    scores (K, N, M) are many, some queries are answered after others.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.kernel = kernels.softmax()
-        self.scores, self.values = ops.BatchMatMul(transpose_a=True), ops.BatchMatMul(transpose_b=True)
+        self.scores, self.values = (
+            ops.BatchMatMul(transpose_a=True),
+            ops.BatchMatMul(transpose_b=True),
+        )
 
     def construct(self, q_BKcN: Tensor, k_BKcM: Tensor, v_BKcM: Tensor, bias_BM: Tensor) -> Tensor:
         _, K, c, N = q_BKcN.shape
@@ -45,7 +53,9 @@ class Lookup(nn.Cell):
                 q = ops.depend(q, answers[-1])  # else all scores might be there at once
             scores = self.scores(q * c**-0.5, k_BKcM).astype(mstype.float32)
             if self.kernel is None:
-                bias = ops.broadcast_to(bias_BM.expand_dims(1).expand_dims(1), scores.shape)  # see bands.moments
+                bias = ops.broadcast_to(
+                    bias_BM.expand_dims(1).expand_dims(1), scores.shape
+                )  # see bands.moments
                 weights = ops.softmax(scores + bias, axis=-1)
             else:
                 weights = self.kernel(scores, bias_BM)
@@ -54,8 +64,9 @@ class Lookup(nn.Cell):
 
 
 class LinearLookup(nn.Cell):
-    """Linear attention: (v k'^T) q', in (B, K, c, N), with q' = softmax(q) / sqrt(c) over channels and k' = softmax(k +
-    bias) over positions: its cost grows with N, not N^2 (Shen et al., arXiv 1812.01243).
+    """Linear attention: (v k'^T) q', in (B, K, c, N), with q' = softmax(q) / sqrt(c) over channels
+    and k' = softmax(k + bias) over positions: its cost grows with N, not N^2 (Shen et al., arXiv
+    1812.01243).
     """
 
     def __init__(self) -> None:
@@ -64,12 +75,15 @@ class LinearLookup(nn.Cell):
 
     def construct(self, q_BKcN: Tensor, k_BKcM: Tensor, v_BKcM: Tensor, bias_BM: Tensor) -> Tensor:
         q = ops.softmax(q_BKcN, axis=2) * q_BKcN.shape[2] ** -0.5
-        k = ops.softmax(k_BKcM + bias_BM.expand_dims(1).expand_dims(1), axis=-1).astype(v_BKcM.dtype)
+        k = ops.softmax(k_BKcM + bias_BM.expand_dims(1).expand_dims(1), axis=-1).astype(
+            v_BKcM.dtype
+        )
         return self.product(self.product_transposed(v_BKcM, k), q.astype(v_BKcM.dtype))
 
 
 class Attention(nn.Cell):
-    """Every position looks at the text, if there is one, and, unless `kind` is "cross", at every other position.
+    """Every position looks at the text, if there is one, and, unless `kind` is "cross", at every
+    other position.
 
     Keys and values of text and picture are concatenated (Imagen, appendix F).
     """
@@ -106,7 +120,9 @@ class Attention(nn.Cell):
         return x_BCHW + self.out(self.lookup(q, k, v, bias).reshape((B, C, H, W)))
 
     def kept(self, pixels: int, tokens: int) -> Kept:
-        """The normalized picture, queries, keys, values, how far each position looks where, what it finds."""
+        """The normalized picture, queries, keys, values, how far each position looks where, what it
+        finds.
+        """
         width = self.out.in_channels
         seen = (0 if self.cross else pixels) + (tokens if self.text_channels else 0)
         looks = self.heads * pixels * seen

@@ -1,8 +1,9 @@
 """The pieces that both U-Nets are made of.
 
-Shapes: B images, C channels, H x W pixels, N = H W positions, L text tokens, D text width, E embedding width, K heads.
-Every layer of a stack answers to `construct(x_BCHW, conditions)`, so that a stack is a plain list; see `Conditions`. It
-also says, by `kept(pixels, tokens)`, what its gradient will need: see `Kept`.
+Shapes: B images, C channels, H x W pixels, N = H W positions, L text tokens, D text width, E
+embedding width, K heads. Every layer of a stack answers to `construct(x_BCHW, conditions)`, so that
+a stack is a plain list; see `Conditions`. It also says, by `kept(pixels, tokens)`, what its
+gradient will need: see `Kept`.
 """
 
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ GROUPS = 32  # of group normalization, as in DDPM and ADM; fewer in narrow layer
 
 NormKind = Literal["group", "layer", "instance"]
 
-# What each layer sees beside the picture: emb_BE of noise levels, text, class; if there is text, text_BLD and bias_BL,
-# 0 for a token and a large negative number for padding; in training with dropout, its seeds_B, int32.
+# What each layer sees beside the picture: emb_BE of noise levels, text, class; if there is text,
+# text_BLD and bias_BL, 0 for a token and a large negative number for padding; in training with
+# dropout, its seeds_B, int32.
 Conditions = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -29,7 +31,9 @@ class BlockConfig:
     """What the blocks of a network have in common."""
 
     block: Literal["residual", "convnext"] = "residual"
-    norm: NormKind = "group"  # over groups of channels; `layer`: over all of them; `instance`: over each
+    norm: NormKind = (
+        "group"  # over groups of channels; `layer`: over all of them; `instance`: over each
+    )
     dropout: float = 0.0  # share of a residual block's numbers that training sets to zero before its last convolution
     head_channels: int = 64
     text_channels: int = 1024  # width to which the text is projected, once, for all blocks
@@ -40,8 +44,9 @@ class BlockConfig:
 
 
 class Kept(NamedTuple):
-    """What of one image a layer's gradient needs, in numbers: its input, and what it makes on its way. `largest` is the
-    longest of these tensors, `pixels` the positions of the layer's answer, which is the next layer's input.
+    """What of one image a layer's gradient needs, in numbers: its input, and what it makes on its
+    way. `largest` is the longest of these tensors, `pixels` the positions of the layer's answer,
+    which is the next layer's input.
     """
 
     input: int
@@ -53,7 +58,9 @@ class Kept(NamedTuple):
 class Conv(nn.Conv2d):
     """A convolution that keeps the picture's size (divided by `stride`)."""
 
-    def __init__(self, width_in: int, width_out: int, size: int, stride: int = 1, group: int = 1) -> None:
+    def __init__(
+        self, width_in: int, width_out: int, size: int, stride: int = 1, group: int = 1
+    ) -> None:
         options = {"pad_mode": "pad", "padding": size // 2, "has_bias": True}
         super().__init__(width_in, width_out, size, stride, group=group, **options)
         self.kernel = kernels.convolution(stride) if group == 1 else None
@@ -66,12 +73,15 @@ class Conv(nn.Conv2d):
 
 def convolve(kernel: ops.Custom, x_BCHW: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """By a CPU's kernel, which knows float32 alone."""
-    y = kernel(x_BCHW.astype(mstype.float32), weight.astype(mstype.float32), bias.astype(mstype.float32))
+    y = kernel(
+        x_BCHW.astype(mstype.float32), weight.astype(mstype.float32), bias.astype(mstype.float32)
+    )
     return y.astype(x_BCHW.dtype)
 
 
 class Pointwise(nn.Dense):
-    """A dense layer over the channels of each position, which is a convolution of size 1: pictures stay pictures.
+    """A dense layer over the channels of each position, which is a convolution of size 1: pictures
+    stay pictures.
 
     Its weight is a matrix all the same, which Adafactor factors.
     """
@@ -120,15 +130,18 @@ def channels_to_space(x_BCHW: Tensor, patch: int) -> Tensor:
 
 
 class Norm(nn.Cell):
-    """Group normalization (Wu & He, arXiv 1803.08494), an optional scale and shift by the embedding, an optional SiLU.
+    """Group normalization (Wu & He, arXiv 1803.08494), an optional scale and shift by the
+    embedding, an optional SiLU.
 
-    All of it but SiLU is one multiplication and one addition a channel, so the image is passed over once: it is read as
-    rows (B C, H W), the factors as a column. Computed in float32, answered in the input's type.
+    All of it but SiLU is one multiplication and one addition a channel, so the image is passed over
+    once: it is read as rows (B C, H W), the factors as a column. Computed in float32, answered in
+    the input's type.
     """
 
     def __init__(self, width: int, kind: NormKind = "group", silu: bool = True) -> None:
         super().__init__()
-        # 32 if they are at least 4 channels each; else as many as come out even, for widths such as 144
+        # 32 if they are at least 4 channels each; else as many as come out even, for widths such as
+        # 144
         groups = next(n for n in range(min(GROUPS, width // 4), 0, -1) if width % n == 0)
         self.groups = {"group": groups, "layer": 1, "instance": width}[kind]
         self.silu = silu
@@ -151,7 +164,10 @@ class Norm(nn.Cell):
         mean = rows.mean(axis=1, keep_dims=True)
         variance = (rows * rows).mean(axis=1, keep_dims=True) - mean * mean
         rate = ops.rsqrt(ops.maximum(variance, 0.0) + kernels.EPSILON)
-        mean, rate = (ops.broadcast_to(n.reshape((B, self.groups, 1)), per_group).reshape((B, C)) for n in (mean, rate))
+        mean, rate = (
+            ops.broadcast_to(n.reshape((B, self.groups, 1)), per_group).reshape((B, C))
+            for n in (mean, rate)
+        )
         factor = rate * factor
         offset = offset - mean * factor
         y = x.reshape((B * C, H * W)) * factor.reshape((-1, 1)) + offset.reshape((-1, 1))
@@ -163,21 +179,31 @@ class Norm(nn.Cell):
 class ResBlock(nn.Cell):
     """Norm, SiLU, convolution, norm with scale and shift, SiLU, convolution; added to the input.
 
-    As a ConvNeXt block (Liu et al., arXiv 2201.03545): a convolution of each channel by itself, 7 x 7, norm with scale
-    and shift, 1 x 1 to four times the width, SiLU (GELU there), 1 x 1 back.
+    As a ConvNeXt block (Liu et al., arXiv 2201.03545): a convolution of each channel by itself, 7 x
+    7, norm with scale and shift, 1 x 1 to four times the width, SiLU (GELU there), 1 x 1 back.
 
-    `emb` is the width of the embedding that scales and shifts; 0: this block has none. With `resample` the picture
-    changes size inside, on both paths, as in BigGAN (Brock et al., arXiv 1809.11096) and ADM (arXiv 2105.05233).
+    `emb` is the width of the embedding that scales and shifts; 0: this block has none. With
+    `resample` the picture changes size inside, on both paths, as in BigGAN (Brock et al., arXiv
+    1809.11096) and ADM (arXiv 2105.05233).
     """
 
     def __init__(
-        self, width_in: int, width: int, emb: int, config: BlockConfig, resample: Literal["", "up", "down"] = ""
+        self,
+        width_in: int,
+        width: int,
+        emb: int,
+        config: BlockConfig,
+        resample: Literal["", "up", "down"] = "",
     ) -> None:
         super().__init__()
         self.resample, self.convnext = resample, config.block == "convnext"
         middle = width_in if self.convnext else width
         self.norm1 = None if self.convnext else Norm(width_in, config.norm)
-        self.conv1 = Conv(width_in, width_in, 7, group=width_in) if self.convnext else Conv(width_in, width, 3)
+        self.conv1 = (
+            Conv(width_in, width_in, 7, group=width_in)
+            if self.convnext
+            else Conv(width_in, width, 3)
+        )
         self.emb = nn.Dense(emb, 2 * middle) if emb else None
         self.norm2 = Norm(middle, config.norm, silu=not self.convnext)
         self.widen = Conv(width_in, 4 * width, 1) if self.convnext else None
@@ -208,7 +234,9 @@ class ResBlock(nn.Cell):
         """The convolutions' inputs and what is normalized."""
         after = {"up": 4 * pixels, "down": pixels // 4, "": pixels}[self.resample]
         wide, width = self.conv1.in_channels, self.conv1.out_channels
-        inside = wide + 2 * width if self.widen is None else wide + width + 2 * self.widen.out_channels
+        inside = (
+            wide + 2 * width if self.widen is None else wide + width + 2 * self.widen.out_channels
+        )
         inside += self.conv2.in_channels if self.dropout is not None else 0  # its mask
         largest = max(wide * pixels, wide * after, self.conv2.in_channels * after)
         return Kept(wide * pixels, inside * after, largest, after)
@@ -252,8 +280,12 @@ class Stack(nn.Cell):
         super().__init__()
         self.layers = nn.CellList(layers)
 
-    def construct(self, x_BCHW: Tensor, conditions: Conditions, start: int = 0, stop: int = 0) -> Tensor:
-        """But for `start` layers at the start and `stop` at the end, which the caller has in bands (see bands.py)."""
+    def construct(
+        self, x_BCHW: Tensor, conditions: Conditions, start: int = 0, stop: int = 0
+    ) -> Tensor:
+        """But for `start` layers at the start and `stop` at the end, which the caller has in bands
+        (see bands.py).
+        """
         x = x_BCHW
         for layer in range(start, len(self.layers) - stop):
             x = self.layers[layer](x, conditions)

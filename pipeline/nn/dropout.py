@@ -10,10 +10,12 @@ GOLDEN = 0x9E3779B9 - 2**32  # 2^32 over the golden ratio: spreads neighbours
 
 
 class Dropout(nn.Cell):
-    """Sets a share `rate` of the numbers to zero and divides the others by 1 - rate (Srivastava et al., JMLR 2014).
+    """Sets a share `rate` of the numbers to zero and divides the others by 1 - rate (Srivastava et
+    al., JMLR 2014).
 
-    Which ones is a function of the image's seed, the layer's `number` and the place, by the finalizer of MurmurHash3:
-    it depends neither on the rank, nor on the batch, nor on how often a run was continued.
+    Which ones is a function of the image's seed, the layer's `number` and the place, by the
+    finalizer of MurmurHash3: it depends neither on the rank, nor on the batch, nor on how often a
+    run was continued.
     """
 
     def __init__(self, rate: float) -> None:
@@ -23,12 +25,19 @@ class Dropout(nn.Cell):
     def construct(self, x_BCHW: Tensor, seeds_B: Tensor) -> Tensor:
         B, C, H, W = x_BCHW.shape
         bits = scrambled(seeds_B + self.number)
-        for rows, count in ((B, C), (B * C, H * W)):  # channels of an image, then places of a channel
+        for rows, count in (
+            (B, C),
+            (B * C, H * W),
+        ):  # channels of an image, then places of a channel
             numbers = ops.arange(count).astype(mstype.int32) * GOLDEN
             shape = (rows, count)
-            bits = ops.broadcast_to(bits.reshape((rows, 1)), shape) + ops.broadcast_to(numbers.reshape((1, -1)), shape)
+            bits = ops.broadcast_to(bits.reshape((rows, 1)), shape) + ops.broadcast_to(
+                numbers.reshape((1, -1)), shape
+            )
             bits = scrambled(bits)
-        mask = (lowest(bits, 31) >= int(self.rate * 2**31)).astype(x_BCHW.dtype).reshape(x_BCHW.shape)
+        mask = (
+            (lowest(bits, 31) >= int(self.rate * 2**31)).astype(x_BCHW.dtype).reshape(x_BCHW.shape)
+        )
         return x_BCHW * (mask * (1.0 / (1.0 - self.rate)))
 
 
@@ -45,5 +54,7 @@ def shifted(bits: Tensor, shift: int) -> Tensor:
 
 
 def lowest(bits: Tensor, num: int) -> Tensor:
-    """The lowest `num` bits of int32. (The mask is a tensor: a CPU has no kernel for a number there.)"""
+    """The lowest `num` bits of int32. (The mask is a tensor: a CPU has no kernel for a number
+    there.)
+    """
     return ops.bitwise_and(bits, Tensor(2**num - 1, mstype.int32))

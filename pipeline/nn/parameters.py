@@ -12,7 +12,8 @@ from pipeline.rng import generator
 def put(parameter: Parameter, values: np.ndarray) -> None:
     """Writes `values` into `parameter` in place, for graphs that have run before to see.
 
-    `Parameter.set_data` would give it another tensor: a compiled graph keeps the one of its first run.
+    `Parameter.set_data` would give it another tensor: a compiled graph keeps the one of its first
+    run.
     """
     ops.assign(parameter, Tensor(values, parameter.dtype))
 
@@ -31,7 +32,9 @@ def initialize(net: nn.Cell, seed: int) -> None:
             weight = np.zeros(shape, np.float32)
         else:
             limit = np.sqrt(3.0 / np.prod(shape[1:]))
-            weight = generator(seed, "init", number).uniform(-limit, limit, shape).astype(np.float32)
+            weight = (
+                generator(seed, "init", number).uniform(-limit, limit, shape).astype(np.float32)
+            )
         put(cell.weight, weight)
         if cell.has_bias:
             put(cell.bias, np.zeros(cell.bias.shape))
@@ -44,13 +47,19 @@ def num_parameters(net: nn.Cell) -> int:
 
 
 def assign(net: nn.Cell, weights: Mapping[str, np.ndarray], where: str) -> None:
-    """Puts `weights` into `net`: all of them, no others, of the same shapes; else UserError, and nothing is changed."""
+    """Puts `weights` into `net`: all of them, no others, of the same shapes; else UserError, and
+    nothing is changed.
+    """
     parameters = {parameter.name: parameter for parameter in net.trainable_params()}
     for name in [*parameters, *weights]:
         if name not in weights:
-            raise UserError(f"{where}: has no '{name}', which the network needs; it was made by another configuration")
+            raise UserError(
+                f"{where}: has no '{name}', which the network needs; it was made by another configuration"
+            )
         if name not in parameters:
-            raise UserError(f"{where}: has '{name}', which the network lacks; it was made by another configuration")
+            raise UserError(
+                f"{where}: has '{name}', which the network lacks; it was made by another configuration"
+            )
         wanted, found = tuple(parameters[name].shape), weights[name].shape
         if wanted != found:
             raise UserError(

@@ -1,14 +1,14 @@
 """The two U-Nets of a cascade, built of one set of blocks.
 
-ADM (Dhariwal & Nichol, arXiv 2105.05233), for the base: residual blocks that resample inside, a skip connection from
-every block, attention after every block of the levels that have it. Efficient U-Net (Imagen, arXiv 2205.11487,
-appendix B), for super-resolution: a level first down-samples, then runs its blocks, many more of them at low
-resolution; one skip connection a level and one from stem to head, scaled by 1/sqrt(2); the way up runs the blocks first
-and up-samples last.
+ADM (Dhariwal & Nichol, arXiv 2105.05233), for the base: residual blocks that resample inside, a
+skip connection from every block, attention after every block of the levels that have it. Efficient
+U-Net (Imagen, arXiv 2205.11487, appendix B), for super-resolution: a level first down-samples, then
+runs its blocks, many more of them at low resolution; one skip connection a level and one from stem
+to head, scaled by 1/sqrt(2); the way up runs the blocks first and up-samples last.
 
-Both are two lists of stacks in the order they run; each stack of the way down leaves a skip connection that one of the
-way up takes. Shapes: see `blocks.py`; T noise levels condition the network (the picture's own and, for
-super-resolution, that of its low resolution).
+Both are two lists of stacks in the order they run; each stack of the way down leaves a skip
+connection that one of the way up takes. Shapes: see `blocks.py`; T noise levels condition the
+network (the picture's own and, for super-resolution, that of its low resolution).
 """
 
 from dataclasses import dataclass, replace
@@ -45,18 +45,35 @@ class UNetConfig(BlockConfig):
     channels: int = 512
     channel_mults: tuple[int, ...] = (1, 2, 3, 4)
     num_blocks: tuple[int, ...] = (3, 3, 3, 3)  # residual blocks on a level's way down
-    attention: tuple[AttentionKind, ...] = ("none", "self", "self", "self")  # self, linear: and text; cross: text alone
+    attention: tuple[AttentionKind, ...] = (
+        "none",
+        "self",
+        "self",
+        "self",
+    )  # self, linear: and text; cross: text alone
     patch: int = 1  # side of the pixel patch that is one position of the first level ("simple diffusion", 2301.11093)
     recompute: bool = False  # forget a layer's activations and compute them again for the gradient
 
     def __post_init__(self) -> None:
         super().__post_init__()
         levels = len(self.channel_mults)
-        for name in ("channels", "channel_mults", "num_blocks", "head_channels", "text_channels", "patch"):
-            value, least = getattr(self, name), 0 if name == "text_channels" else 1  # 0: the blocks see no text
+        for name in (
+            "channels",
+            "channel_mults",
+            "num_blocks",
+            "head_channels",
+            "text_channels",
+            "patch",
+        ):
+            value, least = (
+                getattr(self, name),
+                0 if name == "text_channels" else 1,
+            )  # 0: the blocks see no text
             if min(value if isinstance(value, tuple) else [value], default=0) < least:
                 found = list(value) if isinstance(value, tuple) else value
-                raise ConfigError(f"{name}: {found} is not made of whole numbers from {least} on; give such numbers")
+                raise ConfigError(
+                    f"{name}: {found} is not made of whole numbers from {least} on; give such numbers"
+                )
         for name in ("num_blocks", "attention"):
             if len(getattr(self, name)) != levels:
                 raise ConfigError(
@@ -64,7 +81,9 @@ class UNetConfig(BlockConfig):
                     f"{levels}; give one a level"
                 )
         if self.channels % 4:
-            raise ConfigError(f"channels: {self.channels} is not a multiple of 4, which its group normalization needs")
+            raise ConfigError(
+                f"channels: {self.channels} is not a multiple of 4, which its group normalization needs"
+            )
         for mult, kind in zip(self.channel_mults, self.attention, strict=True):
             if kind != "none" and self.channels * mult % self.head_channels:
                 raise ConfigError(
@@ -80,7 +99,8 @@ class UNetConfig(BlockConfig):
 
 
 class UNet(nn.Cell):
-    """What a stage trains: `unet(x_BCHW, logsnr_BT, [text_BLD, mask_BL,] [label_BK,] [seeds_B]) -> (B, 3, H, W)`.
+    """What a stage trains: `unet(x_BCHW, logsnr_BT, [text_BLD, mask_BL,] [label_BK,] [seeds_B]) ->
+    (B, 3, H, W)`.
 
     Training with dropout gives the seeds, int32 and one an image; without them nothing is dropped.
 
@@ -89,11 +109,17 @@ class UNet(nn.Cell):
         channels_in: 3, and as many again for each picture that is concatenated.
         num_levels: T, how many noise levels condition the network.
         text_width: D, of the text encoder; 0: there is no text.
-        num_classes: K, of the label, a row with a one or, where no class is told, of zeros; 0: there is no label.
+        num_classes: K, of the label, a row with a one or, where no class is told, of zeros; 0:
+            there is no label.
     """
 
     def __init__(
-        self, config: UNetConfig, channels_in: int, num_levels: int, text_width: int, num_classes: int = 0
+        self,
+        config: UNetConfig,
+        channels_in: int,
+        num_levels: int,
+        text_width: int,
+        num_classes: int = 0,
     ) -> None:
         super().__init__()
         self.patch, self.stride = config.patch, config.stride
@@ -112,10 +138,14 @@ class UNet(nn.Cell):
         self.stem = Conv(channels_in * config.patch**2, width, 3)
         down, middle, up = (adm if config.kind == "adm" else efficient)(config, emb)
         self.down, self.middle, self.up = nn.CellList(down), middle, nn.CellList(up)
-        self.stem_to_head = len(up) == len(down)  # else the last stack of the way up has taken the stem
+        self.stem_to_head = len(up) == len(
+            down
+        )  # else the last stack of the way up has taken the stem
         self.norm = Norm(width, config.norm)
         self.head = zeroed(Conv(2 * width if self.stem_to_head else width, 3 * config.patch**2, 3))
-        for number, cell in enumerate(cell for _, cell in self.cells_and_names() if isinstance(cell, Dropout)):
+        for number, cell in enumerate(
+            cell for _, cell in self.cells_and_names() if isinstance(cell, Dropout)
+        ):
             cell.number = number
         if config.recompute:
             for stack in [*down, middle, *up]:
@@ -125,7 +155,9 @@ class UNet(nn.Cell):
     def construct(self, x_BCHW: Tensor, logsnr_BT: Tensor, *told: Tensor) -> Tensor:
         stem = self.stem(space_to_channels(self.filled(x_BCHW), self.patch))
         h = self.norm(self.stacks(stem, self.conditions(logsnr_BT, *told)))
-        if self.stem_to_head:  # not normalized: so the low resolution keeps its contrast, and copying it is linear
+        if (
+            self.stem_to_head
+        ):  # not normalized: so the low resolution keeps its contrast, and copying it is linear
             h = ops.cat((h, stem * self.skip_scale), 1)
         return self.cut(channels_to_space(self.head(h), self.patch), x_BCHW)
 
@@ -170,10 +202,11 @@ class UNet(nn.Cell):
         return h
 
     def kept(self, side: int, tokens: int) -> list[Kept]:
-        """What of one picture of `side` pixels the gradient needs, by layer in the order they run, the head the last.
+        """What of one picture of `side` pixels the gradient needs, by layer in the order they run,
+        the head the last.
 
-        A skip connection counts once on the way down, as the next layer's input, and once more where it is joined to
-        another's, which is a copy.
+        A skip connection counts once on the way down, as the next layer's input, and once more
+        where it is joined to another's, which is a copy.
         """
         pixels, found = (side // self.patch) ** 2, []
         for stack in [*self.down, self.middle, *self.up]:
@@ -208,7 +241,9 @@ def adm(config: UNetConfig, emb: int) -> Stacks:
         if level < last:
             down.append(Stack([ResBlock(width, width, emb, config, resample="down")]))
             skips.append(width)
-    middle = Stack([ResBlock(width, width, emb, config), *attend(last), ResBlock(width, width, emb, config)])
+    middle = Stack(
+        [ResBlock(width, width, emb, config), *attend(last), ResBlock(width, width, emb, config)]
+    )
     up = []
     for level in reversed(range(len(widths))):
         for block in range(config.num_blocks[level] + 1):
@@ -221,11 +256,12 @@ def adm(config: UNetConfig, emb: int) -> Stacks:
 
 
 def efficient(config: UNetConfig, emb: int) -> Stacks:
-    """The same of an Efficient U-Net: one level a stack; the lowest level, down and up, is the middle.
+    """The same of an Efficient U-Net: one level a stack; the lowest level, down and up, is the
+    middle.
 
-    The embedding enters a level once on each way, in its first block. Self-attention follows every block of its level;
-    explicit cross-attention follows the level's blocks once on each way: with this reading of appendix B and F the
-    parameters come out as the paper counts them.
+    The embedding enters a level once on each way, in its first block. Self-attention follows every
+    block of its level; explicit cross-attention follows the level's blocks once on each way: with
+    this reading of appendix B and F the parameters come out as the paper counts them.
     """
     widths = [config.channels * mult for mult in config.channel_mults]
 
@@ -234,8 +270,12 @@ def efficient(config: UNetConfig, emb: int) -> Stacks:
         kind, width = config.attention[level], widths[level]
         for block in range(config.num_blocks[level]):
             first = block == 0
-            layers.append(ResBlock(width_in if first else width, width, emb if first else 0, config))
-            if kind in ("self", "linear") or (kind == "cross" and block == config.num_blocks[level] - 1):
+            layers.append(
+                ResBlock(width_in if first else width, width, emb if first else 0, config)
+            )
+            if kind in ("self", "linear") or (
+                kind == "cross" and block == config.num_blocks[level] - 1
+            ):
                 layers.append(Attention(width, config, kind))
         return layers
 
@@ -251,5 +291,7 @@ def efficient(config: UNetConfig, emb: int) -> Stacks:
             Upsample(bottom, before[lowest]),
         ]
     )
-    up = [Stack([*blocks(i, 2 * widths[i]), Upsample(widths[i], before[i])]) for i in reversed(upper)]
+    up = [
+        Stack([*blocks(i, 2 * widths[i]), Upsample(widths[i], before[i])]) for i in reversed(upper)
+    ]
     return down, middle, up

@@ -1,8 +1,10 @@
-"""A network's parameters as a few long vectors, its buckets: what is exchanged, and what the optimizer works on.
+"""A network's parameters as a few long vectors, its buckets: what is exchanged, and what the
+optimizer works on.
 
-One sum of a long vector costs a network a fraction of hundreds of short ones, and one AdamW of it a processor likewise:
-of hundreds of kernels most of the time goes into starting them. They are several, since what an optimizer makes on its
-way is as long as the vector it works on. Vectors are also cut evenly among ranks, wherever the parameters begin.
+One sum of a long vector costs a network a fraction of hundreds of short ones, and one AdamW of it a
+processor likewise: of hundreds of kernels most of the time goes into starting them. They are
+several, since what an optimizer makes on its way is as long as the vector it works on. Vectors are
+also cut evenly among ranks, wherever the parameters begin.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +18,8 @@ SMALLEST = 2**20  # numbers that a bucket may have in any network: 4 MiB of floa
 
 
 class Bucket:
-    """Parameters that lie one after another in a vector of `size` numbers, the last few of them padding.
+    """Parameters that lie one after another in a vector of `size` numbers, the last few of them
+    padding.
 
     Args:
         parameters: in their order, float32.
@@ -49,13 +52,17 @@ class Bucket:
         return self.join({parameter.name: parameter.asnumpy() for parameter in self.parameters})
 
     def write(self, vector: np.ndarray) -> None:
-        """Puts `vector` into the parameters. For a CPU, where an array of a parameter is its memory."""
+        """Puts `vector` into the parameters. For a CPU, where an array of a parameter is its
+        memory.
+        """
         for parameter, view in zip(self.parameters, self.views(vector).values(), strict=True):
             parameter.asnumpy()[...] = view
 
 
 def buckets(parameters: Sequence[Parameter], world: int, smallest: int = SMALLEST) -> list[Bucket]:
-    """Neighbours together, up to `smallest` numbers or a share of all; a larger parameter has a bucket of its own."""
+    """Neighbours together, up to `smallest` numbers or a share of all; a larger parameter has a
+    bucket of its own.
+    """
     largest = max(smallest, sum(parameter.size for parameter in parameters) // NUMBER)
     groups: list[list[Parameter]] = [[]]
     for parameter in parameters:

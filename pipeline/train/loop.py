@@ -1,12 +1,13 @@
 """A run of one stage, from the first step or from where it was.
 
-To resume, run the same command again: the newest good checkpoint holds parameters, optimizer, EMA and step; the order
-of the data and every random draw follow from the seed and the step. On one machine with the same number of threads and
-ranks the continued run gives the losses and weights of an uninterrupted one, bit for bit; with another number of ranks
-the same samples and, but for rounding, the same losses.
+To resume, run the same command again: the newest good checkpoint holds parameters, optimizer, EMA
+and step; the order of the data and every random draw follow from the seed and the step. On one
+machine with the same number of threads and ranks the continued run gives the losses and weights of
+an uninterrupted one, bit for bit; with another number of ranks the same samples and, but for
+rounding, the same losses.
 
-All ranks go through the same lines. What only rank 0 does, which is to read and write the run folder, to report and to
-sample, the others learn of, or wait for, in their next collective.
+All ranks go through the same lines. What only rank 0 does, which is to read and write the run
+folder, to report and to sample, the others learn of, or wait for, in their next collective.
 """
 
 import logging
@@ -17,24 +18,25 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from pipeline import checkpoint, runtime
+from pipeline import runtime
 from pipeline.config import dump, to_dict
 from pipeline.data.loader import Loader
-from pipeline.data.prompts import open_prompts
 from pipeline.data.shards import Shards
 from pipeline.errors import JobError, UserError
 from pipeline.files import lock
-from pipeline.heartbeat import Heartbeat
 from pipeline.log import RunLog
-from pipeline.manifest import write_stage
 from pipeline.nn.parameters import initialize, num_parameters
-from pipeline.train.collectives import Ranks
-from pipeline.train.graphs import Graphs
+from pipeline.stage.manifest import write_stage
+from pipeline.text.prompts import open_prompts
+from pipeline.train import checkpoint
+from pipeline.train.compile_cache import Graphs
+from pipeline.train.config import Config, Trainee
+from pipeline.train.heartbeat import Heartbeat
 from pipeline.train.precision import LossScale, lower
+from pipeline.train.process_group import Ranks
 from pipeline.train.resume import facts, resume, settle
 from pipeline.train.state import State
 from pipeline.train.step import Outcome, TrainStep
-from pipeline.train.trainee import Config, Trainee
 
 log = logging.getLogger("cascade")
 
@@ -42,7 +44,8 @@ log = logging.getLogger("cascade")
 def train(stage: Trainee, stop: Callable[[], bool] = bool) -> bool:
     """Trains `stage` to its last step and writes its stage folder, as one of the job's ranks.
 
-    False if `stop()`, on any rank, ended it early, after saving. JobError if the ranks do not stay together.
+    False if `stop()`, on any rank, ended it early, after saving. JobError if the ranks do not stay
+    together.
     """
     job = runtime.start_communication()
     if job.rank:
@@ -65,11 +68,15 @@ def run(stage: Trainee, ranks: Ranks, heart: Heartbeat, stop: Callable[[], bool]
     shards = Shards.open(config.data, progress=first)
     prompts = open_prompts(config.text, config.classes, shards)
     lower(stage.network, config.train.precision)
-    with lock(folder) if first else nullcontext():  # only now: a mistake leaves no run folder behind
+    with (
+        lock(folder) if first else nullcontext()
+    ):  # only now: a mistake leaves no run folder behind
         newest = settle(folder, config) if first else None
         meet(ranks, config, shards)  # and so, when the others go on, the run folder is there
         quarantine = folder / "quarantine.jsonl"
-        loader = Loader(shards, prompts, config.seed, config.size, stage.window, stage.batch, quarantine, places)
+        loader = Loader(
+            shards, prompts, config.seed, config.size, stage.window, stage.batch, quarantine, places
+        )
         initialize(stage.network, config.seed)
         graphs = Graphs(folder, ranks.rank, stage, f"{ranks.world} ranks\n{dump(config)}")
         state = State(
@@ -77,17 +84,31 @@ def run(stage: Trainee, ranks: Ranks, heart: Heartbeat, stop: Callable[[], bool]
             *(ranks, config.train.shard_optimizer, graphs),
         )
         scale = LossScale(config.train.precision)
-        trainer = TrainStep(stage.loss, state, config.optimizer.clip, config.train.accumulate, scale, graphs)
+        trainer = TrainStep(
+            stage.loss, state, config.optimizer.clip, config.train.accumulate, scale, graphs
+        )
         done, skipped = resume(newest, trainer, shards)
         log.info(
             "%s: %.2fM parameters, %d samples in %d shards, %s, %d ranks, step %d of %d",
-            *(folder, num_parameters(stage.network) / 1e6, len(shards), len(shards.indexes), shards.account()),
+            *(
+                folder,
+                num_parameters(stage.network) / 1e6,
+                len(shards),
+                len(shards.indexes),
+                shards.account(),
+            ),
             *(ranks.world, done, config.train.steps),
         )
-        finished = done >= config.train.steps or steps(stage, loader, trainer, graphs, heart, done, skipped, stop)
+        finished = done >= config.train.steps or steps(
+            stage, loader, trainer, graphs, heart, done, skipped, stop
+        )
         average = state.average() if finished else {}
         if finished and first:
-            write_stage(folder / "stage", manifest(stage, prompts.facts, max(done, config.train.steps)), average)
+            write_stage(
+                folder / "stage",
+                manifest(stage, prompts.facts, max(done, config.train.steps)),
+                average,
+            )
             log.info("%s: done, the stage is in %s", folder, folder / "stage")
         return finished
 
@@ -103,7 +124,11 @@ def steps(
     stop: Callable[[], bool],
 ) -> bool:
     """From step `done`, of which `skipped` were not taken, to the last; False if stopped before."""
-    config, folder, first = stage.config.train, Path(stage.config.run), trainer.state.ranks.rank == 0
+    config, folder, first = (
+        stage.config.train,
+        Path(stage.config.run),
+        trainer.state.ranks.rank == 0,
+    )
     log.info("%s the training step", "loading" if graphs.warm else "compiling")
     heart.beat("compiling", done)
     with (
@@ -138,7 +163,9 @@ def steps(
                 since, last = time.perf_counter(), step
             if ending or (config.check_every and step % config.check_every == 0):
                 trainer.state.check_alike(step)
-            if step % config.checkpoint_every == 0 or ending or stopping:  # before a picture, which may fail
+            if (
+                step % config.checkpoint_every == 0 or ending or stopping
+            ):  # before a picture, which may fail
                 heart.beat("checkpoint")
                 tensors = trainer.state.files()
                 if first:
@@ -150,14 +177,22 @@ def steps(
                         report.picture(step, stage.picture(*loader.first(config.num_samples)))
             if stopping and not ending:
                 writer.join()
-                log.info("%s: stopped after step %d, saved; the same command goes on from there", folder, step)
+                log.info(
+                    "%s: stopped after step %d, saved; the same command goes on from there",
+                    folder,
+                    step,
+                )
                 return False
     return True
 
 
 def meet(ranks: Ranks, config: Config, shards: Shards) -> None:
-    """Returns when all ranks are here. UserError if they are not about to train the same on the same samples."""
-    others = ranks.differing(blake2b(f"{shards.digest} {dump(config)}".encode(), digest_size=8).digest())
+    """Returns when all ranks are here. UserError if they are not about to train the same on the
+    same samples.
+    """
+    others = ranks.differing(
+        blake2b(f"{shards.digest} {dump(config)}".encode(), digest_size=8).digest()
+    )
     if others:
         raise UserError(
             f"rank {', '.join(map(str, others))} has another configuration or other samples than the other ranks: give "
@@ -166,7 +201,9 @@ def meet(ranks: Ranks, config: Config, shards: Shards) -> None:
 
 
 def untaken(outcome: Outcome, before: int, limit: int, where: str) -> int:
-    """Steps in a row that were not taken, `before` of them before this one. JobError if they are `limit`."""
+    """Steps in a row that were not taken, `before` of them before this one. JobError if they are
+    `limit`.
+    """
     if outcome.taken:
         return 0
     if outcome.overflow:  # what a loss scale is there for

@@ -14,7 +14,9 @@ from pipeline.config import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Imagen's: Adam at 1e-4 after a linear warm-up of 10,000 steps, cosine decay to 0; Adafactor for the base."""
+    """Imagen's: Adam at 1e-4 after a linear warm-up of 10,000 steps, cosine decay to 0; Adafactor
+    for the base.
+    """
 
     kind: Literal["adamw", "adafactor"] = "adamw"
     lr: float = 1e-4
@@ -28,12 +30,16 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         for name in ("lr", "clip", "eps"):
             if getattr(self, name) <= 0:
-                raise ConfigError(f"{name}: {getattr(self, name)} is not positive; give a positive number")
+                raise ConfigError(
+                    f"{name}: {getattr(self, name)} is not positive; give a positive number"
+                )
         for name in ("weight_decay", "warmup_steps"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}: {getattr(self, name)} is negative; give 0 or more")
         if not all(0 < beta < 1 for beta in self.betas):
-            raise ConfigError(f"betas: {list(self.betas)} are not between 0 and 1; usual are [0.9, 0.999]")
+            raise ConfigError(
+                f"betas: {list(self.betas)} are not between 0 and 1; usual are [0.9, 0.999]"
+            )
 
 
 def mindformers() -> tuple[type, dict[str, type]]:
@@ -51,13 +57,19 @@ def mindformers() -> tuple[type, dict[str, type]]:
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> nn.Cell:
-    """Linear warm-up, then cosine decay to 0 at `steps`, or none: a cell from step (from 0) to rate."""
+    """Linear warm-up, then cosine decay to 0 at `steps`, or none: a cell from step (from 0) to
+    rate.
+    """
     _, schedules = mindformers()
-    return schedules[config.decay](learning_rate=config.lr, warmup_steps=config.warmup_steps, total_steps=steps)
+    return schedules[config.decay](
+        learning_rate=config.lr, warmup_steps=config.warmup_steps, total_steps=steps
+    )
 
 
 def optimizer(config: OptimizerConfig, parameters: list[Parameter], rate: nn.Cell) -> nn.Optimizer:
-    """Decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101), or factored moments (arXiv 1804.04235)."""
+    """Decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101), or factored moments (arXiv
+    1804.04235).
+    """
     if config.kind == "adafactor":
         adafactor = nn.AdaFactor(
             parameters,
@@ -67,19 +79,28 @@ def optimizer(config: OptimizerConfig, parameters: list[Parameter], rate: nn.Cel
             beta1=0.0,
             weight_decay=config.weight_decay,
         )
-        adafactor.exp_avg[0].name = "no_first_moment"  # one placeholder for all; its own name is another each time
+        adafactor.exp_avg[
+            0
+        ].name = "no_first_moment"  # one placeholder for all; its own name is another each time
         return adafactor
     cls, _ = mindformers()
-    adamw = cls(parameters, learning_rate=rate, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+    adamw = cls(
+        parameters,
+        learning_rate=rate,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+    )
     return adamw if device.on_ascend() else InTurn(adamw)
 
 
 class InTurn(nn.Cell):
-    """The step of MindFormers' AdamW on a CPU: the same formula, one parameter after another, and no division.
+    """The step of MindFormers' AdamW on a CPU: the same formula, one parameter after another, and
+    no division.
 
-    MindSpore's division on a CPU keeps a list of where each number comes from, 16 bytes a number for as long as the
-    graph lives, twice in that step; and what MindFormers leaves unordered is begun for all parameters at once, so that
-    the intermediate results of all are there together.
+    MindSpore's division on a CPU keeps a list of where each number comes from, 16 bytes a number
+    for as long as the graph lives, twice in that step; and what MindFormers leaves unordered is
+    begun for all parameters at once, so that the intermediate results of all are there together.
     """
 
     def __init__(self, adamw: nn.Optimizer) -> None:
@@ -93,7 +114,9 @@ class InTurn(nn.Cell):
         beta1, beta2, step = adamw.beta1, adamw.beta2, adamw.global_step.astype(mstype.float32)
         length, correction = rate / (1.0 - ops.pow(beta1, step)), 1.0 / (1.0 - ops.pow(beta2, step))
         kept, done = 1.0 - rate * weight_decay, rate
-        for weight, gradient, first, second in zip(adamw.parameters, gradients, adamw.exp_avg, adamw.exp_avg_sq):  # noqa: B905
+        for weight, gradient, first, second in zip(
+            adamw.parameters, gradients, adamw.exp_avg, adamw.exp_avg_sq
+        ):  # noqa: B905
             g = ops.depend(gradient, done)
             m = ops.depend(first, done) * beta1 + g * (1.0 - beta1)
             v = ops.depend(second, done) * beta2 + g * g * (1.0 - beta2)

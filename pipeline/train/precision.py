@@ -1,7 +1,9 @@
-"""Arithmetic in 16 bits where it pays: convolutions and matrix products; the rest, and all weights, stay float32.
+"""Arithmetic in 16 bits where it pays: convolutions and matrix products; the rest, and all weights,
+stay float32.
 
-That is what PyTorch calls autocast. float16 has a narrow range, so that small gradients would vanish in it: the loss is
-multiplied by a number as large as may be while they are taken (Micikevicius et al., arXiv 1710.03740, section 3.2).
+That is what PyTorch calls autocast. float16 has a narrow range, so that small gradients would
+vanish in it: the loss is multiplied by a number as large as may be while they are taken
+(Micikevicius et al., arXiv 1710.03740, section 3.2).
 """
 
 from typing import Literal
@@ -18,7 +20,9 @@ LARGEST = 2.0**16  # where it starts, too
 
 
 def lower(network: nn.Cell, precision: Precision) -> None:
-    """Lets convolutions and dense layers of `network` compute in `precision`. ConfigError if the device does not."""
+    """Lets convolutions and dense layers of `network` compute in `precision`. ConfigError if the
+    device does not.
+    """
     if precision not in device.precisions():
         raise ConfigError(
             f"train.precision: {precision} is nothing that this device computes in; give one of "
@@ -31,7 +35,8 @@ def lower(network: nn.Cell, precision: Precision) -> None:
 
 
 class LossScale:
-    """Halved by a step whose gradient overflows, which is then not taken; doubled after `GROWTH` steps without one.
+    """Halved by a step whose gradient overflows, which is then not taken; doubled after `GROWTH`
+    steps without one.
 
     1, for good, unless `precision` is float16.
     """
@@ -41,7 +46,9 @@ class LossScale:
         self.value, self.good = LARGEST if self.dynamic else 1.0, 0
 
     def after(self, finite: bool) -> bool:
-        """Learns how a step went; whether it was the scale that was too large, as far as can be told."""
+        """Learns how a step went; whether it was the scale that was too large, as far as can be
+        told.
+        """
         if not self.dynamic:
             return False
         if not finite:

@@ -7,20 +7,21 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pipeline import checkpoint
 from pipeline.config import ConfigError, build, differences, dump, read_yaml, to_dict
 from pipeline.data.shards import Shards
 from pipeline.errors import UserError
 from pipeline.files import write_atomically
+from pipeline.train import checkpoint
+from pipeline.train.config import Config
 from pipeline.train.precision import LossScale
 from pipeline.train.step import TrainStep
-from pipeline.train.trainee import Config
 
 log = logging.getLogger("cascade")
 
 COUNTS = ("step", "skipped", "loss_scale", "good_steps")  # of a checkpoint's state.json
 
-# What may change between two attempts of one run, because the steps done so far would have been the same.
+# What may change between two attempts of one run, because the steps done so far would have been the
+# same.
 FREE = ("run", "train.steps", "train.checkpoint_every", "train.keep_checkpoints", "train.report_every",
         "train.sample_every", "train.num_samples", "train.max_skipped", "train.check_every",
         "train.shard_optimizer", "data.workers", "data.max_damage", "data.cache", "sample.")  # fmt: skip
@@ -37,24 +38,34 @@ def changed(run: Path, config: Config) -> Iterator[tuple[str, Any, Any]]:
 
 
 def complete(saved: dict[str, Any], config: Config) -> dict[str, Any]:
-    """`saved` with the defaults of fields that are younger than it, if it is still one of this kind."""
+    """`saved` with the defaults of fields that are younger than it, if it is still one of this
+    kind.
+    """
     with suppress(ConfigError):
         return to_dict(build(type(config), saved))
     return saved
 
 
 def finished(config: Config) -> bool:
-    """Whether its run has left the stage that this configuration trains: then there is nothing to start."""
+    """Whether its run has left the stage that this configuration trains: then there is nothing to
+    start.
+    """
     run = Path(config.run)
     try:
         step = json.loads((run / "stage" / "stage.json").read_bytes())["step"]
-    except (FileNotFoundError, ValueError, KeyError):  # none, or a broken one that the last step will write anew
+    except (
+        FileNotFoundError,
+        ValueError,
+        KeyError,
+    ):  # none, or a broken one that the last step will write anew
         return False
     return step >= config.train.steps and not list(changed(run, config))
 
 
 def settle(run: Path, config: Config) -> Path | None:
-    """The checkpoint to go on from, if any, once the configuration is known to be the run's own; saves it."""
+    """The checkpoint to go on from, if any, once the configuration is known to be the run's own;
+    saves it.
+    """
     newest = checkpoint.newest(run / "checkpoints")
     for field, before, now in changed(run, config) if newest else ():
         raise UserError(
@@ -66,7 +77,8 @@ def settle(run: Path, config: Config) -> Path | None:
 
 
 def resume(newest: Path | None, trainer: TrainStep, shards: Shards) -> tuple[int, int]:
-    """Brings all ranks to the checkpoint `newest`, of which rank 0 knows; its step, and how many were skipped before.
+    """Brings all ranks to the checkpoint `newest`, of which rank 0 knows; its step, and how many
+    were skipped before.
 
     UserError if the data are no longer those that led to it.
     """
@@ -78,7 +90,9 @@ def resume(newest: Path | None, trainer: TrainStep, shards: Shards) -> tuple[int
                 f"data.shards: the samples are no longer those that {newest} was trained on (there are {len(shards):,} "
                 "now; a shard was changed, added, lost or indexed anew): put them back, or take another run folder"
             )
-    done, skipped, scale, good = trainer.state.ranks.tell_numbers(*(state.get(name, 0) for name in COUNTS))
+    done, skipped, scale, good = trainer.state.ranks.tell_numbers(
+        *(state.get(name, 0) for name in COUNTS)
+    )
     if done:
         trainer.state.load(tensors, str(newest))
         trainer.scale.value, trainer.scale.good = float(scale) or trainer.scale.value, good

@@ -1,7 +1,8 @@
 """What a run changes: a network's parameters, their optimizer and their exponential moving average.
 
-AdamW works on the parameters as vectors (`buckets`), of which a rank has all or, with `shard`, an equal share; what it
-makes of them is then put into the network. Adafactor works on the network's own parameters, whose matrices it factors.
+AdamW works on the parameters as vectors (`buckets`), of which a rank has all or, with `shard`, an
+equal share; what it makes of them is then put into the network. Adafactor works on the network's
+own parameters, whose matrices it factors.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,9 +18,9 @@ from pipeline.config import ConfigError
 from pipeline.errors import JobError, UserError
 from pipeline.nn.parameters import put
 from pipeline.train.buckets import Bucket, buckets
-from pipeline.train.collectives import Ranks
-from pipeline.train.graphs import Graphs
+from pipeline.train.compile_cache import Graphs
 from pipeline.train.optimizer import OptimizerConfig, learning_rate, optimizer
+from pipeline.train.process_group import Ranks
 
 FILES = ("model", "ema", "optimizer")  # of a checkpoint
 
@@ -32,11 +33,12 @@ class State:
     Args:
         network: whose parameters are trained.
         config, steps: the optimizer, and the length of its learning-rate schedule.
-        ema_decay: share of the average that stays, each step. It grows from 0.1 to this as (1 + step) / (10 + step), so
-            that the average of a young run is not its initial weights.
+        ema_decay: share of the average that stays, each step. It grows from 0.1 to this as (1 +
+            step) / (10 + step), so that the average of a young run is not its initial weights.
         ranks: all of which have the same network.
-        shard: whether optimizer and average are divided among them, ZeRO's first stage (Rajbhandari et al., arXiv
-            1910.02054): each keeps an equal share, makes the step of that share, and all gather the weights.
+        shard: whether optimizer and average are divided among them, ZeRO's first stage (Rajbhandari
+            et al., arXiv 1910.02054): each keeps an equal share, makes the step of that share, and
+            all gather the weights.
         graphs: what compiles.
     """
 
@@ -61,7 +63,9 @@ class State:
         self.buckets = buckets(self.parameters, self.shards)
         if self.flat:
             vectors = [Tensor(bucket.read()[self.share(bucket)]) for bucket in self.buckets]
-            self.weights = ParameterTuple(Parameter(v, name=f"bucket_{n}") for n, v in enumerate(vectors))
+            self.weights = ParameterTuple(
+                Parameter(v, name=f"bucket_{n}") for n, v in enumerate(vectors)
+            )
         else:
             self.weights = self.parameters
         self.rate = learning_rate(config, steps)
@@ -69,13 +73,18 @@ class State:
         self.ema = self.weights.clone("ema", init="same")
         self.ema_step = Parameter(Tensor(0.0, mstype.float32), name="ema_step", requires_grad=False)
         own = {p.name for p in self.weights}
-        self.moments = [*(p for p in self.optimizer.get_parameters() if p.name not in own), self.ema_step]
+        self.moments = [
+            *(p for p in self.optimizer.get_parameters() if p.name not in own),
+            self.ema_step,
+        ]
         graphs, changed = graphs or Graphs(), [*self.weights, *self.ema, *self.moments]
         self._finish = graphs.compile(self.finish(ema_decay), changed)
         self._spread = graphs.compile(self.spread(), self.parameters)
 
     def update(self, sums: Sequence[Tensor], factor: float) -> None:
-        """A step of the optimizer along `factor` times the gradient `sums`, a vector for each bucket."""
+        """A step of the optimizer along `factor` times the gradient `sums`, a vector for each
+        bucket.
+        """
         self._finish(Tensor(factor, mstype.float32), *sums).asnumpy()
         if self.flat:
             self.show(self.weights)
@@ -89,10 +98,11 @@ class State:
         return self.files("ema")["ema"]
 
     def files(self, *names: str) -> dict[str, Arrays]:
-        """What a checkpoint holds: `model`, `ema` and `optimizer`, or those of `names`, each name -> array.
+        """What a checkpoint holds: `model`, `ema` and `optimizer`, or those of `names`, each name
+        -> array.
 
-        For all ranks to call, as each gives its share; rank 0 gets the arrays, the others nothing. On a CPU they are
-        the parameters' own memory: save or copy them before the next step.
+        For all ranks to call, as each gives its share; rank 0 gets the arrays, the others nothing.
+        On a CPU they are the parameters' own memory: save or copy them before the next step.
         """
         found: dict[str, Arrays] = {file: {} for file in names or FILES}
         for file, name, parameter, bucket in self.held():
@@ -104,12 +114,16 @@ class State:
         return found
 
     def load(self, state: dict[str, Arrays], where: str) -> None:
-        """Gives all ranks what `files` gave, which rank 0 has. UserError where something is missing."""
+        """Gives all ranks what `files` gave, which rank 0 has. UserError where something is
+        missing.
+        """
         for file, name, parameter, bucket in self.held():
             array = None
             if self.ranks.rank == 0:
                 names = [""] if bucket is None else [p.name for p in bucket.parameters]
-                shapes = [parameter.shape] if bucket is None else [p.shape for p in bucket.parameters]
+                shapes = (
+                    [parameter.shape] if bucket is None else [p.shape for p in bucket.parameters]
+                )
                 for key, shape in zip(names, shapes, strict=True):
                     array = state[file].get(name + key)
                     if array is None or array.shape != tuple(shape):
@@ -120,7 +134,9 @@ class State:
                         )
                 if bucket:
                     array = bucket.join({key: state[file][name + key] for key in names})
-            whole = self.ranks.broadcast(array, parameter.shape if bucket is None else (bucket.size,), parameter.dtype)
+            whole = self.ranks.broadcast(
+                array, parameter.shape if bucket is None else (bucket.size,), parameter.dtype
+            )
             put(parameter, whole if bucket is None else whole[self.share(bucket)])
         for weight, bucket in zip(self.weights, self.buckets, strict=True) if self.flat else ():
             put(weight, bucket.read()[self.share(bucket)])
@@ -169,22 +185,34 @@ class State:
         if not self.flat:
             return self.pieces()
         shares = zip(map(self.share, self.buckets), self.weights, strict=True)
-        return [(number, share.start, share.stop, weight) for number, (share, weight) in enumerate(shares)]
+        return [
+            (number, share.start, share.stop, weight)
+            for number, (share, weight) in enumerate(shares)
+        ]
 
     def held(self) -> Iterator[tuple[str, str, Parameter, Bucket | None]]:
-        """(file of a checkpoint, name in it, parameter, None), or, of what holds a share of a bucket, (file, what goes
-        before the names in it, parameter, bucket).
+        """(file of a checkpoint, name in it, parameter, None), or, of what holds a share of a
+        bucket, (file, what goes before the names in it, parameter, bucket).
         """
         yield from (("model", p.name, p, None) for p in self.parameters)
         if not self.flat:
-            yield from (("ema", p.name, mean, None) for p, mean in zip(self.parameters, self.ema, strict=True))
+            yield from (
+                ("ema", p.name, mean, None)
+                for p, mean in zip(self.parameters, self.ema, strict=True)
+            )
             yield from (("optimizer", p.name, p, None) for p in self.moments)
             return
-        yield from (("ema", "", mean, bucket) for mean, bucket in zip(self.ema, self.buckets, strict=True))
+        yield from (
+            ("ema", "", mean, bucket) for mean, bucket in zip(self.ema, self.buckets, strict=True)
+        )
         named = dict(zip((p.name for p in self.weights), self.buckets, strict=True))
         for p in self.moments:
             moment, _, name = p.name.partition(".")
-            yield ("optimizer", f"{moment}.", p, named[name]) if name in named else ("optimizer", p.name, p, None)
+            yield (
+                ("optimizer", f"{moment}.", p, named[name])
+                if name in named
+                else ("optimizer", p.name, p, None)
+            )
 
     def whole(self, parameter: Parameter, bucket: Bucket | None) -> Tensor:
         """All of what the ranks hold shares of."""
@@ -196,7 +224,9 @@ class State:
             for parameter, weight in zip(self.parameters, weights, strict=True):
                 put(parameter, weight.asnumpy())
             return
-        vectors = [self.whole(weight, bucket) for weight, bucket in zip(weights, self.buckets, strict=True)]
+        vectors = [
+            self.whole(weight, bucket) for weight, bucket in zip(weights, self.buckets, strict=True)
+        ]
         if device.on_ascend():
             self._spread(*vectors).asnumpy()
             return
@@ -206,18 +236,26 @@ class State:
     # The compiled functions.
 
     def finish(self, ema_decay: float) -> Callable[..., Tensor]:
-        """(factor, sums) -> the decay that was used: a step along `factor` times the sums, and of the average."""
+        """(factor, sums) -> the decay that was used: a step along `factor` times the sums, and of
+        the average.
+        """
         weights, average, ema_step, update = self.weights, self.ema, self.ema_step, self.optimizer
         cuts, piece = self.cuts(), whole if self.flat and self.shards == 1 else cut
 
         def finish(factor: Tensor, *sums: Tensor) -> Tensor:
             gradients: tuple[Tensor, ...] = ()
             for number, start, stop, weight in cuts:
-                gradients = (*gradients, piece(sums[number], start, stop).reshape(weight.shape) * factor)
+                gradients = (
+                    *gradients,
+                    piece(sums[number], start, stop).reshape(weight.shape) * factor,
+                )
             done = update(gradients)
             decay = ops.minimum((1.0 + ema_step) / (10.0 + ema_step), ema_decay)
             for mean, weight in zip(average, weights):  # noqa: B905
-                before, now = ops.depend(mean, done), ops.depend(weight, done)  # in turn: one's memory is the next's
+                before, now = (
+                    ops.depend(mean, done),
+                    ops.depend(weight, done),
+                )  # in turn: one's memory is the next's
                 done = ops.assign(mean, before * decay + now * (1.0 - decay))
             ops.assign(ema_step, ema_step + 1.0)
             return ops.depend(decay, done)
@@ -225,12 +263,17 @@ class State:
         return finish
 
     def spread(self) -> Callable[..., Tensor]:
-        """(vectors) -> one of them: puts them into the parameters, on a device whose memory the host does not share."""
+        """(vectors) -> one of them: puts them into the parameters, on a device whose memory the
+        host does not share.
+        """
         pieces = self.pieces()
 
         def spread(*vectors: Tensor) -> Tensor:
             for number, start, stop, parameter in pieces:
-                ops.assign(parameter, ops.narrow(vectors[number], 0, start, stop - start).reshape(parameter.shape))
+                ops.assign(
+                    parameter,
+                    ops.narrow(vectors[number], 0, start, stop - start).reshape(parameter.shape),
+                )
             return vectors[0]
 
         return spread

@@ -1,8 +1,8 @@
 """One training step: gradients, their sum over parts and ranks, and what `State` makes of it.
 
-The batch of a rank is cut into `accumulate` equal parts, so that memory holds the activations of one part only. A step
-whose loss or gradient is not finite is not taken: parameters, optimizer and EMA stay as they are, on all ranks, as all
-of them see the same sum.
+The batch of a rank is cut into `accumulate` equal parts, so that memory holds the activations of
+one part only. A step whose loss or gradient is not finite is not taken: parameters, optimizer and
+EMA stay as they are, on all ranks, as all of them see the same sum.
 """
 
 import math
@@ -14,14 +14,14 @@ from mindspore import Tensor, ops, value_and_grad
 from mindspore import dtype as mstype
 
 from pipeline import device
-from pipeline.train.graphs import Graphs
+from pipeline.train.compile_cache import Graphs
 from pipeline.train.precision import LossScale
 from pipeline.train.state import State
 
 
 class Outcome(NamedTuple):
-    """Of a step: mean loss and norm of the gradient before clipping, over all ranks; how many asked to stop; whether
-    the loss scale had been too large.
+    """Of a step: mean loss and norm of the gradient before clipping, over all ranks; how many asked
+    to stop; whether the loss scale had been too large.
     """
 
     loss: float
@@ -38,7 +38,8 @@ class TrainStep:
     """The step of one rank.
 
     Args:
-        loss: positional tensors -> loss of each image (B,), through the network whose parameters are `state`'s.
+        loss: positional tensors -> loss of each image (B,), through the network whose parameters
+            are `state`'s.
         state: what is trained.
         clip: largest norm of the mean gradient; a longer one is shortened to it.
         accumulate: how many parts a rank's batch is cut into.
@@ -55,7 +56,12 @@ class TrainStep:
         scale: LossScale | None = None,
         graphs: Graphs | None = None,
     ) -> None:
-        self.state, self.clip, self.accumulate, self.scale = state, clip, accumulate, scale or LossScale()
+        self.state, self.clip, self.accumulate, self.scale = (
+            state,
+            clip,
+            accumulate,
+            scale or LossScale(),
+        )
         self.gradient = (graphs or Graphs()).compile(self.part(loss), state.parameters)
 
     def part(self, loss: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
@@ -88,8 +94,12 @@ class TrainStep:
         parts = zip(*(np.split(array, self.accumulate) for array in batch), strict=True)
         return [tuple(map(device.to_device, part)) for part in parts]
 
-    def ahead(self, batches: Iterator[tuple[np.ndarray, ...]]) -> Iterator[list[tuple[Tensor, ...]]]:
-        """The parts of each batch, those of the next one already on their way while a step is made of these."""
+    def ahead(
+        self, batches: Iterator[tuple[np.ndarray, ...]]
+    ) -> Iterator[list[tuple[Tensor, ...]]]:
+        """The parts of each batch, those of the next one already on their way while a step is made
+        of these.
+        """
         now = None
         for batch in batches:
             later = self.parts(batch)
@@ -100,13 +110,17 @@ class TrainStep:
             yield now
 
     def __call__(self, parts: list[tuple[Tensor, ...]], stop: Callable[[], bool] = bool) -> Outcome:
-        """Trains on what `parts` gave, together with the other ranks; `stop` says whether this one is to end."""
+        """Trains on what `parts` gave, together with the other ranks; `stop` says whether this one
+        is to end.
+        """
         ranks = self.state.ranks
         scale, sums, mine = Tensor(self.scale.value, mstype.float32), list[Tensor](), 0.0
         for part in parts:
             value, *vectors = self.gradient(scale, *part)
             mine += float(value.asnumpy())
-            sums = [total + new for total, new in zip(sums, vectors, strict=True)] if sums else vectors
+            sums = (
+                [total + new for total, new in zip(sums, vectors, strict=True)] if sums else vectors
+            )
         sums, (total, stops) = ranks.sum(sums, (mine / self.scale.value, stop()))
         factor = 1 / (self.accumulate * ranks.world * self.scale.value)
         lengths = [bucket.size - bucket.padding for bucket in self.state.buckets]

@@ -1,14 +1,15 @@
 """`python -m tools.bench NAME`: each name is a module here, its docstring the help.
 
-A module has `add_arguments(parser)`, which may import nothing heavy, so that help is there at once; `run(arguments)`,
-which measures and answers a report (see `turns.report`); and `table(report)`, that report as Markdown.
+A module has `add_arguments(parser)`, which may import nothing heavy, so that help is there at once;
+`run(arguments)`, which measures and answers a report (see `turns.report`); and `table(report)`,
+that report as Markdown.
 """
 
 import json
 from collections.abc import Sequence
 from typing import Any
 
-from launch.terminal import Parser, run
+from pipeline.terminal import Parser, run
 from tools.bench import compile, data, memory, sample, scaling, steps, text, train, whole
 
 MODULES = (compile, data, memory, sample, scaling, steps, text, train, whole)
@@ -18,18 +19,22 @@ MERGED = ("versions", "rows", "ratios", "failed")
 
 
 def parser() -> Parser:
-    whole = Parser(prog="python -m tools.bench", description="Measure beside others, on this machine.")
-    names = whole.add_subparsers(required=True, metavar="|".join(("all", *BENCHES)), dest="bench")
-    everything = (
-        f"{', '.join(ALL)}, one after the other as they are by default; the others want a trained cascade, or long."
+    whole = Parser(
+        prog="python -m tools.bench", description="Measure beside others, on this machine."
     )
+    names = whole.add_subparsers(required=True, metavar="|".join(("all", *BENCHES)), dest="bench")
+    everything = f"{', '.join(ALL)}, one after the other as they are by default; the others want a trained cascade, or long."
     added = {"all": names.add_parser("all", help=everything, description=f"Run {everything}")}
     for name, module in BENCHES.items():
         doc = str(module.__doc__)
-        added[name] = names.add_parser(name, help=doc.splitlines()[0], description=doc.partition("\n\n")[0])
+        added[name] = names.add_parser(
+            name, help=doc.splitlines()[0], description=doc.partition("\n\n")[0]
+        )
         module.add_arguments(added[name])
     for bench in added.values():
-        bench.add_argument("--json", action="store_true", help="print one object with all figures, not tables")
+        bench.add_argument(
+            "--json", action="store_true", help="print one object with all figures, not tables"
+        )
     return whole
 
 
@@ -47,7 +52,10 @@ def main(argv: Sequence[str]) -> None:
 
 def merged(reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """One report of many: their rows and ratios together, what only one of them has under its name."""
-    one: dict[str, Any] = {"machine": next(iter(reports.values()))["machine"], **{key: {} for key in MERGED}}
+    one: dict[str, Any] = {
+        "machine": next(iter(reports.values()))["machine"],
+        **{key: {} for key in MERGED},
+    }
     for name, report in reports.items():
         for key in MERGED:
             one[key].update(report.get(key, {}))

@@ -1,8 +1,10 @@
-"""Seconds to the first step: compiled, and loaded from where a run keeps its graphs; nodes and seconds at paper size.
+"""Seconds to the first step: compiled, and loaded from where a run keeps its graphs; nodes and
+seconds at paper size.
 
-The networks are those of `bench train`, each in two processes with one folder of graphs: the first compiles, the second
-loads; the first step is part of both. Beside them the gradient of these, of the demo's base and of the stages at paper
-size is compiled for one picture and not run, of parameters that have shapes alone: how many nodes, how long it takes.
+The networks are those of `bench train`, each in two processes with one folder of graphs: the first
+compiles, the second loads; the first step is part of both. Beside them the gradient of these, of
+the demo's base and of the stages at paper size is compiled for one picture and not run, of
+parameters that have shapes alone: how many nodes, how long it takes.
 """
 
 import argparse
@@ -13,7 +15,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from launch.terminal import positive
+from pipeline.terminal import positive
 from tools.bench import sample, turns
 from tools.bench.train import CASES, TEXT
 
@@ -27,7 +29,9 @@ STAGES: dict[str, Path | str] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rounds", type=positive, default=2, metavar="N", help="of each (%(default)s)")
+    parser.add_argument(
+        "--rounds", type=positive, default=2, metavar="N", help="of each (%(default)s)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -48,11 +52,15 @@ def measure(
             for name, case in cases.items():
                 with TemporaryDirectory() as folder:
                     file = Path(folder, name)
-                    file.write_text(json.dumps({**TEXT, **case, "steps": 1, "graphs": f"{folder}/run"}))
+                    file.write_text(
+                        json.dumps({**TEXT, **case, "steps": 1, "graphs": f"{folder}/run"})
+                    )
                     for side in ("compiled", "ours"):
                         bar.set_description(f"{name} {side}")
                         answer = turns.ours("tools.bench.train_side", "ours", file)
-                        rows.setdefault(f"compile_{name}/{side}", []).append({**answer, "seconds": answer["first"]})
+                        rows.setdefault(f"compile_{name}/{side}", []).append(
+                            {**answer, "seconds": answer["first"]}
+                        )
                         bar.update()
             for name, path in stages.items():
                 bar.set_description(name)
@@ -76,12 +84,18 @@ def table(report: dict[str, Any]) -> str:
         case = name.removesuffix("/compiled")
         cells = (
             *(case.removeprefix("compile_"), f"{rows[name][0]['parameters'] / 1e6:.1f}M"),
-            *(f"{speed(rows[name]):.1f} s", f"{speed(rows[f'{case}/ours']):.1f} s", f"{1 / ratio:.1f} x"),
+            *(
+                f"{speed(rows[name]):.1f} s",
+                f"{speed(rows[f'{case}/ours']):.1f} s",
+                f"{1 / ratio:.1f} x",
+            ),
         )
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| gradient of one picture | parameters | nodes | compiled |", "|---" * 4 + "|"]
     for name in (name for name in rows if name.endswith("/gradient")):
         found = rows[name][0]
         short = name.removeprefix("compile_").removesuffix("/gradient")
-        lines.append(f"| {short} | {found['parameters'] / 1e6:.1f}M | {found['nodes']:,} | {speed(rows[name]):.0f} s |")
+        lines.append(
+            f"| {short} | {found['parameters'] / 1e6:.1f}M | {found['nodes']:,} | {speed(rows[name]):.0f} s |"
+        )
     return "\n".join([*lines, "", turns.footer(report, f"Medians of {report['rounds']} rounds")])

@@ -1,6 +1,7 @@
 """The gradient of a stage's loss, compiled and not run, for `python -m tools.bench compile`.
 
-Its network has shapes and no values, so that the base of two billion parameters is compiled on a laptop.
+Its network has shapes and no values, so that the base of two billion parameters is compiled on a
+laptop.
 """
 
 import json
@@ -16,15 +17,18 @@ from mindspore import ParameterTuple, Tensor, nn, value_and_grad
 from mindspore.nn.utils import no_init_parameters
 
 from pipeline import runtime
-from pipeline.kinds import read_stage_config, stage_class
 from pipeline.nn.parameters import num_parameters
+from pipeline.stage.registry import read_stage_config, stage_class
 
 
 def inputs(stage: Any) -> list[Tensor]:
     """One picture's worth of what the loss takes, all zeros."""
     side, text = stage.window or stage.config.size, stage.config.text
     pictures = np.zeros((1, side, side, 3), np.uint8)
-    words, mask = np.zeros((1, text.length, text.width), np.float32), np.ones((1, text.length), np.float32)
+    words, mask = (
+        np.zeros((1, text.length, text.width), np.float32),
+        np.ones((1, text.length), np.float32),
+    )
     return [Tensor(array) for array in stage.batch(0, [0], pictures, words, mask)]
 
 

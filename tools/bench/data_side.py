@@ -1,4 +1,6 @@
-"""One side of `python -m tools.bench data`: what it did in how many seconds, as JSON on the last line of stdout."""
+"""One side of `python -m tools.bench data`: what it did in how many seconds, as JSON on the last
+line of stdout.
+"""
 
 import itertools
 import json
@@ -18,12 +20,18 @@ BATCH = 64
 WATCHED = 5  # times that memory is looked at
 
 
-def webdataset(shards: list[str], decoded: int, given: int, cores: int, number: int) -> Iterator[int]:
+def webdataset(
+    shards: list[str], decoded: int, given: int, cores: int, number: int
+) -> Iterator[int]:
     """One for each picture of this core's shards."""
     import webdataset as wds
     from PIL import Image
 
-    for (image,) in wds.WebDataset(shards[number::cores] * 1000, shardshuffle=False).decode("pilrgb").to_tuple("jpg"):
+    for (image,) in (
+        wds.WebDataset(shards[number::cores] * 1000, shardshuffle=False)
+        .decode("pilrgb")
+        .to_tuple("jpg")
+    ):
         if decoded != given:
             left, top = np.random.default_rng().integers(0, min(image.size) - given, 2)
             square = image.crop((left, top, left + given, top + given))
@@ -55,15 +63,17 @@ def decode(shards: list[str], decoded: int, given: int, cores: int, number: int)
 def ours(folder: Path, decoded: int, given: int, cores: int) -> Iterator[int]:
     """The size of each batch."""
     from pipeline.data.loader import Loader
-    from pipeline.data.prompts import Arrays, NoPrompts
     from pipeline.data.shards import DataConfig, Shards
+    from pipeline.text.prompts import Arrays, NoPrompts
 
     def arrange(step: int, positions: Sequence[int], *arrays: np.ndarray) -> Arrays:
         return arrays
 
     config = DataConfig(shards=f"{folder}/*.tar", global_batch=BATCH, window=2, workers=cores)
     shards = Shards.open(config, progress=False)
-    loader = Loader(shards, NoPrompts(), 0, decoded, given, arrange, folder / "quarantine.jsonl", range(BATCH))
+    loader = Loader(
+        shards, NoPrompts(), 0, decoded, given, arrange, folder / "quarantine.jsonl", range(BATCH)
+    )
     for pictures, *_ in loader.batches(0, 10**9):
         assert pictures.shape == (BATCH, given, given, 3)
         yield BATCH
@@ -85,12 +95,21 @@ def work(make: Callable[[int], Iterator[int]], seconds: float, number: int) -> f
     return pictures / taken
 
 
-def together(side: str, shards: list[str], decoded: int, given: int, cores: int, seconds: float) -> dict[str, Any]:
-    """The rates of `cores` workers at once, as one: processes of `webdataset`, threads of what decodes alone."""
-    make = partial({"webdataset": webdataset, "decode": decode}[side], shards, decoded, given, cores)
+def together(
+    side: str, shards: list[str], decoded: int, given: int, cores: int, seconds: float
+) -> dict[str, Any]:
+    """The rates of `cores` workers at once, as one: processes of `webdataset`, threads of what
+    decodes alone.
+    """
+    make = partial(
+        {"webdataset": webdataset, "decode": decode}[side], shards, decoded, given, cores
+    )
     pool = multiprocessing.get_context("fork").Pool if side == "webdataset" else ThreadPool
     with pool(cores) as workers:
-        return {"pictures": sum(workers.map(partial(work, make, seconds), range(cores))), "seconds": 1.0}
+        return {
+            "pictures": sum(workers.map(partial(work, make, seconds), range(cores))),
+            "seconds": 1.0,
+        }
 
 
 def resident() -> int:
@@ -110,7 +129,9 @@ def memory(folder: Path, decoded: int, given: int, cores: int, samples: int) -> 
     raise AssertionError("the loader ends")
 
 
-def main(side: str, folder: Path, decoded: int, given: int, cores: int, amount: int) -> dict[str, Any]:
+def main(
+    side: str, folder: Path, decoded: int, given: int, cores: int, amount: int
+) -> dict[str, Any]:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     shards = sorted(map(str, folder.glob("*.tar")))
     if side == "memory":

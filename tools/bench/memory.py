@@ -1,7 +1,9 @@
-"""Peak memory of a training against its prediction by `cascade check` and against its time, by what saves memory.
+"""Peak memory of a training against its prediction by `cascade check` and against its time, by what
+saves memory.
 
-Each row is a stage trained as `cascade train` does it, on scenes that are drawn for it: once, so that its graphs are
-compiled and kept, and again in a process of its own, which is the one that is told. No pictures are sampled meanwhile.
+Each row is a stage trained as `cascade train` does it, on scenes that are drawn for it: once, so
+that its graphs are compiled and kept, and again in a process of its own, which is the one that is
+told. No pictures are sampled meanwhile.
 """
 
 import argparse
@@ -12,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from launch.terminal import positive
+from pipeline.terminal import positive
 from tools.bench import turns
 from tools.bench.train import CASES
 
@@ -24,10 +26,16 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "base64, batch 4": ("base64", {"data.global_batch": 4}),
     "base64, accumulate 4": ("base64", {"train.accumulate": 4}),
     "base64, recompute": ("base64", {"unet.recompute": True}),
-    "base64, accumulate 8 and recompute": ("base64", {"train.accumulate": 8, "unet.recompute": True}),
+    "base64, accumulate 8 and recompute": (
+        "base64",
+        {"train.accumulate": 8, "unet.recompute": True},
+    ),
     "base64, float16": ("base64", {"train.precision": "float16"}),
     "base64, Adafactor": ("base64", {"optimizer.kind": "adafactor"}),
-    "base64, batch 1, Adafactor": ("base64", {"optimizer.kind": "adafactor", "data.global_batch": 1}),
+    "base64, batch 1, Adafactor": (
+        "base64",
+        {"optimizer.kind": "adafactor", "data.global_batch": 1},
+    ),
     "sr256": ("sr256", {}),
     "sr256, float16": ("sr256", {"train.precision": "float16"}),
     "sr256, recompute": ("sr256", {"unet.recompute": True}),
@@ -38,8 +46,12 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=positive, default=5, metavar="N", help="of each process (%(default)s)")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="these alone")
+    parser.add_argument(
+        "--steps", type=positive, default=5, metavar="N", help="of each process (%(default)s)"
+    )
+    parser.add_argument(
+        "--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="these alone"
+    )
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -107,9 +119,9 @@ def as_overrides(folder: Path, steps: int, changes: dict[str, Any]) -> list[str]
 def write_data(folder: Path) -> None:
     """Scenes, and their captions' embeddings, so that no encoder is part of a training."""
     from pipeline.data.shards import DataConfig, Shards
-    from pipeline.data.text import load_encoder, recipe
-    from pipeline.data.text_store import TextStore
-    from pipeline.nn.text_encoder import TextConfig
+    from pipeline.text.caption_embeddings import load_encoder, recipe
+    from pipeline.text.encoder import TextConfig
+    from pipeline.text.store import TextStore
     from tools import shapes, tiny_t5
 
     shapes.write(folder / "shards", num=32, size=1024, seed=0, shard_size=32, workers=1)
@@ -122,7 +134,10 @@ def write_data(folder: Path) -> None:
 
 def table(report: dict[str, Any]) -> str:
     """The figures as Markdown."""
-    lines = ["| | parameters | predicted | measured | predicted / measured | s a step |", "|---" * 6 + "|"]
+    lines = [
+        "| | parameters | predicted | measured | predicted / measured | s a step |",
+        "|---" * 6 + "|",
+    ]
     for row, (answer,) in report["rows"].items():
         predicted, peak = answer["predicted"], answer["peak"]
         cells = (

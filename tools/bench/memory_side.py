@@ -1,12 +1,14 @@
-"""A training of `python -m tools.bench memory`, as `cascade train` runs it: what it took, as JSON on the last line."""
+"""A training of `python -m tools.bench memory`, as `cascade train` runs it: what it took, as JSON
+on the last line.
+"""
 
 import json
 import sys
 from pathlib import Path
 from statistics import median
 
-from launch.report import check_stage
-from launch.worker import train
+from launch.cli.report import check_stage
+from launch.jobs.worker import train
 from tools.bench.train_side import peak
 
 

@@ -1,8 +1,9 @@
-"""The other libraries, in an environment of their own: made once in the user's cache, by pip, with these versions.
+"""The other libraries, in an environment of their own: made once in the user's cache, by pip, with
+these versions.
 
-A peer that does not install or does not run is told as such, in one line, and what is measured goes on without it. The
-environment is named by its pins, so that new ones make a new one; each part's marker comes last, so that half a part
-is never taken for a whole one.
+A peer that does not install or does not run is told as such, in one line, and what is measured goes
+on without it. The environment is named by its pins, so that new ones make a new one; each part's
+marker comes last, so that half a part is never taken for a whole one.
 """
 
 import hashlib
@@ -27,11 +28,19 @@ NEEDS = {
     "transformers": TRANSFORMERS,
     "if": (*TRANSFORMERS, "diffusers==0.35.2"),
     "imagen_pytorch": (
-        *(*TRANSFORMERS, "accelerate==1.15.0", "beartype==0.23.1", "click==8.5.1", "datasets==5.0.1", "einops==0.8.2"),
+        *(
+            *TRANSFORMERS,
+            "accelerate==1.15.0",
+            "beartype==0.23.1",
+            "click==8.5.1",
+            "datasets==5.0.1",
+            "einops==0.8.2",
+        ),
         *("ema-pytorch==0.8.3", "kornia==0.9.0", "pydantic==2.14.3", "pytorch-warmup==0.2.0"),
     ),
 }
-# Without what it asks for: torchvision, whose wheels go with one build of PyTorch alone, and break `transformers` too.
+# Without what it asks for: torchvision, whose wheels go with one build of PyTorch alone, and break
+# `transformers` too.
 ALONE = {"imagen_pytorch": "imagen-pytorch==2.1.0"}
 
 
@@ -41,7 +50,9 @@ def folder() -> Path:
 
 
 def python(peer: str) -> Path:
-    """The interpreter that has this peer, installed if it is not. JobError with the reason if it cannot be."""
+    """The interpreter that has this peer, installed if it is not. JobError with the reason if it
+    cannot be.
+    """
     place = folder()
     interpreter = place / "bin" / "python"
     with lock(place.parent, f".{place.name}"):
@@ -62,7 +73,12 @@ def pip(interpreter: Path, *arguments: str) -> None:
     argv = [str(interpreter), *words, *arguments]
     try:
         done = subprocess.run(
-            argv, capture_output=True, text=True, timeout=LIMIT, check=False, env=runtime.first_environment()
+            argv,
+            capture_output=True,
+            text=True,
+            timeout=LIMIT,
+            check=False,
+            env=runtime.first_environment(),
         )
     except subprocess.TimeoutExpired:
         raise JobError(f"not installed: pip was not done in {LIMIT} s") from None
@@ -73,13 +89,23 @@ def pip(interpreter: Path, *arguments: str) -> None:
         raise JobError(f"not installed: {said[-1]}")
 
 
-def ask(failed: dict[str, str], name: str, peer: str, side: str, *arguments: object) -> dict[str, Any] | None:
-    """What this side of a bench, a file here, answers under the peer's interpreter; None if it did not run, now or in
-    an earlier round, and then `failed[name]` is the reason."""
+def ask(
+    failed: dict[str, str], name: str, peer: str, side: str, *arguments: object
+) -> dict[str, Any] | None:
+    """What this side of a bench, a file here, answers under the peer's interpreter; None if it did
+    not run, now or in an earlier round, and then `failed[name]` is the reason.
+    """
     if name in failed:
         return None
     try:
         return turns.ask(python(peer), "-I", Path(__file__).with_name(side), *arguments)
-    except (JobError, OSError, RuntimeError, subprocess.CalledProcessError, UserError, ValueError) as error:
+    except (
+        JobError,
+        OSError,
+        RuntimeError,
+        subprocess.CalledProcessError,
+        UserError,
+        ValueError,
+    ) as error:
         failed[name] = (str(error).strip() or type(error).__name__).splitlines()[-1]
         return None

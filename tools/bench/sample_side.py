@@ -10,10 +10,10 @@ import numpy as np
 from mindspore import Tensor
 
 from pipeline import runtime
-from pipeline.cascade import Cascade, Sampler
-from pipeline.kinds import read_stage_config, stage_class
+from pipeline.generate.cascade import Cascade, Sampler
 from pipeline.nn.parameters import initialize, num_parameters
-from pipeline.nn.text_encoder import TextEncoder
+from pipeline.stage.registry import read_stage_config, stage_class
+from pipeline.text.encoder import TextEncoder
 from tools.bench.train_side import timed
 
 PROMPT = "a small red circle on white"
@@ -40,7 +40,9 @@ def sides(whole: Cascade, name: str, low: np.ndarray | None) -> dict[str, Callab
     prompt = encode([PROMPT] * config.batch)
 
     def ours() -> np.ndarray:
-        return whole.run(name, encode([PROMPT] * config.batch) if low is None else prompt, 0, numbers, low, {})
+        return whole.run(
+            name, encode([PROMPT] * config.batch) if low is None else prompt, 0, numbers, low, {}
+        )
 
     shape, condition = stage.condition(low, 0, numbers, config.augment)
     inputs = [np.zeros((config.batch, *shape)), np.zeros(config.batch), *prompt]
@@ -64,7 +66,11 @@ def measure(whole: Cascade, rounds: int) -> dict[str, Any]:
     for name, stage in whole.stages.items():
         config: Any = stage.config.sample
         runs = sides(whole, name, None if low is None else low[:1].repeat(config.batch, 0))
-        told = {"steps": config.steps, "batch": config.batch, "parameters": num_parameters(stage.network)}
+        told = {
+            "steps": config.steps,
+            "batch": config.batch,
+            "parameters": num_parameters(stage.network),
+        }
         for side, run in runs.items():
             found[f"{name}/{side}"] = {**timed(run, 0), **told}
         for side, run in list(runs.items()) * rounds:

@@ -1,9 +1,11 @@
-"""How many steps each sampler wants: distance to 1,000 steps of DDIM from the same noise, and what the pictures show.
+"""How many steps each sampler wants: distance to 1,000 steps of DDIM from the same noise, and what
+the pictures show.
 
-Every stage of a cascade that was trained on the scenes of tools/shapes.py, such as the demo's, samples the same
-pictures by each sampler in several numbers of steps; a super-resolution stage enlarges what the reference made of the
-stage before. Distance is the root of the mean squared difference, in percent of the range of values. The ancestral
-sampler draws noise on its way and ends elsewhere: its distance says nothing, its agreement (tools/agreement.py) does.
+Every stage of a cascade that was trained on the scenes of tools/shapes.py, such as the demo's,
+samples the same pictures by each sampler in several numbers of steps; a super-resolution stage
+enlarges what the reference made of the stage before. Distance is the root of the mean squared
+difference, in percent of the range of values. The ancestral sampler draws noise on its way and ends
+elsewhere: its distance says nothing, its agreement (tools/agreement.py) does.
 """
 
 import argparse
@@ -11,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launch.terminal import positive
+from pipeline.terminal import positive
 from tools.bench import turns
 
 REFERENCE = ("ddim", 1000)
@@ -25,8 +27,12 @@ PROMPTS = Path(__file__).parent.parent.parent / "configs" / "tiny" / "captions.t
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("cascade", type=Path, metavar="CASCADE", help="folder made by tools.export")
-    parser.add_argument("--images", type=positive, default=32, metavar="N", help="of the first stage (%(default)s)")
-    parser.add_argument("--large", type=positive, default=4, metavar="N", help="of the others (%(default)s)")
+    parser.add_argument(
+        "--images", type=positive, default=32, metavar="N", help="of the first stage (%(default)s)"
+    )
+    parser.add_argument(
+        "--large", type=positive, default=4, metavar="N", help="of the others (%(default)s)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -34,13 +40,19 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(
-    folder: Path, images: int, large: int, tried: dict[str, tuple[int, ...]] = TRIED, best: tuple[str, int] = REFERENCE
+    folder: Path,
+    images: int,
+    large: int,
+    tried: dict[str, tuple[int, ...]] = TRIED,
+    best: tuple[str, int] = REFERENCE,
 ) -> dict[str, Any]:
-    """`rows`: by stage, sampler and steps, `distance` in percent, the shares that agree and seconds a picture."""
+    """`rows`: by stage, sampler and steps, `distance` in percent, the shares that agree and seconds
+    a picture.
+    """
     import numpy as np
     from tqdm import tqdm
 
-    from pipeline.cascade import Cascade
+    from pipeline.generate.cascade import Cascade
     from tools.agreement import agreement
 
     cascade = Cascade.load(folder)
@@ -56,7 +68,9 @@ def measure(
                 bar.set_description(f"{name} {sampler} {steps}")
                 options = {name: {"sampler": sampler, "steps": steps}}
                 start = time.perf_counter()
-                made = cascade.run(name, cascade.prompt(name, said), 0, range(len(said)), low, options)
+                made = cascade.run(
+                    name, cascade.prompt(name, said), 0, range(len(said)), low, options
+                )
                 taken = time.perf_counter() - start
                 exact = made if exact is None else exact
                 shown: Any = agreement(zip(said, made, strict=True))
@@ -66,7 +80,9 @@ def measure(
                         "distance": 100 * float(np.sqrt((difference**2).mean())),
                         "seconds": taken / len(said),
                         "images": len(said),
-                        **{what: shown[what]["share"] for what in ("colour", "shape", "background")},
+                        **{
+                            what: shown[what]["share"] for what in ("colour", "shape", "background")
+                        },
                     }
                 ]
                 bar.update()

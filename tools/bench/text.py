@@ -1,12 +1,15 @@
-"""Captions a second of the T5 encoder, beside `transformers` with PyTorch: the same folder, captions and processor.
+"""Captions a second of the T5 encoder, beside `transformers` with PyTorch: the same folder,
+captions and processor.
 
-Both turn strings into embeddings of up to 128 tokens a caption, in float32, the tokenizer included. `transformers` pads
-in both of its ways, to the longest caption of a batch of 8 and ("padded") to the whole length. PyTorch and MindSpore
-would fight over threads in one process, so each measurement is a process of its own, the two in turns, and medians are
-told beside what was lowest and highest: where others use the machine, PyTorch loses more by it. `transformers` and
-PyTorch are installed apart, once, in the user's cache.
+Both turn strings into embeddings of up to 128 tokens a caption, in float32, the tokenizer included.
+`transformers` pads in both of its ways, to the longest caption of a batch of 8 and ("padded") to
+the whole length. PyTorch and MindSpore would fight over threads in one process, so each measurement
+is a process of its own, the two in turns, and medians are told beside what was lowest and highest:
+where others use the machine, PyTorch loses more by it. `transformers` and PyTorch are installed
+apart, once, in the user's cache.
 
-The encoder is a random T5 v1.1 of about T5-small's size (8 layers of width 512), as speed does not depend on values.
+The encoder is a random T5 v1.1 of about T5-small's size (8 layers of width 512), as speed does not
+depend on values.
 """
 
 import argparse
@@ -15,7 +18,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from launch.terminal import positive
+from pipeline.terminal import positive
 from tools.bench import peers, turns
 
 LENGTH, WIDTH, LAYERS, VOCAB = 128, 512, 8, 1000
@@ -23,8 +26,12 @@ SHORTEST, LONGEST = 5, 60  # tokens of a caption, spread evenly
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--captions", type=positive, default=512, metavar="N", help="to encode (%(default)s)")
-    parser.add_argument("--rounds", type=positive, default=3, metavar="N", help="of both sides (%(default)s)")
+    parser.add_argument(
+        "--captions", type=positive, default=512, metavar="N", help="to encode (%(default)s)"
+    )
+    parser.add_argument(
+        "--rounds", type=positive, default=3, metavar="N", help="of both sides (%(default)s)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -49,7 +56,12 @@ def measure(num: int, rounds: int, width: int = WIDTH) -> dict[str, Any]:
                 if side == "ours":
                     answer = turns.ours("tools.bench.text_side", side, t5, words, LENGTH)
                 else:
-                    answer = peers.ask(failed, f"text/{side}", side, "text_side.py", side, t5, words, LENGTH) or {}
+                    answer = (
+                        peers.ask(
+                            failed, f"text/{side}", side, "text_side.py", side, t5, words, LENGTH
+                        )
+                        or {}
+                    )
                 for name, taken in answer.pop("seconds", {}).items():
                     rows.setdefault(f"text/{name}", []).append({**answer, "seconds": taken})
                 bar.update()
@@ -66,7 +78,9 @@ def seconds(rounds: list[dict[str, Any]]) -> float:
 
 
 def captions(num: int) -> list[str]:
-    """Words of two or three syllables, each of them a token; with the end, SHORTEST to LONGEST tokens."""
+    """Words of two or three syllables, each of them a token; with the end, SHORTEST to LONGEST
+    tokens.
+    """
     from pipeline.rng import generator
 
     rng = generator(0, "init")
@@ -79,10 +93,13 @@ def captions(num: int) -> list[str]:
 def table(report: dict[str, Any]) -> str:
     """The medians as Markdown, and how many times faster ours is."""
     num = report["captions"]
-    found = {name: [num / answer["seconds"] for answer in rounds] for name, rounds in report["rows"].items()}
-    measured = (
-        f"Medians of {len(found['text/ours'])} rounds of {num} captions of {report['tokens']:.1f} tokens on average"
-    )
+    found = {
+        name: [num / answer["seconds"] for answer in rounds]
+        for name, rounds in report["rows"].items()
+    }
+    measured = f"Medians of {len(found['text/ours'])} rounds of {num} captions of {report['tokens']:.1f} tokens on average"
     headings = ("encoder", "captions/s", "lowest to highest", "ours is")
     lines = turns.speeds(found, "text/ours", headings)
-    return "\n".join([*lines, *turns.missing(report, len(headings)), "", turns.footer(report, measured)])
+    return "\n".join(
+        [*lines, *turns.missing(report, len(headings)), "", turns.footer(report, measured)]
+    )

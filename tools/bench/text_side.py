@@ -1,4 +1,5 @@
-"""One side of `python -m tools.bench text`: seconds to encode the captions, as JSON on the last line of stdout.
+"""One side of `python -m tools.bench text`: seconds to encode the captions, as JSON on the last
+line of stdout.
 
 PyTorch's side runs where this project is not installed, see peers.py.
 """
@@ -15,7 +16,7 @@ BATCH = 8  # of `transformers`: of 8, 16, 32 and 64 the fastest on two cores, as
 
 
 def ours(folder: str, captions: list[str], length: int) -> dict[str, Any]:
-    from pipeline.nn.text_encoder import TextEncoder
+    from pipeline.text.encoder import TextEncoder
 
     encoder = TextEncoder.load(folder, folder, length)
     encoder.encode_ragged(captions)  # compiles every shape
@@ -28,7 +29,9 @@ def theirs(folder: str, captions: list[str], length: int) -> dict[str, Any]:
     from transformers import AutoTokenizer, T5EncoderModel
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = T5EncoderModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
+    model = T5EncoderModel.from_pretrained(
+        folder, local_files_only=True, dtype=torch.float32
+    ).eval()
 
     def encode(padding: str | bool) -> int:
         tokens = 0

@@ -1,12 +1,15 @@
-"""Seconds of a training step beside the PyTorch twin, imagen-pytorch's `Unet` and diffusers' U-Net of DeepFloyd IF.
+"""Seconds of a training step beside the PyTorch twin, imagen-pytorch's `Unet` and diffusers' U-Net
+of DeepFloyd IF.
 
-A step is loss, gradient, clip, AdamW and EMA, in float32, from a batch that is in memory. The twin (tools/twin.py) has
-the same networks and arithmetic in PyTorch's own operators: what it takes is the limit that the machine shows. The
-other two have about our number of parameters, by their width, and attend to the text at the same sizes. Also told:
-seconds to the first step, peak memory, multiplications and additions as PyTorch counts them, and which share of the
-machine's matrix products they are. Each measurement is a process of its own, the sides in turns.
+A step is loss, gradient, clip, AdamW and EMA, in float32, from a batch that is in memory. The twin
+(tools/twin.py) has the same networks and arithmetic in PyTorch's own operators: what it takes is
+the limit that the machine shows. The other two have about our number of parameters, by their width,
+and attend to the text at the same sizes. Also told: seconds to the first step, peak memory,
+multiplications and additions as PyTorch counts them, and which share of the machine's matrix
+products they are. Each measurement is a process of its own, the sides in turns.
 
-PyTorch and the other libraries are installed apart, once, in the user's cache; a peer that does not run is told so.
+PyTorch and the other libraries are installed apart, once, in the user's cache; a peer that does not
+run is told so.
 """
 
 import argparse
@@ -16,7 +19,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from launch.terminal import positive
+from pipeline.terminal import positive
 from tools.bench import peers, turns
 
 TEXT = {"text_width": 512, "length": 32}
@@ -60,8 +63,12 @@ SIDES = ("ours", "twin", "imagen_pytorch", "if")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=positive, default=5, metavar="N", help="of each process (%(default)s)")
-    parser.add_argument("--rounds", type=positive, default=3, metavar="N", help="of all sides (%(default)s)")
+    parser.add_argument(
+        "--steps", type=positive, default=5, metavar="N", help="of each process (%(default)s)"
+    )
+    parser.add_argument(
+        "--rounds", type=positive, default=3, metavar="N", help="of all sides (%(default)s)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -69,7 +76,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(
-    steps: int, rounds: int, cases: dict[str, dict[str, Any]] = CASES, sides: tuple[str, ...] = SIDES
+    steps: int,
+    rounds: int,
+    cases: dict[str, dict[str, Any]] = CASES,
+    sides: tuple[str, ...] = SIDES,
 ) -> dict[str, Any]:
     """`rows`: what each side of each case answered, by round; `failed`: why a peer did not."""
     from tqdm import tqdm
@@ -112,7 +122,10 @@ def table(report: dict[str, Any]) -> str:
         "peak",
     )
     lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
-    peak = max((answer["matmul"] for rounds in rows.values() for answer in rounds if "matmul" in answer), default=0)
+    peak = max(
+        (answer["matmul"] for rounds in rows.values() for answer in rounds if "matmul" in answer),
+        default=0,
+    )
     for row, rounds in rows.items():
         counted = rows.get(row.replace("/ours", "/twin"), [{}])[0].get("flops")
         seconds = [each for answer in rounds for each in answer["seconds"]]
@@ -132,4 +145,6 @@ def table(report: dict[str, Any]) -> str:
         f"Medians of {max(map(len, rows.values()))} rounds of {report['steps']} steps after the first; matrix products "
         f"of {peak / 1e9:.0f} x 10^9 operations a second"
     )
-    return "\n".join([*lines, *turns.missing(report, len(headings)), "", turns.footer(report, measured)])
+    return "\n".join(
+        [*lines, *turns.missing(report, len(headings)), "", turns.footer(report, measured)]
+    )

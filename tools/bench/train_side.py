@@ -36,7 +36,7 @@ def ours(case: dict[str, Any]) -> Answer:
     from pipeline.config import build
     from pipeline.nn.parameters import initialize, num_parameters
     from pipeline.nn.unet import UNet, UNetConfig
-    from pipeline.train.graphs import Graphs
+    from pipeline.train.compile_cache import Graphs
     from pipeline.train.optimizer import OptimizerConfig
     from pipeline.train.state import State
     from pipeline.train.step import TrainStep
@@ -60,7 +60,9 @@ def ours(case: dict[str, Any]) -> Answer:
 
 def twin(case: dict[str, Any]) -> Answer:
     """PyTorch's own operators with the same arithmetic."""
-    sys.path.append(str(Path(__file__).parents[2]))  # last, as the peers' environment has packages of its own
+    sys.path.append(
+        str(Path(__file__).parents[2])
+    )  # last, as the peers' environment has packages of its own
     from tools.twin import UNet
 
     config: Any = SimpleNamespace(**{"patch": 1, **case["unet"]})
@@ -69,7 +71,9 @@ def twin(case: dict[str, Any]) -> Answer:
 
 
 def imagen_pytorch(case: dict[str, Any]) -> Answer:
-    """imagen-pytorch's `Unet`. Its import wants an encoder's width from the web, and torchvision; a `Unet` neither."""
+    """imagen-pytorch's `Unet`. Its import wants an encoder's width from the web, and torchvision; a
+    `Unet` neither.
+    """
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
@@ -84,7 +88,11 @@ def imagen_pytorch(case: dict[str, Any]) -> Answer:
     unet, low_res = case["unet"], case["num_levels"] == 2
     attends = tuple(kind != "none" for kind in unet["attention"])
     network = Unet(
-        **{"num_resnet_blocks": 1, "dim_mults": tuple(unet["channel_mults"]), **case["imagen_pytorch"]},
+        **{
+            "num_resnet_blocks": 1,
+            "dim_mults": tuple(unet["channel_mults"]),
+            **case["imagen_pytorch"],
+        },
         layer_attns=attends,
         layer_cross_attns=attends,
         text_embed_dim=case["text_width"],
@@ -101,7 +109,9 @@ def imagen_pytorch(case: dict[str, Any]) -> Answer:
 
 
 def deep_floyd(case: dict[str, Any]) -> Answer:
-    """diffusers' `UNet2DConditionModel` as DeepFloyd IF sets it for its first stage, or for its second."""
+    """diffusers' `UNet2DConditionModel` as DeepFloyd IF sets it for its first stage, or for its
+    second.
+    """
     from diffusers import UNet2DConditionModel
 
     unet, low_res = case["unet"], case["num_levels"] == 2
@@ -122,7 +132,9 @@ def deep_floyd(case: dict[str, Any]) -> Answer:
         block_out_channels=[mine["channels"] * mult for mult in mine["mults"]],
         cross_attention_dim=unet["text_channels"],
         cross_attention_norm="group_norm",
-        down_block_types=["SimpleCrossAttnDownBlock2D" if it else "ResnetDownsampleBlock2D" for it in attends],
+        down_block_types=[
+            "SimpleCrossAttnDownBlock2D" if it else "ResnetDownsampleBlock2D" for it in attends
+        ],
         encoder_hid_dim=case["text_width"],
         in_channels=case["channels_in"],
         layers_per_block=1,
@@ -133,7 +145,10 @@ def deep_floyd(case: dict[str, Any]) -> Answer:
         resnet_time_scale_shift="scale_shift",
         sample_size=case["size"],
         time_embedding_act_fn="gelu",
-        up_block_types=["SimpleCrossAttnUpBlock2D" if it else "ResnetUpsampleBlock2D" for it in reversed(attends)],
+        up_block_types=[
+            "SimpleCrossAttnUpBlock2D" if it else "ResnetUpsampleBlock2D"
+            for it in reversed(attends)
+        ],
     )
 
     def forward(x: Any, logsnr: Any, text: Any, mask: Any) -> Any:
@@ -144,7 +159,9 @@ def deep_floyd(case: dict[str, Any]) -> Answer:
 
 
 def trained(case: dict[str, Any], network: Any, forward: Any, *packages: str) -> Answer:
-    """Steps in PyTorch; operations as it counts them, those of large matrix products a second, and versions."""
+    """Steps in PyTorch; operations as it counts them, those of large matrix products a second, and
+    versions.
+    """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -157,7 +174,9 @@ def trained(case: dict[str, Any], network: Any, forward: Any, *packages: str) ->
         ((forward(x, logsnr, text, mask) - eps) ** 2).mean().backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
-        torch._foreach_lerp_(average, [parameter.detach() for parameter in network.parameters()], 1e-4)
+        torch._foreach_lerp_(
+            average, [parameter.detach() for parameter in network.parameters()], 1e-4
+        )
 
     answer = timed(step, case["steps"])
     with FlopCounterMode(display=False) as counter:
@@ -172,8 +191,9 @@ def trained(case: dict[str, Any], network: Any, forward: Any, *packages: str) ->
 
 
 def products(torch: Any, side: int = 2048) -> float:
-    """Operations a second of a product of two large matrices, the best of a few: by MKL, or as a 1x1 convolution by
-    oneDNN, which is faster where MKL keeps from AVX-512."""
+    """Operations a second of a product of two large matrices, the best of a few: by MKL, or as a
+    1x1 convolution by oneDNN, which is faster where MKL keeps from AVX-512.
+    """
     a, b = torch.ones(side, side), torch.ones(side, side)
     x_BCHW, weight = torch.ones(8, side, 16, side // 128), torch.ones(side, side, 1, 1)
     with torch.inference_mode():
@@ -183,7 +203,9 @@ def products(torch: Any, side: int = 2048) -> float:
 
 
 def timed(run: Callable[[], object], number: int) -> Answer:
-    """Seconds to the end of the first run, and of each of `number` more; the process's peak memory in bytes."""
+    """Seconds to the end of the first run, and of each of `number` more; the process's peak memory
+    in bytes.
+    """
     start = time.perf_counter()
     run()
     first, seconds = time.perf_counter() - start, []

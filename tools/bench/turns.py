@@ -1,4 +1,6 @@
-"""What all benchmarks share: sides that are measured in turns, each time in a process of its own, and what is told."""
+"""What all benchmarks share: sides that are measured in turns, each time in a process of its own,
+and what is told.
+"""
 
 import json
 import os
@@ -23,11 +25,14 @@ Rows = dict[str, list[dict[str, Any]]]  # by CASE/SIDE: what each round answered
 def ask(python: str | Path, *arguments: object) -> dict[str, Any]:
     """What `PYTHON ARGUMENTS` prints as JSON on its last line.
 
-    It starts as this process did: MindSpore's variables bind PyTorch too, and a side of ours sets them again.
+    It starts as this process did: MindSpore's variables bind PyTorch too, and a side of ours sets
+    them again.
     """
     argv, environment = [str(python), *map(str, arguments)], runtime.first_environment()
     try:
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=LIMIT, check=False, env=environment)
+        done = subprocess.run(
+            argv, capture_output=True, text=True, timeout=LIMIT, check=False, env=environment
+        )
     except subprocess.TimeoutExpired:
         raise JobError(f"{' '.join(argv)}: no answer in {LIMIT} s; ask for less") from None
     if done.returncode:
@@ -44,30 +49,52 @@ def ratios(rows: Rows, seconds: Callable[[list[dict[str, Any]]], float]) -> dict
     """Ours over each peer in time, by the peer's row: 2 where ours takes twice as long."""
     sides = [name.rpartition("/") for name in rows if not name.endswith("/ours")]
     return {
-        f"{case}/{side}": seconds(rows[f"{case}/ours"]) / seconds(rows[f"{case}/{side}"]) for case, _, side in sides
+        f"{case}/{side}": seconds(rows[f"{case}/ours"]) / seconds(rows[f"{case}/{side}"])
+        for case, _, side in sides
     }
 
 
 def report(
-    rows: Rows, seconds: Callable[[list[dict[str, Any]]], float], failed: dict[str, str], *packages: str
+    rows: Rows,
+    seconds: Callable[[list[dict[str, Any]]], float],
+    failed: dict[str, str],
+    *packages: str,
 ) -> dict[str, Any]:
-    """What every bench answers: `rows` and `ratios` of those that ran, `failed` with the reason of those that did not,
-    the machine, and versions of these packages and of what the sides used."""
+    """What every bench answers: `rows` and `ratios` of those that ran, `failed` with the reason of
+    those that did not, the machine, and versions of these packages and of what the sides used.
+    """
     ran = {name: rounds for name, rounds in rows.items() if name not in failed}
-    used = {name: number for rounds in ran.values() for name, number in rounds[0].get("versions", {}).items()}
+    used = {
+        name: number
+        for rounds in ran.values()
+        for name, number in rounds[0].get("versions", {}).items()
+    }
     known = about(*packages)
     versions = {**known["versions"], **used}
-    return {**known, "versions": versions, "rows": ran, "ratios": ratios(ran, seconds), "failed": failed}
+    return {
+        **known,
+        "versions": versions,
+        "rows": ran,
+        "ratios": ratios(ran, seconds),
+        "failed": failed,
+    }
 
 
 def missing(report: dict[str, Any], columns: int) -> list[str]:
     """Lines of a Markdown table: peers that did not run, and why."""
-    return [f"| {name} | did not run: {why}{' |' * (columns - 1)}" for name, why in report["failed"].items()]
+    return [
+        f"| {name} | did not run: {why}{' |' * (columns - 1)}"
+        for name, why in report["failed"].items()
+    ]
 
 
 def about(*packages: str) -> dict[str, Any]:
     """The machine, and the versions of those packages that are installed."""
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    names = [
+        line
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
     name = names[0].partition(":")[2].strip() if names else platform.machine()
     installed = {distribution.name.lower() for distribution in distributions()}
     return {
@@ -91,5 +118,7 @@ def speeds(found: Mapping[str, Sequence[float]], ours: str, headings: Sequence[s
     fastest = median(found[ours])
     lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     for name, rounds in found.items():
-        lines.append(f"| {name} | {median(rounds):.1f} | {spread(rounds)} | {fastest / median(rounds):.2f} x |")
+        lines.append(
+            f"| {name} | {median(rounds):.1f} | {spread(rounds)} | {fastest / median(rounds):.2f} x |"
+        )
     return lines

@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.kinds import read_stage_config, stage_class
-from pipeline.nn import bands
+from pipeline.nn import tiling
 from pipeline.nn.parameters import initialize, num_parameters
+from pipeline.stage.registry import read_stage_config, stage_class
 from tools.bench.train_side import timed
 
 
 def measure(side: str, path: str, guidance: float) -> dict[str, Any]:
     """The super-resolution stage in `path` and a step of one picture."""
     if side == "at_once":
-        bands.LIMIT = sys.maxsize
+        tiling.LIMIT = sys.maxsize
     config: Any = read_stage_config(path, [])[0]
     stage: Any = stage_class(config.kind)(config)
     initialize(stage.network, 0)

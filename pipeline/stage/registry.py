@@ -1,0 +1,39 @@
+"""Kinds of stage, by the name that a configuration or a manifest gives.
+
+They are entry points of installed distributions: so the library need not import the recipes that
+are written upon it, and another distribution can add one.
+"""
+
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import ConfigError, apply_overrides, build, read_yaml
+from pipeline.errors import UserError
+
+
+def stage_class(kind: str) -> Any:
+    """The class of `kind`; see `pipeline/stage/stage.py` for what it offers."""
+    points = entry_points(group="imagen_cascade.stages")
+    if kind not in list(points.names):
+        raise UserError(
+            f"kind: {kind!r} is no kind of stage; there are {', '.join(sorted(points.names))}"
+        )
+    return points[kind].load()
+
+
+def read_stage_config(
+    path: str | Path, overrides: Sequence[str] = ()
+) -> tuple[Any, dict[str, Any]]:
+    """The stage's configuration in a YAML file, and the file's `launch` section, which is the
+    launcher's to read.
+    """
+    raw = apply_overrides(read_yaml(path), overrides)
+    launch = raw.pop("launch", None) or {}
+    if "kind" not in raw:
+        raise ConfigError(f"{path}: kind: missing; name a kind of stage, as base")
+    try:
+        return build(stage_class(raw["kind"]).Config, raw), launch
+    except UserError as error:
+        raise ConfigError(f"{path}: {error}") from None

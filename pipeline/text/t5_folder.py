@@ -1,0 +1,141 @@
+"""What a Hugging Face folder of a T5 holds: the configuration, the encoder's tensors and the
+tokenizer.
+
+No MindSpore here, so that what a folder is can be asked without starting it. The encoder's tensors
+get the short names that `T5Encoder` has them under; a whole T5's decoder is left aside. Hugging
+Face keeps a dense layer as (out, in).
+"""
+
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pipeline.errors import UserError
+from pipeline.text.hugging_face import Stored, read_json, stored_tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class T5Config:
+    """The fields of a Hugging Face config.json that matter to the encoder, under their names there."""
+
+    vocab_size: int
+    d_model: int
+    d_kv: int  # width of a head; d_kv num_heads need not be d_model
+    d_ff: int
+    num_layers: int
+    num_heads: int
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+    feed_forward_proj: Literal["relu", "gated-gelu"] = "relu"
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Self:
+        """The configuration in `folder`/config.json; `UserError` if it is not a T5's."""
+        path = Path(folder) / "config.json"
+        found = read_json(path)
+        if found.get("model_type") != "t5":
+            raise UserError(
+                f"{path}: model_type is {found.get('model_type')!r}; give the folder of a T5 ('t5')"
+            )
+        missing = [
+            field.name
+            for field in fields(cls)
+            if field.default is MISSING and field.name not in found
+        ]
+        if missing:
+            raise UserError(
+                f"{path}: {missing[0]} is missing; take config.json from where the weights come from"
+            )
+        config = cls(
+            **{field.name: found[field.name] for field in fields(cls) if field.name in found}
+        )
+        if config.feed_forward_proj not in ("relu", "gated-gelu"):
+            raise UserError(
+                f"{path}: feed_forward_proj is '{config.feed_forward_proj}'; use 'relu' or 'gated-gelu'"
+            )
+        return config
+
+
+def layer_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
+    """The weights of one layer as they are stored, in the order in which the layer takes them."""
+    width, inner, hidden = config.d_model, config.num_heads * config.d_kv, config.d_ff
+    wi = ("wi",) if config.feed_forward_proj == "relu" else ("wi_0", "wi_1")
+    return {
+        "attention.norm": (width,),
+        **{f"attention.{name}": (inner, width) for name in "qkv"},
+        "attention.o": (width, inner),
+        "ff.norm": (width,),
+        **{f"ff.{name}": (hidden, width) for name in wi},
+        "ff.wo": (width, hidden),
+    }
+
+
+def encoder_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
+    """All weights of the encoder as they are stored; the layers' in the order in which they run."""
+    return {
+        "embedding": (config.vocab_size, config.d_model),
+        "position_bias": (config.relative_attention_num_buckets, config.num_heads),
+        **{
+            f"layers.{number}.{name}": shape
+            for number in range(config.num_layers)
+            for name, shape in layer_shapes(config).items()
+        },
+        "norm": (config.d_model,),
+    }
+
+
+def hugging_face_names(name: str) -> tuple[str, ...]:
+    """Where the encoder's weight `name` may be in a Hugging Face checkpoint, best first."""
+    if name == "embedding":
+        return "shared.weight", "encoder.embed_tokens.weight"
+    if name == "position_bias":
+        return ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",)
+    if name == "norm":
+        return ("encoder.final_layer_norm.weight",)
+    _, block, part, weight = name.split(".")
+    layer, cell = {"attention": (0, "SelfAttention"), "ff": (1, "DenseReluDense")}[part]
+    place = "layer_norm" if weight == "norm" else f"{cell}.{weight}"
+    return (f"encoder.block.{block}.layer.{layer}.{place}.weight",)
+
+
+def encoder_tensors(folder: str | Path, config: T5Config) -> dict[str, Stored]:
+    """The encoder's tensors, not yet read; `UserError` if one is missing or is not what `config`
+    asks for.
+    """
+    stored, found = stored_tensors(Path(folder)), {}
+    for short, shape in encoder_shapes(config).items():
+        names = hugging_face_names(short)
+        name = next((name for name in names if name in stored), None)
+        if name is None:
+            raise UserError(
+                f"{folder}: parameter {' or '.join(names)} is not among the {len(stored)} tensors found; "
+                "config.json asks for it, so take config.json and weights from the same model"
+            )
+        if stored[name].shape != shape:
+            raise UserError(
+                f"{folder}: parameter {name} has shape {stored[name].shape} where config.json asks for {shape}; "
+                "take config.json and weights from the same model"
+            )
+        found[short] = stored[name]
+    return found
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The T5 tokenizer in `folder`."""
+    path = folder / "spiece.model"
+    if not path.is_file():
+        raise UserError(
+            f"{path}: no such file; give the Hugging Face folder of T5's tokenizer, with its spiece.model"
+        )
+    from transformers import T5Tokenizer
+
+    try:
+        tokenizer = T5Tokenizer.from_pretrained(folder, local_files_only=True)
+        if not isinstance(tokenizer, T5Tokenizer):  # it answers False to some damaged files
+            raise ValueError("transformers cannot read it")
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        raise UserError(
+            f"{path}: not a T5 tokenizer ({error}); copy or download the folder again"
+        ) from error
+    return tokenizer

@@ -1,0 +1,139 @@
+"""Who this process is among those of its job, as the launchers tell it."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import JobError
+from pipeline.runtime import PATIENCE, Job, address, attempt, job, prepare_environment, take_cores
+
+MSRUN = {"MS_ROLE": "MS_WORKER", "MS_WORKER_NUM": "4", "RANK_ID": "3", "DEVICE_ID": "1"}
+MPIRUN = {"RANK": "3", "SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An environment without a launcher's words, put back after the test; and all cores stay ours."""
+    monkeypatch.setattr(
+        os, "environ", {k: v for k, v in os.environ.items() if not k.startswith(("MS_", "OMPI_"))}
+    )
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cores: None)
+
+
+def test_one_process_is_a_job() -> None:
+    assert job() == Job(rank=0, world=1, local_rank=0, local_world=1)
+    os.environ |= {"RANK_ID": "5", "DEVICE_ID": "5"}  # left there by a cluster's machinery
+    assert job() == Job()
+    os.environ |= {**MSRUN, "MS_WORKER_NUM": "1", "RANK_ID": "0"}
+    assert job() == Job()
+
+
+def test_msrun_says_who_we_are() -> None:
+    os.environ |= MSRUN
+    assert job() == Job(rank=3, world=4, local_rank=1, local_world=4)
+    os.environ["CASCADE_LOCAL_WORKERS"] = "2"
+    assert job() == Job(rank=3, world=4, local_rank=1, local_world=2)
+
+
+def test_mpirun_says_it_in_its_own_words() -> None:
+    os.environ |= {f"OMPI_COMM_WORLD_{name}": value for name, value in MPIRUN.items()}
+    prepare_environment()
+    assert job() == Job(rank=3, world=4, local_rank=1, local_world=2)
+    assert {name: os.environ[name] for name in MSRUN} == MSRUN
+    assert os.environ["MS_NODE_ID"] == "3"
+
+
+def test_a_nodes_mpirun_numbers_its_own_ranks_only() -> None:
+    """The supervisor says which rank is the first, and how many there are on all nodes."""
+    mine = {"RANK": "1", "LOCAL_RANK": "1", "SIZE": "2", "LOCAL_SIZE": "2"}
+    os.environ |= {f"OMPI_COMM_WORLD_{name}": value for name, value in mine.items()}
+    os.environ |= {
+        "CASCADE_FIRST_RANK": "2",
+        "CASCADE_LOCAL_WORKERS": "2",
+        "MS_WORKER_NUM": "4",
+        "DEVICE_ID": "7",
+    }
+    prepare_environment()
+    assert job() == Job(rank=3, world=4, local_rank=1, local_world=2)
+    assert os.environ["MS_NODE_ID"] == "3"
+    assert not [
+        name for name in os.environ if name.startswith("OMPI_")
+    ]  # else MindSpore would believe them
+
+
+def test_mpirun_of_one_is_no_job_of_many() -> None:
+    os.environ |= {
+        f"OMPI_COMM_WORLD_{name}": value
+        for name, value in {**MPIRUN, "SIZE": "1", "RANK": "0"}.items()
+    }
+    prepare_environment()
+    assert job() == Job()
+    assert "MS_ROLE" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"RANK_ID": "4"},
+            "RANK_ID=4 in the environment of a job of 4 ranks; give each one of 0 to 3",
+        ),
+        ({"MS_WORKER_NUM": "two"}, "MS_WORKER_NUM=two in the environment is not a whole number"),
+    ],
+)
+def test_ranks_that_cannot_be(change: dict[str, str], message: str) -> None:
+    os.environ |= {**MSRUN, **change}
+    with pytest.raises(JobError) as error:
+        job()
+    assert str(error.value).startswith(message)
+    prepare_environment()  # is no place to fail
+
+
+def test_the_others_are_waited_for_unless_the_user_says_how_long() -> None:
+    prepare_environment()
+    assert os.environ["MS_NODE_TIMEOUT"] == str(PATIENCE)
+    os.environ["MS_NODE_TIMEOUT"] = "60"
+    prepare_environment()
+    assert os.environ["MS_NODE_TIMEOUT"] == "60"
+
+
+@pytest.mark.parametrize(
+    ("num", "world", "expected"),
+    [
+        (8, 2, [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        (5, 2, [[0, 1], [2, 3]]),
+        (2, 3, [None] * 3),
+        (4, 1, [None]),
+    ],
+)
+def test_ranks_on_one_machine_have_cores_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, num: int, world: int, expected: list[list[int] | None]
+) -> None:
+    taken: list[list[int] | None] = [None] * world
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(num)))
+    for rank in range(world):
+        monkeypatch.setattr(
+            os,
+            "sched_setaffinity",
+            lambda pid, cores, rank=rank: taken.__setitem__(rank, list(cores)),
+        )
+        take_cores(Job(rank, world, rank, world))
+    assert taken == expected
+
+
+def test_the_attempts_folder_is_the_launchers() -> None:
+    assert attempt() is None
+    os.environ["CASCADE_ATTEMPT"] = "runs/x/logs/attempt-0"
+    assert attempt() == Path("runs/x/logs/attempt-0")
+
+
+def test_a_host_name_is_looked_up() -> None:
+    assert [address(host) for host in ("10.0.0.1", "fd00::1", "localhost")] == [
+        "10.0.0.1",
+        "fd00::1",
+        "127.0.0.1",
+    ]
+    with pytest.raises(JobError) as error:
+        address("no-such-host.invalid")
+    assert str(error.value).startswith("MS_SCHED_HOST=no-such-host.invalid: no such host (")

@@ -1,0 +1,77 @@
+"""A rank of a real job, started by msrun from test_ranks.py: `python -m tests.helpers.ranks JOB`,
+with a JSON file of runs.
+
+Each of them, in their order, is {"name", "raw": a stage's configuration, "stop": [rank, step] or
+null, "nan": [rank, step] or null}. Leaves JOB's folder/NAME.rank_R.json: what `train` answered, or
+the error, and a digest of the weights.
+"""
+
+import json
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline import runtime
+
+
+def main(path: Path) -> None:
+    job = runtime.start_communication()
+
+    from pipeline.config import build
+    from pipeline.errors import JobError
+    from pipeline.stage.registry import stage_class
+    from pipeline.train.loop import train
+
+    stopped: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
+    for run in json.loads(path.read_text()):
+        stopped.clear()
+        cls = stage_class(run["raw"]["kind"])
+        stage = cls(build(cls.Config, run["raw"]))
+        answer: dict[str, Any] = {"cores": len(os.sched_getaffinity(0))}
+        if run["nan"] and run["nan"][0] == job.rank:
+            spoil(stage, run["nan"][1])
+        calls = 0
+
+        def stop(run: dict[str, Any] = run) -> bool:
+            nonlocal calls
+            calls += 1
+            if run["stop"] == [job.rank, calls]:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return bool(stopped)
+
+        try:
+            answer["finished"] = train(stage, stop)
+        except JobError as error:
+            answer["error"] = str(error)
+        answer["steps"] = calls
+        answer["weights"] = [
+            p.asnumpy().tobytes().hex()[-64:] for p in stage.network.trainable_params()
+        ]
+        (path.parent / f"{run['name']}.rank_{job.rank}.json").write_text(json.dumps(answer))
+
+
+def spoil(stage: Any, bad: int) -> None:
+    """The batch of step `bad`, from 0, has a picture that is not a number."""
+    batch = stage.batch
+
+    def spoiled(step: int, *rest: Any) -> Any:
+        arrays = batch(step, *rest)
+        if step == bad:
+            arrays[0][0] = np.nan
+        return arrays
+
+    stage.batch = spoiled
+
+
+if __name__ == "__main__":
+    try:
+        main(Path(sys.argv[1]))
+    except BaseException:
+        (Path(sys.argv[1]).parent / f"crash.{os.getpid()}").write_text(traceback.format_exc())
+        raise

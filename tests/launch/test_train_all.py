@@ -1,0 +1,146 @@
+"""`cascade train-all`: jobs in turn and at once, one that fails among others, a signal; with small
+programs as jobs.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launch.jobs.train_all import Job, plan, train_all
+from pipeline.errors import UserError
+from tests.helpers.jobs import ROOT
+
+CONFIG = yaml.safe_dump({"train": {"steps": 3}, "data": {"global_batch": 4}})
+
+
+def job(name: str, folder: Path, code: str) -> Job:
+    """A job that writes when it began and ended, and does `code` between."""
+    run = folder / name
+    run.mkdir()
+    (run / "config.yaml").write_text(CONFIG)
+    program = (
+        f"import sys, time\nprint(time.time(), file=open({str(run / 'began')!r}, 'w'))\n{code}\n"
+    )
+    program += f"print(time.time(), file=open({str(run / 'ended')!r}, 'w'))"
+    return Job(name, [sys.executable, "-c", program], run)
+
+
+def times(jobs: list[Job], what: str) -> list[float]:
+    return [float((each.run / what).read_text()) for each in jobs]
+
+
+def test_in_turn_each_begins_when_the_one_before_has_ended(tmp_path: Path) -> None:
+    jobs = [job(name, tmp_path, "time.sleep(0.1)") for name in "abc"]
+    assert train_all(jobs, at_once=1) == 0
+    began, ended = times(jobs, "began"), times(jobs, "ended")
+    assert all(end <= begin for end, begin in zip(ended, began[1:], strict=False))
+
+
+def test_at_once_they_run_side_by_side(tmp_path: Path) -> None:
+    """Each waits for the other's beginning: in turn neither would end."""
+    waits = "import os\nfor _ in range(300):\n    if os.path.exists({!r}): break\n    time.sleep(0.1)\nelse: sys.exit(1)"
+    jobs = [
+        job(name, tmp_path, waits.format(str(tmp_path / other / "began")))
+        for name, other in ("ab", "ba")
+    ]
+    assert train_all(jobs, at_once=2) == 0
+
+
+def test_one_that_fails_does_not_stop_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fails = "print('the disk is full', file=sys.stderr)\nsys.exit(1)"
+    jobs = [
+        job("a", tmp_path, fails),
+        job("b", tmp_path, "pass"),
+        job("c", tmp_path, "sys.exit('no shards')"),
+    ]
+    assert train_all(jobs, at_once=1) == 1
+    told = capsys.readouterr().err.splitlines()
+    assert [line.split()[:2] for line in told[-3:]] == [
+        ["a", "failed"],
+        ["b", "finished"],
+        ["c", "failed"],
+    ]
+    assert told[-3].endswith(": the disk is full")
+    assert "step 0 of 3" in told[-2]
+
+
+def test_what_was_refused_is_the_users_to_mend(tmp_path: Path) -> None:
+    jobs = [job("a", tmp_path, "sys.exit(2)"), job("b", tmp_path, "pass")]
+    assert train_all(jobs, at_once=1) == 2
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_a_signal_reaches_what_runs_and_begins_no_more(at_once: int, tmp_path: Path) -> None:
+    saves = "import signal\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\nopen('{}', 'w')\ntime.sleep(60)"
+    jobs = [job(name, tmp_path, saves.format(tmp_path / name / "ready")) for name in "abc"]
+
+    def send() -> None:
+        for _ in range(300):
+            if len(list(tmp_path.glob("*/ready"))) == at_once:
+                break
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    assert train_all(jobs, at_once) == 75
+    sender.join()
+    assert [each.code for each in jobs] == [75] * at_once + [None] * (3 - at_once)
+    assert not list(tmp_path.glob("*/ended"))
+
+
+def test_output_of_several_is_marked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    jobs = [job(name, tmp_path, "print('hello')") for name in "ab"]
+    assert train_all(jobs, at_once=2) == 0
+    assert {"[a] hello", "[b] hello"} <= set(capsys.readouterr().err.splitlines())
+
+
+def test_the_plan_is_a_train_command_a_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    jobs = plan("configs/tiny/cascade.yaml", ["train.steps=7"])
+    assert [each.name for each in jobs] == ["base", "sr256", "sr1024"]
+    assert [str(each.run) for each in jobs] == [
+        f"runs/demo/{name}" for name in ("base64", "sr256", "sr1024")
+    ]
+    assert jobs[0].argv == [
+        sys.executable,
+        "-m",
+        "launch",
+        "train",
+        "configs/tiny/base64.yaml",
+        "train.steps=7",
+    ]
+
+
+def test_two_stages_in_one_folder_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(
+        UserError, match="base and another stage have the run folder x; give each its own"
+    ):
+        plan("configs/tiny/cascade.yaml", ["run=x"])
+
+
+def test_the_command_says_which_stage_was_refused(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "launch",
+        "train-all",
+        "configs/tiny/cascade.yaml",
+        "data.shards=none.tar",
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("refused") == 3
+    assert "data.shards: none.tar: no such file" in done.stderr.splitlines()[-1]

@@ -1,0 +1,275 @@
+"""Both U-Nets: equal to PyTorch's (stored answers; live in test_parity_unet.py), and what must hold
+of any.
+
+Each is compiled once, at one shape; the tests change its weights and inputs.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from mindspore import Tensor
+
+from pipeline.config import ConfigError
+from pipeline.errors import UserError
+from pipeline.nn.dropout import Dropout
+from pipeline.nn.parameters import assign, initialize, num_parameters
+from pipeline.nn.unet import UNet, UNetConfig
+from tests.helpers.compare import Arrays, assert_close, differentiate, reference
+from tools.references import random_weights
+
+INPUTS = ("x", "logsnr", "text", "mask")
+ADM = UNetConfig(
+    channels=16,
+    channel_mults=(1, 2),
+    num_blocks=(1, 1),
+    attention=("none", "self"),
+    head_channels=16,
+)
+
+
+class Case:
+    """A U-Net of a stored reference, compiled, with the reference's weights, inputs and answers."""
+
+    def __init__(self, name: str, **changes: object) -> None:
+        self.inputs, self.answers, stored = reference(name)
+        tuples = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in stored["config"].items()
+        }
+        self.config = UNetConfig(**tuples | changes)
+        self.net = UNet(self.config, **stored["sizes"])
+        self.weights = random_weights(
+            {p.name: p.shape for p in self.net.trainable_params()}, stored["seed"]
+        )
+        self.cotangent = self.answers.pop("cotangent")
+        assign(self.net, self.weights, name)
+        self.differentiate: Callable[..., Arrays] = differentiate(self.net)
+        self.found = self(**self.inputs)
+
+    def __call__(self, **inputs: np.ndarray) -> Arrays:
+        return self.differentiate(self.cotangent, *(inputs[key] for key in INPUTS))
+
+    def output(self, **changes: np.ndarray) -> np.ndarray:
+        return self(**self.inputs | changes)["output"]
+
+
+@pytest.fixture(scope="module")
+def cases() -> dict[str, Case]:
+    return {name: Case(name) for name in ("unet_adm", "unet_efficient")}
+
+
+@pytest.fixture(params=["unet_adm", "unet_efficient"])
+def case(request: pytest.FixtureRequest, cases: dict[str, Case]) -> Case:
+    return cases[request.param]
+
+
+def test_equals_the_reference(case):
+    assert set(case.answers) <= set(case.found)
+    assert {"gradients.x", "gradients.stem.weight", "gradients.head.bias"} <= set(case.answers)
+    assert_close(case.found, case.answers)
+
+
+def test_every_parameter_has_a_gradient(case):
+    """At random weights; what is not connected would be zero."""
+    for name, value in case.found.items():
+        assert np.isfinite(value).all(), name
+        assert np.abs(value).max() > 1e-3, name
+
+
+def test_initialized_network_answers_zero(case):
+    """A graph that has run before sees the new weights, too."""
+    initialize(case.net, seed=0)
+    found = case(**case.inputs)
+    np.testing.assert_array_equal(found["output"], 0)
+    assert np.abs(found["gradients.head.weight"]).max() > 0.1  # from where training starts
+    assign(case.net, case.weights, "reference")
+
+
+def test_padding_is_not_seen(case):
+    mask = case.inputs["mask"]
+    assert (mask == 0).any()
+    noise = 100 * np.random.default_rng(0).standard_normal(case.inputs["text"].shape).astype(
+        np.float32
+    )
+    padded = np.where(mask[:, :, None] > 0, case.inputs["text"], noise)
+    np.testing.assert_array_equal(case.output(text=padded), case.found["output"])
+    assert np.abs(case.output(text=case.inputs["text"] + noise) - case.found["output"]).max() > 0.01
+
+
+def test_without_text(case):
+    """No token at all: finite, and as told by zeros, which is how stages drop a caption."""
+    none = {"mask": np.zeros_like(case.inputs["mask"]), "text": np.zeros_like(case.inputs["text"])}
+    found = case(**case.inputs | none)
+    assert all(np.isfinite(value).all() for value in found.values())
+    assert np.abs(found["output"] - case.found["output"]).max() > 0.01
+    assert np.isfinite(case.output(mask=none["mask"])).all()
+
+
+def test_images_do_not_see_each_other(case):
+    for key in INPUTS:
+        other = case.inputs[key].copy()
+        other[1] = other[1, ::-1] if key == "mask" else -other[1]
+        found = case.output(**{key: other})
+        np.testing.assert_array_equal(found[0], case.found["output"][0], err_msg=key)
+        assert np.abs(found[1] - case.found["output"][1]).max() > 1e-3, key
+    swapped = {key: value[::-1].copy() for key, value in case.inputs.items()}
+    np.testing.assert_allclose(case.output(**swapped), case.found["output"][::-1], atol=1e-5)
+
+
+def test_every_noise_level_is_seen(case):
+    for i in range(case.inputs["logsnr"].shape[1]):
+        logsnr = case.inputs["logsnr"].copy()
+        logsnr[:, i] += 1
+        assert np.abs(case.output(logsnr=logsnr) - case.found["output"]).max() > 1e-3
+
+
+def test_extreme_noise_levels_are_finite(case):
+    for logsnr in (-40.0, 40.0):
+        assert np.isfinite(case.output(logsnr=np.full_like(case.inputs["logsnr"], logsnr))).all()
+
+
+def test_recompute_changes_nothing_but_memory(cases):
+    """Same names, output and gradients."""
+    plain, again = cases["unet_efficient"], Case("unet_efficient", recompute=True)
+    assert again.config == replace(plain.config, recompute=True)
+    assert_close(again.found, plain.found, tolerance=1e-6)
+    assert again.found.keys() == plain.found.keys()
+
+
+def test_dropout_is_each_layers_own_and_recomputed_the_same():
+    """Compiled: an image alone is that image in company, and what is forgotten is dropped again as
+    it was.
+    """
+    config = replace(ADM, dropout=0.3)
+    seeds = np.array([3, 4], np.int32)
+    found = []
+    for recompute in (False, True):
+        net = UNet(replace(config, recompute=recompute), channels_in=3, num_levels=1, text_width=0)
+        weights = random_weights({p.name: p.shape for p in net.trainable_params()}, 0)
+        assign(net, weights, "random")
+        stream = np.random.default_rng(0)
+        x, cotangent = stream.standard_normal((2, 2, 3, 8, 8)).astype(np.float32)
+        found.append(differentiate(net)(cotangent, x, np.zeros((2, 1), np.float32), seeds))
+    numbers = [cell.number for _, cell in net.cells_and_names() if isinstance(cell, Dropout)]
+    assert numbers == list(range(len(numbers)))
+    assert len(numbers) == 10
+    assert_close(found[1], found[0], tolerance=1e-6)
+    without = net(Tensor(x), Tensor(np.zeros((2, 1), np.float32))).asnumpy()
+    assert np.abs(without - found[0]["output"]).max() > 0.01
+
+
+def names(net: UNet) -> list[str]:
+    return [parameter.name for parameter in net.trainable_params()]
+
+
+def values(net: UNet) -> Arrays:
+    return {parameter.name: parameter.asnumpy().copy() for parameter in net.trainable_params()}
+
+
+@pytest.fixture
+def net() -> UNet:
+    return UNet(ADM, channels_in=3, num_levels=1, text_width=12)
+
+
+def test_initialize(net):
+    initialize(net, seed=1)
+    first = values(net)
+    initialize(net, seed=1)
+    assert all((value == first[name]).all() for name, value in values(net).items())
+    other = UNet(ADM, channels_in=3, num_levels=1, text_width=12)
+    initialize(other, seed=1)
+    assert all((value == first[name]).all() for name, value in values(other).items())
+    initialize(other, seed=2)
+    for name, value in values(other).items():
+        if name.endswith(("gain", "gamma")):
+            assert (value == 1).all(), name
+        elif value.ndim == 1 or (
+            name.endswith(("conv2.weight", "out.weight", "head.weight")) and "text_pool" not in name
+        ):
+            assert (value == 0).all(), name
+        else:
+            assert (value != first[name]).mean() > 0.99, name
+            assert value.var() * np.prod(value.shape[1:]) == pytest.approx(1, abs=0.3), name
+    weights = [
+        value.reshape(-1)[:16].tobytes()
+        for name, value in first.items()
+        if value.any() and value.ndim > 1
+    ]
+    assert len(set(weights)) == len(weights)  # no two parameters have the same draws
+
+
+def test_parameters_are_named_alike_with_recompute(net):
+    again = UNet(replace(ADM, recompute=True), channels_in=3, num_levels=1, text_width=12)
+    assert names(again) == names(net)
+    assert len(set(names(net))) == len(names(net))
+    assert (
+        num_parameters(net)
+        == num_parameters(again)
+        == sum(value.size for value in values(net).values())
+    )
+
+
+def test_assign_is_strict(net):
+    before = values(net)
+    weights = {name: value + 1 for name, value in before.items()}
+    missing = {name: value for name, value in weights.items() if name != "head.bias"}
+    with pytest.raises(
+        UserError,
+        match=r"^here: has no 'head\.bias', which the network needs; it was made by another",
+    ):
+        assign(net, missing, "here")
+    with pytest.raises(
+        UserError, match=r"^here: has 'tail\.bias', which the network lacks; it was made by another"
+    ):
+        assign(net, weights | {"tail.bias": np.zeros(3, np.float32)}, "here")
+    with pytest.raises(
+        UserError,
+        match=r"^here: 'head\.bias' is \[4\] and the network wants \[3\]; it was made by an",
+    ):
+        assign(net, weights | {"head.bias": np.zeros(4, np.float32)}, "here")
+    assert all((value == before[name]).all() for name, value in values(net).items())
+    assign(net, {name: value.astype(np.float64) for name, value in weights.items()}, "here")
+    assert {value.dtype for value in values(net).values()} == {np.dtype(np.float32)}
+    assert all((value == weights[name]).all() for name, value in values(net).items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"num_blocks": (1,)},
+            "num_blocks: [1] has 1 entries and channel_mults has 2; give one a level",
+        ),
+        (
+            {"attention": ("self",) * 3},
+            "attention: ['self', 'self', 'self'] has 3 entries and channel_mults has 2;",
+        ),
+        (
+            {"channels": 18, "attention": ("none", "none")},
+            "channels: 18 is not a multiple of 4, which its group norm",
+        ),
+        (
+            {"head_channels": 24},
+            "head_channels: 24 does not divide the 32 channels of a level with attention",
+        ),
+        ({"num_blocks": (0, 1)}, "num_blocks: [0, 1] is not made of whole numbers from 1 on"),
+        ({"channel_mults": ()}, "channel_mults: [] is not made of whole numbers from 1 on"),
+        ({"head_channels": 0}, "head_channels: 0 is not made of whole numbers from 1 on"),
+        ({"patch": -1}, "patch: -1 is not made of whole numbers from 1 on"),
+    ],
+)
+def test_mistakes(changes, message):
+    with pytest.raises(ConfigError) as caught:
+        replace(ADM, **changes)
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("kind", "patch", "stride"),
+    [("adm", 1, 8), ("adm", 2, 16), ("efficient", 1, 16), ("efficient", 4, 64)],
+)
+def test_stride(kind, patch, stride):
+    assert UNetConfig(kind=kind, patch=patch).stride == stride
+    assert replace(ADM, kind=kind, patch=patch).stride == stride // 4
