@@ -136,11 +136,11 @@ def write_tensors_atomically(
 
 
 @contextlib.contextmanager
-def claim(path: Path) -> Iterator[bool]:
+def try_lock(path: Path) -> Iterator[bool]:
     """Whether making `path` is this process's to do: True for one of all that ask at a time, over
     machines too if their file system has locks. A process that dies lets go.
 
-    The lock is a hidden file beside `path`, which goes with the claim; so after one is got it has
+    The lock is a hidden file beside `path`, which goes with the lock; so after one is got it has
     to be looked whether the file is still the one of that name. UserError if the folder, made if it
     is missing, cannot be written.
     """

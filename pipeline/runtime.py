@@ -46,7 +46,7 @@ STALE = (
 
 
 @dataclass(frozen=True)
-class Job:
+class RankInfo:
     """This process among those of its job. `local_rank`, `local_world`: among those on this
     machine.
     """
@@ -118,7 +118,7 @@ def is_scheduler() -> bool:
     return os.environ.get("MS_ROLE") == "MS_SCHED"
 
 
-def job() -> Job:
+def job() -> RankInfo:
     """Who this process is; a job of its own where nothing says otherwise. JobError if that makes no
     sense.
     """
@@ -135,7 +135,7 @@ def job() -> Job:
     # nobody to meet.
     world = number("MS_WORKER_NUM", 1) if os.environ.get("MS_ROLE") == "MS_WORKER" else 1
     if world == 1:
-        return Job()
+        return RankInfo()
     rank = number("RANK_ID", world)
     if rank >= world:
         raise JobError(
@@ -143,7 +143,7 @@ def job() -> Job:
             f"to {world - 1} (msrun: --node_rank)"
         )
     local = number("OMPI_COMM_WORLD_LOCAL_SIZE", number("CASCADE_LOCAL_WORKERS", world))
-    return Job(rank, world, number("DEVICE_ID", rank), local)
+    return RankInfo(rank, world, number("DEVICE_ID", rank), local)
 
 
 def attempt() -> Path | None:
@@ -152,7 +152,7 @@ def attempt() -> Path | None:
     return Path(folder) if folder else None
 
 
-def take_cores(mine: Job) -> None:
+def take_cores(mine: RankInfo) -> None:
     """Ranks that share a machine get cores of their own, as each would else start a thread for
     every core.
 
@@ -167,7 +167,7 @@ def take_cores(mine: Job) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(each))
 
 
-def start_communication() -> Job:
+def start_communication() -> RankInfo:
     """Meets the other ranks, if there are any; may be called again. JobError if they do not come."""
     mine = job()
     if mine.world > 1 or is_scheduler():

@@ -34,7 +34,7 @@ class Base(Stage):
         return self.network(z, logsnr_B.expand_dims(1), *told)
 
     def condition(
-        self, given: None, seed: int, numbers: Sequence[int], augment: float
+        self, given: None, seed: int, numbers: Sequence[int], aug_level: float
     ) -> tuple[tuple[int, ...], Arrays]:
         return (3, self.config.size, self.config.size), ()
 
@@ -43,5 +43,5 @@ class Base(Stage):
         made = self.sample(self.config.sample, prompt, self.config.seed, range(len(pictures)))
         return sheet(made, pictures)
 
-    def facts(self) -> dict[str, Any]:
-        return {"size_in": None, "augment": None}
+    def manifest_fields(self) -> dict[str, Any]:
+        return {"size_in": None, "aug_range": None}

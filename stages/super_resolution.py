@@ -31,13 +31,13 @@ class LowResConfig:
     """The picture that is enlarged."""
 
     size: int  # side in pixels
-    max_augment: float = 1.0  # training draws levels, as diffusion times, from [0, max_augment]
+    max_aug_level: float = 1.0  # training draws levels, as diffusion times, from [0, max_aug_level]
     window: int | None = None  # train on windows of the large picture with this side
 
     def __post_init__(self) -> None:
-        if not 0 <= self.max_augment <= 1:
+        if not 0 <= self.max_aug_level <= 1:
             raise ConfigError(
-                f"max_augment: {self.max_augment} is not a diffusion time in [0, 1]; Imagen has 1.0"
+                f"max_aug_level: {self.max_aug_level} is not a diffusion time in [0, 1]; Imagen has 1.0"
             )
 
 
@@ -54,9 +54,9 @@ class SuperResolutionConfig(StageConfig):
             raise ConfigError(
                 f"low_res.size: {self.low_res.size} does not divide {self.size}, the stage's size"
             )
-        if not 0 <= self.sample.augment <= self.low_res.max_augment:
+        if not 0 <= self.sample.aug_level <= self.low_res.max_aug_level:
             raise ConfigError(
-                f"sample.augment: {self.sample.augment} is not in [0, low_res.max_augment = {self.low_res.max_augment}]"
+                f"sample.aug_level: {self.sample.aug_level} is not in [0, low_res.max_aug_level = {self.low_res.max_aug_level}]"
             )
         side = self.low_res.window
         if side is not None and (
@@ -91,7 +91,9 @@ class SuperResolution(Stage):
         x, *rest = super().batch(step, positions, pictures, *prompt)
         low = upsample(downsample(x, x.shape[-1] // self.scale), x.shape[-1])
         streams = self.streams("augment", step, positions)
-        level = np.array([stream.random() for stream in streams]) * self.config.low_res.max_augment
+        level = (
+            np.array([stream.random() for stream in streams]) * self.config.low_res.max_aug_level
+        )
         return x, *rest, low, unit_noise(streams, x.shape[1:]), self.augment_logsnr(level)
 
     def augment_logsnr(self, level: np.ndarray) -> np.ndarray:
@@ -104,12 +106,12 @@ class SuperResolution(Stage):
         return self.network(seen, ops.stack((logsnr_B, low_logsnr_B), 1), *told[:-3])
 
     def condition(
-        self, given: np.ndarray | None, seed: int, numbers: Sequence[int], augment: float
+        self, given: np.ndarray | None, seed: int, numbers: Sequence[int], aug_level: float
     ) -> tuple[tuple[int, ...], Arrays]:
         if given is None:
             raise ValueError("super-resolution needs low-resolution pictures")
         side = given.shape[1] * self.scale
-        level = np.full(len(given), augment)
+        level = np.full(len(given), aug_level)
         noise = sampling_noise(seed, numbers, (3, side, side), AUGMENT_STEP)
         return (3, side, side), (
             upsample(self.from_pictures(given), side),
@@ -126,8 +128,8 @@ class SuperResolution(Stage):
         )
         return sheet(self.to_pictures(upsample(low, side)), made, pictures)
 
-    def facts(self) -> dict[str, Any]:
+    def manifest_fields(self) -> dict[str, Any]:
         return {
             "size_in": self.config.low_res.size,
-            "augment": [0.0, self.config.low_res.max_augment],
+            "aug_range": [0.0, self.config.low_res.max_aug_level],
         }

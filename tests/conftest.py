@@ -94,7 +94,7 @@ def stage_yaml(kind: str, run: Path, shards: Path, t5: Path) -> dict[str, Any]:
             "sample_every": 4,
             "num_samples": 2,
         },
-        "sample": {"sampler": "dpm_solver++", "steps": 3, "guidance": 2.0, "batch": 4},
+        "sample": {"sampler": "dpm_solver++", "steps": 3, "guidance": 2.0, "batch_size": 4},
     }
     if kind != "base":
         raw["low_res"] = {"size": size // 2} | ({"window": 32} if kind == "sr64" else {})

@@ -165,7 +165,7 @@ def test_every_configuration_loads(path: Path) -> None:
         if path.parent.name == "classic":  # named after what it is trained on
             assert path.stem.endswith(str(config.size))
             assert config.kind == "base"
-            assert config.condition == ("class" if path.stem == "classes64" else "none")
+            assert config.conditioning == ("class" if path.stem == "classes64" else "none")
             return
         assert (
             f"{config.kind.removesuffix('_resolution').replace('super', 'sr')}{config.size}"

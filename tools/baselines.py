@@ -14,12 +14,12 @@ import numpy as np
 from scipy import ndimage
 
 from pipeline.data.image import to_uint8
-from pipeline.imaging.degradations import Given, grey
+from pipeline.imaging.degradations import Degraded, grey
 
 BLUR = 0.6  # sigma in pixels: of 0.5, 0.6 and 0.8 the best on photographs of 64 px, by 0.1 dB
 
 
-def baseline(task: str, given: Given, chroma: np.ndarray | None = None) -> np.ndarray:
+def baseline(task: str, given: Degraded, chroma: np.ndarray | None = None) -> np.ndarray:
     """uint8 (H, W, 3); known pixels are as they were. `chroma` (3,), for colorization, as
     `mean_chroma` gives it.
     """

@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> None:
     config, _ = read_stage_config(arguments.config, arguments.overrides)
     if not config.text:
         raise UserError(
-            f"{arguments.config}: condition is {config.condition}, so that no caption is read"
+            f"{arguments.config}: condition is {config.conditioning}, so that no caption is read"
         )
     shards = Shards.open(config.data)
     store = TextStore(shards, recipe(config.text))

@@ -1,4 +1,4 @@
-"""How well image-to-image stages restore pictures that they have not seen, beside the damaged ones
+"""How well image-to-image stages restore pictures that they have not seen, beside the degraded ones
 and what needs no network, a simple baseline (tools/baselines.py) and the guess that a stage with
 spreads starts from: peak signal-to-noise ratio and structural similarity of each task, as Markdown.
 
@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
 
     check(arguments.stages)
     lines = [
-        "| | damaged | baseline | guess | a sample | mean of samples |",
+        "| | degraded | baseline | guess | a sample | mean of samples |",
         "|---|---|---|---|---|---|",
     ]
     rows: list[Row] = []
@@ -136,7 +136,7 @@ def colour(shards: Sequence[str] | None, size: int) -> np.ndarray | None:
 def damages(
     task: str, pictures: Sequence[tuple[str, np.ndarray]], seed: int
 ) -> dict[str, list[Case]]:
-    """The pictures damaged as in training and, as Palette is measured, inpainting's with a hole in
+    """The pictures degraded as in training and, as Palette is measured, inpainting's with a hole in
     the centre too.
     """
     from pipeline.imaging.degradations import centre, with_hole
@@ -151,9 +151,9 @@ def damages(
 
 
 def damage(task: str, name: str, truth: np.ndarray, seed: int, number: int) -> Case:
-    from pipeline.imaging.degradations import damaged
+    from pipeline.imaging.degradations import degrade
 
-    return Case(name, truth, damaged(task, truth, generator(seed, "damage", 0, number)))
+    return Case(name, truth, degrade(task, truth, generator(seed, "damage", 0, number)))
 
 
 def measured(
@@ -166,21 +166,21 @@ def measured(
 ) -> str:
     """Restores them into a folder of this title; a line of the table."""
     from pipeline.data.image import to_uint8
-    from pipeline.generate.restore import Damage, Restoring, restore
-    from pipeline.imaging.degradations import guess
+    from pipeline.generate.restore import Damage, RestoreOptions, restore
+    from pipeline.imaging.degradations import prior_mean
     from tools.baselines import baseline
 
     given = [
         Damage(case.name, to_uint8(case.given.source), case.given.mask[0] == 1) for case in cases
     ]
-    how = Restoring(task=task, seed=arguments.seed, samples=arguments.samples)
+    how = RestoreOptions(task=task, seed=arguments.seed, samples=arguments.samples)
     folder = arguments.out / title
     restore(cascade, given, how, folder, steps=arguments.steps)
     scores = []
     for case in cases:
         samples = np.stack(samples_of(folder, case, arguments.samples))
         mean = np.rint(samples.mean(0)).astype(np.uint8)
-        guessed = to_uint8(guess(task, case.given))
+        guessed = to_uint8(prior_mean(task, case.given))
         shown = (before(case), baseline(task, case.given, chroma), guessed, samples[0], mean)
         scores.append([score(picture, case.truth) for picture in shown])
     cells = (f"{psnr:.1f} ({ssim:.3f})" for psnr, ssim in np.mean(scores, 0))
@@ -188,7 +188,7 @@ def measured(
 
 
 def before(case: Case) -> np.ndarray:
-    """The damaged picture, its hole in grey."""
+    """The degraded picture, its hole in grey."""
     from pipeline.data.image import to_uint8
 
     source, mask = to_uint8(case.given.source), case.given.mask[0] == 1
@@ -222,7 +222,7 @@ def row(folder: Path, title: str, case: Case, num: int) -> Row:
     samples = samples_of(folder / title, case, num)[:SHOWN]
     spread = [pixels(folder / title / f"{case.name}.spread.png")] if num > 1 else []
     captions = [
-        "damaged",
+        "degrade",
         *(f"sample {n}" for n in range(len(samples))),
         *["spread"] * len(spread),
         "truth",

@@ -126,7 +126,7 @@ class Stack(nn.Module):
         return x
 
 
-class LevelEmbedding(nn.Module):
+class NoiseLevelEmbedding(nn.Module):
     def __init__(self, width: int, emb: int) -> None:
         super().__init__()
         self.dense1, self.dense2 = nn.Linear(width, emb), nn.Linear(emb, emb)
@@ -139,7 +139,7 @@ class LevelEmbedding(nn.Module):
         return self.dense2(F.silu(self.dense1(torch.cat((angles.sin(), angles.cos()), 1))))
 
 
-class TextPool(nn.Module):
+class AttentionPool(nn.Module):
     def __init__(self, text_width: int, emb: int) -> None:
         super().__init__()
         self.q, self.kv = nn.Linear(text_width, emb), nn.Linear(text_width, 2 * emb)
@@ -169,8 +169,10 @@ class UNet(nn.Module):
             LayerNorm(text_width),
             nn.Linear(text_width, config.text_channels),
         )
-        self.text_pool = TextPool(config.text_channels, emb)
-        self.levels = nn.ModuleList(LevelEmbedding(config.channels, emb) for _ in range(num_levels))
+        self.text_pool = AttentionPool(config.text_channels, emb)
+        self.levels = nn.ModuleList(
+            NoiseLevelEmbedding(config.channels, emb) for _ in range(num_levels)
+        )
         self.stem = conv(channels_in * patch**2, first)
         down, middle, up = (adm if config.kind == "adm" else efficient)(config, emb)
         self.down, self.middle, self.up = nn.ModuleList(down), middle, nn.ModuleList(up)

@@ -113,7 +113,7 @@ def parser() -> Parser:
         "else 0.8)",
     )
     edit.add_argument(
-        "--resample",
+        "--repaint-steps",
         metavar="N",
         type=positive,
         help="times that each step in a hole is made (RePaint)",
@@ -171,7 +171,11 @@ def parser() -> Parser:
         help="blend the samples (default: the first)",
     )
     restore.add_argument(
-        "--resample", metavar="SHARE", type=float, default=0.0, help="least certain, made again"
+        "--repaint-share",
+        metavar="SHARE",
+        type=float,
+        default=0.0,
+        help="least certain, made again",
     )
     restore.add_argument(
         "--prompt", metavar="TEXT", default="", help="of all pictures, where the stage knows text"
@@ -246,7 +250,7 @@ def add_sampling(command: argparse.ArgumentParser) -> argparse._MutuallyExclusiv
             "weight of the text, for each stage that runs or one for all; 1 is no guidance",
         ),
         (
-            "augment",
+            "aug_level",
             float,
             "noise on the low resolution, for each super-resolution stage that runs or one for all",
         ),

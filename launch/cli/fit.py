@@ -59,9 +59,9 @@ def changes(config: Any, world: int) -> Iterator[Sequence[Change]]:
     from pipeline import device
 
     train, batch = config.train, config.data.global_batch // world
-    parts = [n for n in range(train.accumulate + 1, batch + 1) if batch % n == 0]
+    parts = [n for n in range(train.grad_accum_steps + 1, batch + 1) if batch % n == 0]
     if parts:
-        yield [{"train.accumulate": n} for n in parts]
+        yield [{"train.grad_accum_steps": n} for n in parts]
     if not config.unet.recompute:
         yield [{"unet.recompute": True}]
     if train.precision == "float32":
@@ -74,7 +74,7 @@ def changes(config: Any, world: int) -> Iterator[Sequence[Change]]:
     ranks = [
         n
         for n in range(2 * world, MOST + 1, world)
-        if config.data.global_batch % (n * train.accumulate) == 0
+        if config.data.global_batch % (n * train.grad_accum_steps) == 0
     ]
     if ranks:
         yield [{"ranks": n} for n in ranks]
@@ -86,7 +86,7 @@ def allowed(change: Change) -> bool:
     """
     return not (
         {"train.shard_optimizer", "optimizer.kind"} <= change.keys()
-        or {"train.accumulate", "ranks"} <= change.keys()
+        or {"train.grad_accum_steps", "ranks"} <= change.keys()
     )
 
 

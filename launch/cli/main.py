@@ -140,12 +140,12 @@ def run_edit(arguments: argparse.Namespace) -> int:
         )
     manifests, _ = read_cascade(Path(arguments.path))
     options, masked = sampling_options(arguments, manifests), arguments.mask is not None
-    if arguments.resample and not masked:
+    if arguments.repaint_steps and not masked:
         raise UserError(
-            "--resample: it is in a hole that steps are made again; give --mask, or leave it out"
+            "--repaint-steps: it is in a hole that steps are made again; give --mask, or leave it out"
         )
-    for chosen in options.values() if arguments.resample else ():
-        chosen["resample"] = arguments.resample
+    for chosen in options.values() if arguments.repaint_steps else ():
+        chosen["repaint_steps"] = arguments.repaint_steps
     names = list(options)
     strength = strengths(by_stage("strength", arguments.strength, names), masked, names)
     size = list(manifests.values())[-1].size_out
@@ -189,22 +189,22 @@ def prompts_in(arguments: argparse.Namespace, num: int | None = None) -> list[st
 def sampling_options(
     arguments: argparse.Namespace, manifests: Mapping[str, "Manifest"]
 ) -> dict[str, dict[str, Any]]:
-    """What --steps, --guidance and --augment say of each stage that runs."""
+    """What --steps, --guidance and --aug-level say of each stage that runs."""
     from pipeline.generate.cascade import span
 
     names = span(list(manifests), arguments.start, arguments.stop)
     enlarging = [name for name in names if manifests[name].size_in is not None]
     options: dict[str, dict[str, Any]] = {name: {} for name in names}
-    for option in ("steps", "guidance", "augment"):
-        stages = enlarging if option == "augment" else names
+    for option in ("steps", "guidance", "aug_level"):
+        stages = enlarging if option == "aug_level" else names
         for name, value in by_stage(option, getattr(arguments, option), stages).items():
             options[name][option] = value
     for name in enlarging:
-        low, high = manifests[name].augment or (0.0, 0.0)
-        level = options[name].get("augment", low)
+        low, high = manifests[name].aug_range or (0.0, 0.0)
+        level = options[name].get("aug_level", low)
         if not low <= level <= high:
             raise UserError(
-                f"--augment: {level} is not in [{low}, {high}], which {name} was trained with"
+                f"--aug-level: {level} is not in [{low}, {high}], which {name} was trained with"
             )
     if any(number < 1 for number in arguments.steps):
         raise UserError(f"--steps: {arguments.steps} holds a number below 1; give positive numbers")
@@ -215,17 +215,17 @@ def run_restore(arguments: argparse.Namespace) -> int:
     check_seed(arguments.seed)
     from pipeline.generate.cascade import Cascade
     from pipeline.generate.cascade_folder import read_cascade
-    from pipeline.generate.restore import Restoring, check_task, damages, restore
+    from pipeline.generate.restore import RestoreOptions, check_task, damages, restore
     from pipeline.log import setup_logging
 
     setup_logging()
     folder, weights = Path(arguments.path), arguments.weights
-    how = Restoring(
+    how = RestoreOptions(
         task=arguments.task,
         seed=arguments.seed,
         samples=arguments.samples,
         weights=weights and tuple(weights),
-        resample=arguments.resample,
+        repaint_share=arguments.repaint_share,
     )
     check_task(read_cascade(folder)[0], how.task)
     found = damages(

@@ -212,8 +212,8 @@ class Attempt:
                 name, code, now - self.launchers.seen[name], clock, settle
             )
         if any(rank.beat is None for rank in self.ranks):
-            found["unborn"] = diagnosis.unborn(
-                self.ranks, diagnosis.mourned(self.launchers.said), clock
+            found["died_before_heartbeat"] = diagnosis.died_before_heartbeat(
+                self.ranks, diagnosis.parse_msrun_exits(self.launchers.said), clock
             )
         return {who: failure for who, failure in found.items() if failure}
 
@@ -257,6 +257,6 @@ class Attempt:
         ) is not None:  # launcher none: it is the rank's own
             return code
         said = self.launchers.said
-        return diagnosis.mourned(said).get(
-            rank.beat.pid if rank.beat else 0, diagnosis.struck(said)
+        return diagnosis.parse_msrun_exits(said).get(
+            rank.beat.pid if rank.beat else 0, diagnosis.parse_mpirun_signal(said)
         )

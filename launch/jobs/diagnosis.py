@@ -1,6 +1,6 @@
 """From what was seen of an attempt to what went wrong with it, in words: pure functions.
 
-The faults of the ranks (`of_rank`), of those that were gone before they could be known (`unborn`)
+The faults of the ranks (`of_rank`), of those that were gone before they could be known (`died_before_heartbeat`)
 and of the launcher (`of_launcher`) are collected; `first` finds the one that the others followed
 from, and `story` tells it.
 
@@ -63,15 +63,17 @@ def of_rank(
     return Failure(rank=rank.number, time=clock - silence, what=what, logs=(log,))
 
 
-def unborn(ranks: Sequence[Rank], mourned: Mapping[int, int], clock: float) -> Failure | None:
+def died_before_heartbeat(
+    ranks: Sequence[Rank], parse_msrun_exits: Mapping[int, int], clock: float
+) -> Failure | None:
     """A rank that ended before its first heartbeat: msrun, waiting for its scheduler, has only
     written it down.
     """
-    pid = next(iter(mourned), None)
+    pid = next(iter(parse_msrun_exits), None)
     logs = tuple(f"rank_{rank.number}" for rank in ranks if not rank.beat)
     if pid is None or not logs or pid in [rank.beat.pid for rank in ranks if rank.beat]:
         return None
-    what = f"a rank ended before its first heartbeat ({in_words(mourned[pid])})"
+    what = f"a rank ended before its first heartbeat ({in_words(parse_msrun_exits[pid])})"
     return Failure(time=clock - BEFORE, what=what, logs=logs)
 
 
@@ -112,13 +114,13 @@ def first(failures: Iterable[Failure], exits: Mapping[int, float]) -> Failure:
     return death if alive and death.time - NOTICED < cause.time else cause
 
 
-def mourned(log: str) -> dict[int, int]:
+def parse_msrun_exits(log: str) -> dict[int, int]:
     """Exit codes by process id: of the workers that msrun's log says have failed."""
     found = re.findall(r"Worker process (\d+) exit with exception. Error code: (-?\d+)", log)
     return {int(pid): int(code) for pid, code in found}
 
 
-def struck(log: str) -> int | None:
+def parse_mpirun_signal(log: str) -> int | None:
     """The exit code of the rank of which mpirun's log says that a signal ended it."""
     found = re.search(r"exited on signal (\d+)", log)
     return -int(found[1]) if found else None

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from pipeline.data.source import Sources, Stat, is_remote
 from pipeline.data.tar import ABSENT, Fault, scan
 from pipeline.errors import JobError, UserError
-from pipeline.files import claim, write_tensors_atomically
+from pipeline.files import try_lock, write_tensors_atomically
 
 FORMAT = "2"  # since KEY.cls counts
 FILES = ("image", "txt", "json")  # the columns of offset, size and crc32
@@ -110,11 +110,11 @@ class Index:
 
 
 def index_path(location: str, cache: Path | None) -> Path:
-    """Where the index of a shard is, or is to be written: see `beside`."""
-    return beside(location, "index", cache)
+    """Where the index of a shard is, or is to be written: see `sidecar_path`."""
+    return sidecar_path(location, "index", cache)
 
 
-def beside(location: str, what: str, cache: Path | None) -> Path:
+def sidecar_path(location: str, what: str, cache: Path | None) -> Path:
     """The file that keeps `what` of a shard: next to it, or in the cache folder, if there is one,
     unless it already lies next to it.
 
@@ -163,7 +163,9 @@ def build(
     written twice. UserError where the files cannot be written.
     """
     with ThreadPoolExecutor(THREADS) as threads:
-        needed = threads.map(lambda location: unfit(location, sources, cache, outdated), locations)
+        needed = threads.map(
+            lambda location: needs_rebuild(location, sources, cache, outdated), locations
+        )
         left = [location for location, need in zip(locations, needed, strict=True) if need]
         many = sum(stat.size for stat in threads.map(sources.stat, left)) > MANY
     one = partial(build_one, cache=cache, outdated=outdated)
@@ -192,7 +194,7 @@ def build(
         ) from None
 
 
-def unfit(location: str, sources: Sources, cache: Path | None, outdated: bool) -> bool:
+def needs_rebuild(location: str, sources: Sources, cache: Path | None, outdated: bool) -> bool:
     """Whether a shard's index has to be made: it is missing or damaged or, if that counts,
     `outdated`.
     """
@@ -203,17 +205,17 @@ def unfit(location: str, sources: Sources, cache: Path | None, outdated: bool) -
 def build_one(location: str, cache: Path | None, outdated: bool) -> bool:
     """False if another process is at it."""
     path, sources = index_path(location, cache), Sources()
-    with claim(path) as mine:
+    with try_lock(path) as mine:
         if (
             mine
-            and unfit(location, sources, cache, outdated)
-            and not adopt(sources, location, path)
+            and needs_rebuild(location, sources, cache, outdated)
+            and not reuse_index(sources, location, path)
         ):
             write_index(sources, location, path)
         return mine
 
 
-def adopt(sources: Sources, location: str, path: Path) -> bool:
+def reuse_index(sources: Sources, location: str, path: Path) -> bool:
     """Takes the index that lies beside a shard, on its server say, if there is one that fits; it is
     dated anew.
     """

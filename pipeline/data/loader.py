@@ -63,7 +63,7 @@ class Loader:
     ) -> None:
         self.config, self.seed, self.shards, self.prompts = shards.config, seed, shards, prompts
         self.size, self.window, self.arrange, self.share = size, window or size, arrange, share
-        self.order = Order(seed, shards.sizes, shards.weights, self.config.window)
+        self.order = Order(seed, shards.sizes, shards.weights, self.config.shuffle_shards)
         self.quarantine = Quarantine(quarantine, len(shards), self.config.max_damage)
         for shard, fault in shards.faults:
             self.quarantine.write(shard, fault.key, fault.reason)

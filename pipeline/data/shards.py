@@ -41,7 +41,7 @@ class DataConfig:
     # configurations it compiles in.)
     shards: str | tuple[str, ...] | dict[str, float] = field(hash=False)
     global_batch: int = 2048  # samples a step over all ranks
-    window: int = 8  # shards whose samples are shuffled together
+    shuffle_shards: int = 8  # shards whose samples are shuffled together
     crop: Literal["center", "random"] = (
         "center"  # where the square is cut out of a picture that is none
     )
@@ -57,7 +57,7 @@ class DataConfig:
     cache_gib: float = 64  # of what http(s) gave
 
     def __post_init__(self) -> None:
-        for name in ("global_batch", "window", "workers"):
+        for name in ("global_batch", "shuffle_shards", "workers"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: {getattr(self, name)} is not positive; give 1 or more")
         if not 0 <= self.max_damage <= 1:

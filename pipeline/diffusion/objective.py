@@ -41,7 +41,7 @@ class DiffusionConfig(ScheduleConfig):
             )
 
 
-def distance(kind: str, output: Tensor, wanted: Tensor) -> Tensor:
+def pointwise_loss(kind: str, output: Tensor, wanted: Tensor) -> Tensor:
     """|d|, d^2, or Huber's d^2 / 2 up to |d| = 1 and |d| - 1/2 beyond, element by element."""
     difference = output - wanted
     if kind == "l1":
@@ -81,7 +81,7 @@ def loss(
 
     With a mask, the mean over the pixels where it is 1, of which each image has some.
     """
-    loss_BCHW = distance(config.loss, output, target(config.prediction, x, eps, logsnr_B))
+    loss_BCHW = pointwise_loss(config.loss, output, target(config.prediction, x, eps, logsnr_B))
     if mask_B1HW is None:
         loss_B = loss_BCHW.mean(axis=(1, 2, 3))
     else:

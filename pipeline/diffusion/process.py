@@ -16,7 +16,7 @@ from mindspore import Tensor, ops
 Prediction = Literal["eps", "x0", "v"]
 
 
-def per_image(level_B: Tensor) -> Tensor:
+def expand_dims(level_B: Tensor) -> Tensor:
     """(B,) -> (B, 1, 1, 1), to go with images."""
     return level_B.reshape((-1, 1, 1, 1))
 
@@ -28,47 +28,51 @@ def alpha_sigma(logsnr: Tensor) -> tuple[Tensor, Tensor]:
 
 def add_noise(x: Tensor, eps: Tensor, logsnr_B: Tensor) -> Tensor:
     """z = alpha x + sigma eps."""
-    alpha, sigma = alpha_sigma(per_image(logsnr_B))
+    alpha, sigma = alpha_sigma(expand_dims(logsnr_B))
     return alpha * x + sigma * eps
 
 
 def x_from_eps(z: Tensor, eps: Tensor, logsnr_B: Tensor) -> Tensor:
     """x = (z - sigma eps) / alpha."""
-    alpha, sigma = alpha_sigma(per_image(logsnr_B))
+    alpha, sigma = alpha_sigma(expand_dims(logsnr_B))
     return (z - sigma * eps) / alpha
 
 
 def eps_from_x(z: Tensor, x: Tensor, logsnr_B: Tensor) -> Tensor:
     """eps = (z - alpha x) / sigma."""
-    alpha, sigma = alpha_sigma(per_image(logsnr_B))
+    alpha, sigma = alpha_sigma(expand_dims(logsnr_B))
     return (z - alpha * x) / sigma
 
 
 def v_target(x: Tensor, eps: Tensor, logsnr_B: Tensor) -> Tensor:
     """v = alpha eps - sigma x."""
-    alpha, sigma = alpha_sigma(per_image(logsnr_B))
+    alpha, sigma = alpha_sigma(expand_dims(logsnr_B))
     return alpha * eps - sigma * x
 
 
 def x_from_v(z: Tensor, v: Tensor, logsnr_B: Tensor) -> Tensor:
     """x = alpha z - sigma v."""
-    alpha, sigma = alpha_sigma(per_image(logsnr_B))
+    alpha, sigma = alpha_sigma(expand_dims(logsnr_B))
     return alpha * z - sigma * v
 
 
-def around(guess: Tensor, spread_B: Tensor, z: Tensor, logsnr_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation, given z, of images that differ from `guess` by N(0, spread^2):
+def gaussian_posterior(
+    prior_mean: Tensor, residual_std_B: Tensor, z: Tensor, logsnr_B: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mean and deviation, given z, of images that differ from `prior_mean` by N(0, residual_std^2):
 
-        mean = (sigma^2 guess + spread^2 alpha z) / d,  deviation = spread sigma / sqrt(d)
+        mean = (sigma^2 prior_mean + residual_std^2 alpha z) / d,  deviation = residual_std sigma / sqrt(d)
 
-    with d = sigma^2 + spread^2 alpha^2: with little noise z is copied, with much the guess stays. A
+    with d = sigma^2 + residual_std^2 alpha^2: with little noise z is copied, with much the prior_mean stays. A
     network that answers in deviations from the mean is asked for numbers of one size at all levels:
     the preconditioning of Karras et al. (arXiv 2206.00364, eq. 7), whose images are guessed to be
     0. Shapes (B, C, H, W) and (B, 1, 1, 1).
     """
-    (alpha, sigma), spread = alpha_sigma(per_image(logsnr_B)), per_image(spread_B)
-    d = sigma * sigma + spread * spread * alpha * alpha
-    return guess + spread * spread * alpha / d * (z - alpha * guess), spread * sigma / ops.sqrt(d)
+    (alpha, sigma), residual_std = alpha_sigma(expand_dims(logsnr_B)), expand_dims(residual_std_B)
+    d = sigma * sigma + residual_std * residual_std * alpha * alpha
+    return prior_mean + residual_std * residual_std * alpha / d * (
+        z - alpha * prior_mean
+    ), residual_std * sigma / ops.sqrt(d)
 
 
 def target(prediction: Prediction, x: Tensor, eps: Tensor, logsnr_B: Tensor) -> Tensor:

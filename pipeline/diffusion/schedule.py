@@ -83,7 +83,7 @@ class ScheduleConfig:
     betas: tuple[float, float] = (
         DDPM_BETAS  # of `linear`, the first and the last of T (of 1000 in continuous time)
     )
-    shift: float = 0.0  # added to logsnr: below 0 is more noise at every time, for large pictures (arXiv 2301.11093)
+    logsnr_shift: float = 0.0  # added to logsnr: below 0 is more noise at every time, for large pictures (arXiv 2301.11093)
 
     def __post_init__(self) -> None:
         if self.timesteps is not None and self.timesteps < 2:
@@ -108,9 +108,9 @@ class ScheduleConfig:
             clean = (
                 linear(t, self.betas) if self.schedule == "linear" else SCHEDULES[self.schedule](t)
             )
-            return clean + self.shift
+            return clean + self.logsnr_shift
         # what rounding put beyond a step is that step
         step = np.clip(np.ceil(t * self.timesteps - 1e-9), 1, self.timesteps).astype(int)
         if self.schedule == "linear":
-            return linear_steps(self.timesteps, self.betas)[step - 1] + self.shift
-        return SCHEDULES[self.schedule](step / self.timesteps) + self.shift
+            return linear_steps(self.timesteps, self.betas)[step - 1] + self.logsnr_shift
+        return SCHEDULES[self.schedule](step / self.timesteps) + self.logsnr_shift

@@ -30,41 +30,41 @@ class SamplerConfig:
 
     sampler: SamplerName = "dpm_solver++"  # shows what 250 ancestral steps show, see docs/speed.md
     steps: int = 25
-    batch: int = 8  # pictures a call of the network; fewer are filled up, so that there is one graph to compile
+    batch_size: int = 8  # pictures a call of the network; fewer are filled up, so that there is one graph to compile
     guidance: float = 1.0  # weight of classifier-free guidance; 1 is none
     threshold: Threshold = "dynamic"
-    percentile: float = 0.995  # of dynamic thresholding
-    augment: float = 0.0  # level of noise on the low resolution, in super-resolution; Imagen looks best at 0.1 to 0.3
+    quantile: float = 0.995  # of dynamic thresholding
+    aug_level: float = 0.0  # level of noise on the low resolution, in super-resolution; Imagen looks best at 0.1 to 0.3
     schedule: ScheduleConfig | None = (
         None  # the noise levels, where they are not those of training (Palette's are not)
     )
     extra_steps: int = (
         0  # more calls between the last level and the picture, where its detail is made
     )
-    resample: int = 1  # times that each step of inpainting is made, for what is painted to meet what is known (RePaint)
+    repaint_steps: int = 1  # times that each step of inpainting is made, for what is painted to meet what is known (RePaint)
 
     def __post_init__(self) -> None:
-        if self.batch < 1:
-            raise ConfigError(f"batch: {self.batch} is not positive; give 1 or more")
+        if self.batch_size < 1:
+            raise ConfigError(f"batch_size: {self.batch_size} is not positive; give 1 or more")
         if self.steps < 1:
             raise ConfigError(
                 f"steps: {self.steps} is not positive; DPM-Solver++ needs 20 to 25, ancestral about 250"
             )
         if self.extra_steps < 0:
             raise ConfigError(f"extra_steps: {self.extra_steps} is negative; give 0 or more")
-        if self.resample < 1:
+        if self.repaint_steps < 1:
             raise ConfigError(
-                f"resample: {self.resample} is not positive; 1 is once, imagen-pytorch has 5"
+                f"repaint_steps: {self.repaint_steps} is not positive; 1 is once, imagen-pytorch has 5"
             )
-        if not 0 < self.percentile <= 1:
-            raise ConfigError(f"percentile: {self.percentile} is not in (0, 1]; Imagen has 0.995")
+        if not 0 < self.quantile <= 1:
+            raise ConfigError(f"quantile: {self.quantile} is not in (0, 1]; Imagen has 0.995")
 
     def calls(self, strength: float = 1.0, masked: bool = False) -> int:
         """How often the network is called for a batch, if it starts at the time `strength`: see
-        `levels`, `sample`.
+        `logsnr_steps`, `sample`.
         """
         return 1 + (steps_from(strength, self.steps) - 1 + self.extra_steps) * (
-            self.resample if masked else 1
+            self.repaint_steps if masked else 1
         )
 
 
@@ -135,7 +135,7 @@ def steps_from(strength: float, steps: int) -> int:
     return math.ceil(steps * strength - 1e-9)
 
 
-def levels(
+def logsnr_steps(
     schedule: ScheduleConfig, steps: int, extra: int = 0, strength: float = 1.0
 ) -> np.ndarray:
     """The logsnr of each network call, evenly spaced in time from t = 1, and infinity: (calls +
@@ -166,7 +166,7 @@ TERMS: dict[SamplerName, tuple[str, ...]] = {
 Advance = Callable[..., tuple[Tensor, Tensor]]
 
 
-def combine(numbers: Sequence[float] | Tensor, z: Tensor, x: Tensor, *terms: Tensor) -> Tensor:
+def linear_step(numbers: Sequence[float] | Tensor, z: Tensor, x: Tensor, *terms: Tensor) -> Tensor:
     """z', of the numbers of z, of x and of each of `terms`."""
     z = numbers[0] * z + numbers[1] * x
     for i, term in enumerate(terms):
@@ -179,36 +179,36 @@ def sample(
     noise: Callable[[int], Tensor],
     sampler: SamplerName,
     logsnrs: np.ndarray,
-    resample: int = 1,
+    repaint_steps: int = 1,
 ) -> Tensor:
     """The image at the end of `logsnrs`.
 
     Args:
-        advance: (logsnr, numbers, z, *terms) -> z', x: the network at z, then `combine`. There is a
+        advance: (logsnr, numbers, z, *terms) -> z', x: the network at z, then `linear_step`. There is a
             term for each of the sampler's `TERMS`; where a step has none, its number is 0.
         noise: number of a draw -> unit noise of z's shape, but `noise(0)` is where sampling starts;
             only a sampler that adds noise, or resampling, asks for more, in order.
-        logsnrs: rising levels, one more than there are steps.
-        resample: how often each step but the last is made, each time from where the last one ended
+        logsnrs: rising logsnr_steps, one more than there are steps.
+        repaint_steps: how often each step but the last is made, each time from where the last one ended
             with new noise back at the step's own level (RePaint, arXiv 2201.09865, algorithm 1).
     """
     draws = count()
     z, last, x_last = noise(next(draws)), None, None
     for now, following in pairwise(logsnrs.tolist()):
         step = SAMPLERS[sampler](last, now, following)
-        for again in reversed(range(1 if math.isinf(following) else resample)):
+        for again in reversed(range(1 if math.isinf(following) else repaint_steps)):
             known = {"x_last": z if x_last is None else x_last}
             if "noise" in TERMS[sampler]:
                 known["noise"] = noise(next(draws)) if step.noise else z
             numbers = (step.z, step.x, *(getattr(step, term) for term in TERMS[sampler]))
             z, x = advance(now, numbers, z, *(known[term] for term in TERMS[sampler]))
             if again:
-                z = renoised(z, noise(next(draws)), now, following)
+                z = renoise(z, noise(next(draws)), now, following)
         last, x_last = now, x
     return z
 
 
-def renoised(z: Tensor, noise: Tensor, to: float, at: float) -> Tensor:
+def renoise(z: Tensor, noise: Tensor, to: float, at: float) -> Tensor:
     """z at level `at`, brought back to the noisier level `to`: r z + sqrt(sigma_to^2 - r^2
     sigma_at^2) noise, r the ratio of their alphas.
     """

@@ -191,7 +191,7 @@ class Cascade:
     ) -> int:
         """How many calls of its network stage `name` needs for `num` pictures."""
         config = self.sampling(name, options)
-        return -(-num // config.batch) * config.calls(strength, masked)
+        return -(-num // config.batch_size) * config.calls(strength, masked)
 
     def run(
         self,
@@ -209,8 +209,8 @@ class Cascade:
         """
         config = self.sampling(name, options)
         made = []
-        for begin in range(0, len(numbers), config.batch):
-            rows = np.arange(begin, begin + config.batch).clip(max=len(numbers) - 1)
+        for begin in range(0, len(numbers), config.batch_size):
+            rows = np.arange(begin, begin + config.batch_size).clip(max=len(numbers) - 1)
             part = None if low is None else low[rows]
             chosen, told = [numbers[row] for row in rows], tuple(array[rows] for array in prompt)
             piece = edit and edit.at(rows, self.manifests[name].size_out, part)

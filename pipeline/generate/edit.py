@@ -4,7 +4,7 @@ noise alone.
 Each stage sees the picture shrunk to its own size, by the mean of the pixels that one covers, and
 the mask by their maximum: a pixel is painted if any that it covers is.
 
-    inpainting      at each step x = picture + mask (x - picture), and z follows (`sample.resample` makes it in several
+    inpainting      at each step x = picture + mask (x - picture), and z follows (`sample.repaint_steps` makes it in several
                     turns: RePaint, Lugmayr et al., arXiv 2201.09865)
     image to image  sampling starts at the time s, its strength, from z = alpha_s p + sigma_s eps (SDEdit, Meng et al.,
                     arXiv 2108.01073)

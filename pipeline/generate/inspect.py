@@ -33,7 +33,7 @@ from pipeline.data.decode import Picture
 from pipeline.data.image import crop_resize
 from pipeline.diffusion.process import add_noise
 from pipeline.diffusion.schedule import SCHEDULES, ScheduleConfig
-from pipeline.diffusion.solvers import SamplerConfig, levels
+from pipeline.diffusion.solvers import SamplerConfig, logsnr_steps
 from pipeline.errors import UserError
 from pipeline.files import write_atomically
 from pipeline.generate.cascade import Cascade
@@ -115,7 +115,7 @@ class Explorer:
 
     @property
     def logsnrs(self) -> np.ndarray:
-        return levels(self.schedule, self.config.steps, self.config.extra_steps)
+        return logsnr_steps(self.schedule, self.config.steps, self.config.extra_steps)
 
     def told(self, numbers: Sequence[int]) -> Arrays:
         """Picture i is told prompt i, in turn."""

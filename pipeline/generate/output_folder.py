@@ -28,7 +28,7 @@ CHUNK = (
 )
 
 
-class Gallery:
+class OutputFolder:
     """What is in `folder`: file -> the manifest's entry."""
 
     def __init__(self, folder: Path) -> None:
@@ -102,7 +102,7 @@ def generate(
     cascade.check_makes(names[0])
     written = 0
     with lock(folder):
-        gallery = Gallery(folder)
+        gallery = OutputFolder(folder)
         recipes = {}
 
         def file(stage: str, number: int) -> str:
@@ -111,7 +111,7 @@ def generate(
 
         for name in order[: order.index(names[-1]) + 1]:
             sampling = asdict(cascade.sampling(name, options))
-            del sampling["batch"]  # no picture depends on it
+            del sampling["batch_size"]  # no picture depends on it
             recipes[name] = {"seed": seed, **sampling}
 
         def recipe(stage: str, number: int) -> dict[str, Any]:

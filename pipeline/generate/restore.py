@@ -21,9 +21,9 @@ from pipeline.diffusion.solvers import SamplerConfig
 from pipeline.errors import UserError
 from pipeline.files import lock
 from pipeline.generate.cascade import Cascade
-from pipeline.generate.output_folder import Gallery
+from pipeline.generate.output_folder import OutputFolder
 from pipeline.imaging.compositing import blend, composite, heat, least_certain, padded, seam, spread
-from pipeline.imaging.degradations import WITH_HOLE, Given, grey, whole, with_hole
+from pipeline.imaging.degradations import WITH_HOLE, Degraded, grey, whole, with_hole
 from pipeline.imaging.user_images import hole, mask_for, pictures_in, read
 from pipeline.rng import generator
 from pipeline.stage.manifest import Manifest
@@ -42,33 +42,33 @@ class Damage(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Restoring:
+class RestoreOptions:
     """What is done with a picture's samples.
 
     Args:
         samples: how many.
         weights: of the samples, whose mean is then the result; without, it is the first one.
-        resample: the least certain share of what is made that is made once more, told all the rest.
+        repaint_share: the least certain share of what is made that is made once more, told all the rest.
     """
 
     task: str
     seed: int = 0
     samples: int = 1
     weights: tuple[float, ...] | None = None
-    resample: float = 0.0
+    repaint_share: float = 0.0
 
     def __post_init__(self) -> None:
         if self.weights is not None and len(self.weights) != self.samples:
             raise UserError(
                 f"--weights: {len(self.weights)} for {self.samples} samples; give each sample one"
             )
-        if not 0 <= self.resample <= 1:
+        if not 0 <= self.repaint_share <= 1:
             raise UserError(
-                f"--resample: {self.resample} is not in [0, 1]; 0.25 is the least certain quarter"
+                f"--repaint-share: {self.repaint_share} is not in [0, 1]; 0.25 is the least certain quarter"
             )
-        if self.resample and self.samples < 2:
+        if self.repaint_share and self.samples < 2:
             raise UserError(
-                f"--resample: {self.samples} sample says nothing of what is certain; give --samples 4"
+                f"--repaint-share: {self.samples} sample says nothing of what is certain; give --samples 4"
             )
 
 
@@ -118,7 +118,7 @@ def extended(picture: np.ndarray, extend: Extend) -> tuple[np.ndarray, np.ndarra
 def restore(
     cascade: Cascade,
     pictures: Sequence[Damage],
-    how: Restoring,
+    how: RestoreOptions,
     out: Path,
     prompt: str = "",
     steps: int | None = None,
@@ -134,11 +134,11 @@ def restore(
     recipe = json.loads(
         json.dumps({"stage": name, "prompt": prompt, **asdict(how), **asdict(config)})
     )
-    del recipe["batch"]  # no picture depends on it
+    del recipe["batch_size"]  # no picture depends on it
     for each in pictures:
         check_size(each, stage.network.stride)
     with lock(out):
-        gallery = Gallery(out)
+        gallery = OutputFolder(out)
         left = [
             number
             for number, each in enumerate(pictures)
@@ -148,15 +148,15 @@ def restore(
         rows = [
             count
             for group in groups
-            for count in (len(group) * how.samples, len(group) * (how.resample > 0))
+            for count in (len(group) * how.samples, len(group) * (how.repaint_share > 0))
         ]
-        total = sum(-(-count // config.batch) for count in rows) * config.calls(masked=True)
+        total = sum(-(-count // config.batch_size) for count in rows) * config.calls(masked=True)
         with tqdm(total=total, unit="step", disable=not left) as bar:
             told = cascade.prompt(name, [prompt])
             told = (
                 told if prompt else tuple(map(np.zeros_like, told))
             )  # as training drops a caption
-            painter = Painter(stage, config, how, told, bar.update)
+            painter = Restorer(stage, config, how, told, bar.update)
             for group in groups:
                 for number, done in painter({number: pictures[number] for number in group}).items():
                     keep(gallery, pictures[number], done, recipe)
@@ -203,14 +203,14 @@ class Restored(NamedTuple):
     samples: np.ndarray  # uint8 (N, H, W, 3)
 
 
-class Painter:
+class Restorer:
     """What makes the samples of pictures of one size and joins them."""
 
     def __init__(
         self,
         stage: Any,
         config: SamplerConfig,
-        how: Restoring,
+        how: RestoreOptions,
         prompt: Arrays,
         progress: Callable[[], object],
     ) -> None:
@@ -236,10 +236,10 @@ class Painter:
             done[number] = Restored(
                 blend(joined, how.weights) if how.weights else joined[0], joined
             )
-        if not how.resample:
+        if not how.repaint_share:
             return done
         parts = {
-            n: least_certain(spread(done[n].samples), each.mask, how.resample)
+            n: least_certain(spread(done[n].samples), each.mask, how.repaint_share)
             for n, each in damages.items()
         }
         known = {
@@ -254,7 +254,7 @@ class Painter:
             )
         return done
 
-    def given(self, number: int, damage: Damage) -> Given:
+    def given(self, number: int, damage: Damage) -> Degraded:
         """What the network is given of a picture, filled up to multiples of the stride."""
         picture = padded(damage.picture, self.stride)
         if self.how.task in WITH_HOLE:
@@ -267,14 +267,14 @@ class Painter:
 
     def paint(
         self,
-        given: Mapping[int, Given],
+        given: Mapping[int, Degraded],
         samples: Sequence[int],
         known: Mapping[int, tuple[np.ndarray, np.ndarray]] = MappingProxyType({}),
     ) -> dict[int, np.ndarray]:
         """uint8 (N, H, W, 3) of each; `known`: pictures and what is to be made of them, instead of
         what is given.
         """
-        size = self.config.batch
+        size = self.config.batch_size
         places = [(number, sample) for number in given for sample in samples]
         made: dict[int, list[np.ndarray]] = {number: [] for number in given}
         for begin in range(0, len(places), size):
@@ -311,7 +311,7 @@ class Painter:
         )
 
 
-def keep(gallery: Gallery, damage: Damage, done: Restored, recipe: Mapping[str, Any]) -> None:
+def keep(gallery: OutputFolder, damage: Damage, done: Restored, recipe: Mapping[str, Any]) -> None:
     """Writes what there is of one picture, the result last: it stands for all."""
     facts = dict(recipe)
     if len(done.samples) > 1:

@@ -1,4 +1,4 @@
-"""What image-to-image restores: pictures damaged in one of Palette's four ways (Saharia et al.,
+"""What image-to-image restores: pictures degraded in one of Palette's four ways (Saharia et al.,
 arXiv 2111.05826).
 
     colorization      the grey of the picture
@@ -6,13 +6,13 @@ arXiv 2111.05826).
     uncropping        half of the picture is missing, on one side or all around
     jpeg_restoration  a JPEG of quality Q from 5 to 30, P(Q) proportional to exp(-Q / 10)
 
-The network sees the damaged picture, its `source`, and makes the pixels of its `mask`. A hole is
+The network sees the degraded picture, its `source`, and makes the pixels of its `mask`. A hole is
 filled with unit Gaussian noise, not clipped: what is known lies in [-1, 1], and nothing of what is
 missing shows. Where there is no hole every pixel is made anew, and the mask is all ones. Outside of
-`Given` a mask is bool (H, W), True where to make.
+`Degraded` a mask is bool (H, W), True where to make.
 
-Training takes pictures of a data set and their damage by `damaged`; what somebody wants restored is
-damaged already and becomes a source by `whole` or `with_hole` alone. All draws come from the
+Training takes pictures of a data set and their damage by `degrade`; what somebody wants restored is
+degraded already and becomes a source by `whole` or `with_hole` alone. All draws come from the
 generator that is given.
 """
 
@@ -37,29 +37,29 @@ WITH_HOLE: tuple[TaskName, ...] = ("inpainting", "uncropping")
 ATTEMPTS = 1000  # holes that are drawn until one covers its share: about two of three do
 
 
-class Given(NamedTuple):
+class Degraded(NamedTuple):
     """What the network is given of a picture, float32."""
 
     source: np.ndarray  # (3, H, W) in [-1, 1], with unit noise in the hole
     mask: np.ndarray  # (1, H, W), 1 where the picture is to be made and 0 where it is known
 
 
-def whole(picture: np.ndarray) -> Given:
+def whole(picture: np.ndarray) -> Degraded:
     """All of uint8 (H, W, 3) is seen, and all is made anew."""
-    return Given(to_float(picture), np.ones((1, *picture.shape[:2]), np.float32))
+    return Degraded(to_float(picture), np.ones((1, *picture.shape[:2]), np.float32))
 
 
-def with_hole(picture: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> Given:
+def with_hole(picture: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> Degraded:
     """uint8 (H, W, 3) with noise where `mask`, bool (H, W), is set; the picture's own pixels there
     do not matter.
     """
     source = to_float(picture)
     for plane in source:  # one by one: 15 times as fast as all three in one assignment
         plane[mask] = rng.standard_normal(np.count_nonzero(mask), np.float32)
-    return Given(source, mask[None].astype(np.float32))
+    return Degraded(source, mask[None].astype(np.float32))
 
 
-def guess(task: str, given: Given) -> np.ndarray:
+def prior_mean(task: str, given: Degraded) -> np.ndarray:
     """The source, and where the task has a hole, this smoothly filled; float32 (3, H, W)."""
     if task not in WITH_HOLE:
         return given.source
@@ -70,7 +70,7 @@ def guess(task: str, given: Given) -> np.ndarray:
     )
 
 
-def damaged(task: str, picture: np.ndarray, rng: np.random.Generator) -> Given:
+def degrade(task: str, picture: np.ndarray, rng: np.random.Generator) -> Degraded:
     """A square picture, uint8 (S, S, 3), as an example of the task. Raises UserError for an unknown
     one.
     """
@@ -79,28 +79,28 @@ def damaged(task: str, picture: np.ndarray, rng: np.random.Generator) -> Given:
     return TASKS[task](picture, rng)
 
 
-def colorization(picture: np.ndarray, rng: np.random.Generator) -> Given:
+def colorization(picture: np.ndarray, rng: np.random.Generator) -> Degraded:
     return whole(grey(picture))
 
 
-def inpainting(picture: np.ndarray, rng: np.random.Generator) -> Given:
+def inpainting(picture: np.ndarray, rng: np.random.Generator) -> Degraded:
     hole = strokes if rng.random() < FREE_FORM else rectangles
     return with_hole(picture, hole(len(picture), rng), rng)
 
 
-def uncropping(picture: np.ndarray, rng: np.random.Generator) -> Given:
+def uncropping(picture: np.ndarray, rng: np.random.Generator) -> Degraded:
     """All around half of the time, else on one of the sides."""
     sides: tuple[Edge, ...] = ("left", "right", "top", "bottom")
     edge = "around" if rng.random() < 0.5 else sides[rng.integers(4)]
     return with_hole(picture, half(len(picture), edge), rng)
 
 
-def jpeg_restoration(picture: np.ndarray, rng: np.random.Generator) -> Given:
+def jpeg_restoration(picture: np.ndarray, rng: np.random.Generator) -> Degraded:
     likelihood = np.exp(-np.array(QUALITIES) / 10)
     return whole(compressed(picture, int(rng.choice(QUALITIES, p=likelihood / likelihood.sum()))))
 
 
-TASKS: dict[str, Callable[[np.ndarray, np.random.Generator], Given]] = {
+TASKS: dict[str, Callable[[np.ndarray, np.random.Generator], Degraded]] = {
     "colorization": colorization,
     "inpainting": inpainting,
     "uncropping": uncropping,

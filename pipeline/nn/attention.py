@@ -10,7 +10,14 @@ from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from pipeline import kernels
-from pipeline.nn.blocks import BlockConfig, Conditions, Kept, Norm, Pointwise, zeroed
+from pipeline.nn.blocks import (
+    ActivationFootprint,
+    BlockConfig,
+    Conditions,
+    Conv1x1,
+    Norm,
+    zero_init,
+)
 
 SCORES = (
     2**26
@@ -25,7 +32,7 @@ def split_heads(x_BCN: Tensor, num_heads: int) -> Tensor:
     return x_BCN.reshape((B, num_heads, C // num_heads, -1))
 
 
-class Lookup(nn.Cell):
+class ScaledDotProductAttention(nn.Cell):
     """Attention: v softmax(q^T k / sqrt(c) + bias)^T for each head, (B, K, c, N). The softmax is
     float32's.
 
@@ -63,7 +70,7 @@ class Lookup(nn.Cell):
         return answers[0] if num >= N else ops.cat(answers, 3)
 
 
-class LinearLookup(nn.Cell):
+class LinearAttention(nn.Cell):
     """Linear attention: (v k'^T) q', in (B, K, c, N), with q' = softmax(q) / sqrt(c) over channels
     and k' = softmax(k + bias) over positions: its cost grows with N, not N^2 (Shen et al., arXiv
     1812.01243).
@@ -96,11 +103,11 @@ class Attention(nn.Cell):
             config.text_channels,
         )
         self.norm = Norm(width, config.norm, silu=False)
-        self.to_q = Pointwise(width, width if self.cross else 3 * width)  # else q, k and v
+        self.to_q = Conv1x1(width, width if self.cross else 3 * width)  # else q, k and v
         if self.text_channels:
             self.text_kv = nn.Dense(self.text_channels, 2 * width)
-        self.lookup = LinearLookup() if kind == "linear" else Lookup()
-        self.out = zeroed(Pointwise(width, width))
+        self.lookup = LinearAttention() if kind == "linear" else ScaledDotProductAttention()
+        self.out = zero_init(Conv1x1(width, width))
 
     def construct(self, x_BCHW: Tensor, conditions: Conditions) -> Tensor:
         B, C, H, W = x_BCHW.shape
@@ -119,7 +126,7 @@ class Attention(nn.Cell):
         q, k, v = split_heads(q, self.heads), split_heads(k, self.heads), split_heads(v, self.heads)
         return x_BCHW + self.out(self.lookup(q, k, v, bias).reshape((B, C, H, W)))
 
-    def kept(self, pixels: int, tokens: int) -> Kept:
+    def footprint(self, pixels: int, tokens: int) -> ActivationFootprint:
         """The normalized picture, queries, keys, values, how far each position looks where, what it
         finds.
         """
@@ -127,4 +134,4 @@ class Attention(nn.Cell):
         seen = (0 if self.cross else pixels) + (tokens if self.text_channels else 0)
         looks = self.heads * pixels * seen
         inside = 3 * width * pixels + 2 * width * seen + looks
-        return Kept(width * pixels, inside, max(width * pixels, looks), pixels)
+        return ActivationFootprint(width * pixels, inside, max(width * pixels, looks), pixels)

@@ -2,8 +2,8 @@
 
 Shapes: B images, C channels, H x W pixels, N = H W positions, L text tokens, D text width, E
 embedding width, K heads. Every layer of a stack answers to `construct(x_BCHW, conditions)`, so that
-a stack is a plain list; see `Conditions`. It also says, by `kept(pixels, tokens)`, what its
-gradient will need: see `Kept`.
+a stack is a plain list; see `Conditions`. It also says, by `footprint(pixels, tokens)`, what its
+gradient will need: see `ActivationFootprint`.
 """
 
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ class BlockConfig:
             raise ConfigError(f"dropout: {self.dropout} is no share in [0, 1); ADM has 0.1")
 
 
-class Kept(NamedTuple):
+class ActivationFootprint(NamedTuple):
     """What of one image a layer's gradient needs, in numbers: its input, and what it makes on its
     way. `largest` is the longest of these tensors, `pixels` the positions of the layer's answer,
     which is the next layer's input.
@@ -79,7 +79,7 @@ def convolve(kernel: ops.Custom, x_BCHW: Tensor, weight: Tensor, bias: Tensor) -
     return y.astype(x_BCHW.dtype)
 
 
-class Pointwise(nn.Dense):
+class Conv1x1(nn.Dense):
     """A dense layer over the channels of each position, which is a convolution of size 1: pictures
     stay pictures.
 
@@ -97,7 +97,7 @@ class Pointwise(nn.Dense):
         return convolve(self.kernel, x_BCHW, weight, self.bias)
 
 
-def zeroed(cell: nn.Cell) -> nn.Cell:
+def zero_init(cell: nn.Cell) -> nn.Cell:
     """`cell`, to start with weights of zero: what it feeds is the identity (or zero) at first."""
     cell.starts_at_zero = True
     return cell
@@ -208,7 +208,9 @@ class ResBlock(nn.Cell):
         self.norm2 = Norm(middle, config.norm, silu=not self.convnext)
         self.widen = Conv(width_in, 4 * width, 1) if self.convnext else None
         self.dropout = Dropout(config.dropout) if config.dropout else None
-        self.conv2 = zeroed(Conv(4 * width, width, 1) if self.convnext else Conv(width, width, 3))
+        self.conv2 = zero_init(
+            Conv(4 * width, width, 1) if self.convnext else Conv(width, width, 3)
+        )
         self.skip = Conv(width_in, width, 1) if width_in != width else None
 
     def construct(self, x_BCHW: Tensor, conditions: Conditions) -> Tensor:
@@ -230,7 +232,7 @@ class ResBlock(nn.Cell):
             x = self.skip(x)
         return x + h
 
-    def kept(self, pixels: int, tokens: int) -> Kept:
+    def footprint(self, pixels: int, tokens: int) -> ActivationFootprint:
         """The convolutions' inputs and what is normalized."""
         after = {"up": 4 * pixels, "down": pixels // 4, "": pixels}[self.resample]
         wide, width = self.conv1.in_channels, self.conv1.out_channels
@@ -239,7 +241,7 @@ class ResBlock(nn.Cell):
         )
         inside += self.conv2.in_channels if self.dropout is not None else 0  # its mask
         largest = max(wide * pixels, wide * after, self.conv2.in_channels * after)
-        return Kept(wide * pixels, inside * after, largest, after)
+        return ActivationFootprint(wide * pixels, inside * after, largest, after)
 
 
 class Downsample(nn.Cell):
@@ -252,9 +254,9 @@ class Downsample(nn.Cell):
     def construct(self, x_BCHW: Tensor, conditions: Conditions) -> Tensor:
         return self.conv(x_BCHW)
 
-    def kept(self, pixels: int, tokens: int) -> Kept:
+    def footprint(self, pixels: int, tokens: int) -> ActivationFootprint:
         picture = self.conv.in_channels * pixels
-        return Kept(picture, 0, picture, pixels // 4)
+        return ActivationFootprint(picture, 0, picture, pixels // 4)
 
 
 class Upsample(nn.Cell):
@@ -267,10 +269,10 @@ class Upsample(nn.Cell):
     def construct(self, x_BCHW: Tensor, conditions: Conditions) -> Tensor:
         return self.conv(upsample(x_BCHW))
 
-    def kept(self, pixels: int, tokens: int) -> Kept:
+    def footprint(self, pixels: int, tokens: int) -> ActivationFootprint:
         """The convolution's input alone, which is not the layer's."""
         picture = 4 * self.conv.in_channels * pixels
-        return Kept(0, picture, picture, 4 * pixels)
+        return ActivationFootprint(0, picture, picture, 4 * pixels)
 
 
 class Stack(nn.Cell):

@@ -24,7 +24,7 @@ class Dropout(nn.Cell):
 
     def construct(self, x_BCHW: Tensor, seeds_B: Tensor) -> Tensor:
         B, C, H, W = x_BCHW.shape
-        bits = scrambled(seeds_B + self.number)
+        bits = mix_bits(seeds_B + self.number)
         for rows, count in (
             (B, C),
             (B * C, H * W),
@@ -34,14 +34,14 @@ class Dropout(nn.Cell):
             bits = ops.broadcast_to(bits.reshape((rows, 1)), shape) + ops.broadcast_to(
                 numbers.reshape((1, -1)), shape
             )
-            bits = scrambled(bits)
+            bits = mix_bits(bits)
         mask = (
             (lowest(bits, 31) >= int(self.rate * 2**31)).astype(x_BCHW.dtype).reshape(x_BCHW.shape)
         )
         return x_BCHW * (mask * (1.0 / (1.0 - self.rate)))
 
 
-def scrambled(bits: Tensor) -> Tensor:
+def mix_bits(bits: Tensor) -> Tensor:
     """Of int32, each bit of the answer depending on all: the finalizer of MurmurHash3 (Appleby)."""
     for shift, factor in ((16, 0x85EBCA6B - 2**32), (13, 0xC2B2AE35 - 2**32)):
         bits = bits.bitwise_xor(shifted(bits, shift)) * factor

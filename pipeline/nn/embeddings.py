@@ -8,13 +8,13 @@ import math
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from pipeline.nn.attention import Lookup, split_heads
+from pipeline.nn.attention import ScaledDotProductAttention, split_heads
 
 HEADS = 8  # of the text's pooling
 PADDING = -1e4  # added to the score of a padded token; within float16
 
 
-class LevelEmbedding(nn.Cell):
+class NoiseLevelEmbedding(nn.Cell):
     """One noise level (B,) -> (B, E): sines and cosines, then two dense layers.
 
     The level is first brought to [0, 1] as the time at which the cosine schedule has it, 2/pi
@@ -38,7 +38,7 @@ class LevelEmbedding(nn.Cell):
         return self.dense2(ops.silu(self.dense1(ops.cat((ops.sin(angles), ops.cos(angles)), 1))))
 
 
-class TextPool(nn.Cell):
+class AttentionPool(nn.Cell):
     """Attention pooling: the mean token asks, all tokens answer, (B, L, D) -> (B, E) (Imagen,
     appendix F).
 
@@ -48,7 +48,7 @@ class TextPool(nn.Cell):
     def __init__(self, text_width: int, emb: int) -> None:
         super().__init__()
         self.q, self.kv = nn.Dense(text_width, emb), nn.Dense(text_width, 2 * emb)
-        self.lookup = Lookup()
+        self.lookup = ScaledDotProductAttention()
         self.out = nn.Dense(emb, emb)
 
     def construct(self, text_BLD: Tensor, bias_BL: Tensor) -> Tensor:

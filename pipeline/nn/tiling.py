@@ -33,7 +33,7 @@ Band = tuple[
 ]  # rows at half the side: [start, stop) in the middle, with its halo [first, end)
 
 
-def in_bands(unet: UNet, x_BCHW: Tensor, logsnr_BT: Tensor, *told: Tensor) -> Tensor:
+def tiled(unet: UNet, x_BCHW: Tensor, logsnr_BT: Tensor, *told: Tensor) -> Tensor:
     """`unet(x_BCHW, logsnr_BT, *told)`, large pictures one after the other and in bands."""
     B, _, H, W = x_BCHW.shape
     split = unet.stem_to_head and len(unet.down) > 0  # else there are blocks at full resolution

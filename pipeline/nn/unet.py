@@ -20,21 +20,21 @@ from mindspore import dtype as mstype
 from pipeline.config import ConfigError
 from pipeline.nn.attention import Attention, AttentionKind
 from pipeline.nn.blocks import (
+    ActivationFootprint,
     BlockConfig,
     Conditions,
     Conv,
     Downsample,
-    Kept,
     Norm,
     ResBlock,
     Stack,
     Upsample,
     channels_to_space,
     space_to_channels,
-    zeroed,
+    zero_init,
 )
 from pipeline.nn.dropout import Dropout
-from pipeline.nn.embeddings import PADDING, LevelEmbedding, TextPool
+from pipeline.nn.embeddings import PADDING, AttentionPool, NoiseLevelEmbedding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,12 +129,14 @@ class UNet(nn.Cell):
         if self.has_text:
             self.text_norm = nn.LayerNorm((text_width,))
             self.text_in = nn.Dense(text_width, config.text_channels)
-            self.text_pool = TextPool(config.text_channels, emb)
+            self.text_pool = AttentionPool(config.text_channels, emb)
         else:
             config = replace(config, text_channels=0)
         if self.has_label:
             self.label_in = nn.Dense(num_classes, emb, has_bias=False)
-        self.levels = nn.CellList([LevelEmbedding(config.channels, emb) for _ in range(num_levels)])
+        self.levels = nn.CellList(
+            [NoiseLevelEmbedding(config.channels, emb) for _ in range(num_levels)]
+        )
         self.stem = Conv(channels_in * config.patch**2, width, 3)
         down, middle, up = (adm if config.kind == "adm" else efficient)(config, emb)
         self.down, self.middle, self.up = nn.CellList(down), middle, nn.CellList(up)
@@ -142,7 +144,9 @@ class UNet(nn.Cell):
             down
         )  # else the last stack of the way up has taken the stem
         self.norm = Norm(width, config.norm)
-        self.head = zeroed(Conv(2 * width if self.stem_to_head else width, 3 * config.patch**2, 3))
+        self.head = zero_init(
+            Conv(2 * width if self.stem_to_head else width, 3 * config.patch**2, 3)
+        )
         for number, cell in enumerate(
             cell for _, cell in self.cells_and_names() if isinstance(cell, Dropout)
         ):
@@ -201,7 +205,7 @@ class UNet(nn.Cell):
             h = stack(h, conditions, 0, outer if i == len(self.up) - 1 else 0)
         return h
 
-    def kept(self, side: int, tokens: int) -> list[Kept]:
+    def footprint(self, side: int, tokens: int) -> list[ActivationFootprint]:
         """What of one picture of `side` pixels the gradient needs, by layer in the order they run,
         the head the last.
 
@@ -211,10 +215,10 @@ class UNet(nn.Cell):
         pixels, found = (side // self.patch) ** 2, []
         for stack in [*self.down, self.middle, *self.up]:
             for layer in stack.layers:
-                found.append(layer.kept(pixels, tokens))
+                found.append(layer.footprint(pixels, tokens))
                 pixels = found[-1].pixels
         width, head = self.stem.out_channels * pixels, self.head.in_channels * pixels
-        return [*found, Kept(width, head, max(width, head), pixels)]
+        return [*found, ActivationFootprint(width, head, max(width, head), pixels)]
 
 
 Stacks = tuple[list[Stack], Stack, list[Stack]]

@@ -43,7 +43,7 @@ class Manifest:
     schedule: str
     prediction: str
     loss: str
-    augment: tuple[float, float] | None  # noise levels of the low resolution that were trained
+    aug_range: tuple[float, float] | None  # noise levels of the low resolution that were trained
     text: TextFacts | None = None
     classes: int | tuple[str, ...] | None = None  # their names in order, or how many
     tasks: tuple[str, ...] = ()  # of image to image

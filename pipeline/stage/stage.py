@@ -26,13 +26,13 @@ from pipeline.diffusion.objective import (
     loss as score,
 )  # in a compiled method `loss` would be the method itself
 from pipeline.diffusion.process import add_noise, x_from
-from pipeline.diffusion.solvers import TERMS, SamplerConfig, combine, levels, sample
+from pipeline.diffusion.solvers import TERMS, SamplerConfig, linear_step, logsnr_steps, sample
 from pipeline.generate.edit import Edit
-from pipeline.nn.tiling import in_bands
+from pipeline.nn.tiling import tiled
 from pipeline.nn.unet import UNet, UNetConfig
 from pipeline.rng import generator, sampling_noise, unit_noise
 from pipeline.text.encoder import TextConfig
-from pipeline.text.prompts import Arrays, ClassConfig, Condition
+from pipeline.text.prompts import Arrays, ClassConfig, Conditioning
 from pipeline.train.config import TrainConfig
 from pipeline.train.optimizer import OptimizerConfig
 
@@ -59,7 +59,7 @@ class StageConfig:
     run: str  # the run's folder
     seed: int = 0
     size: int  # side of the pictures that the stage makes, in pixels
-    condition: Condition = (
+    conditioning: Conditioning = (
         "text"  # what the network is told of a sample, and `sample.guidance` weighs
     )
     text: TextConfig | None = None
@@ -76,20 +76,20 @@ class StageConfig:
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed: {self.seed} is not in [0, 2**63)")
         for name, kind in (("text", "text"), ("classes", "class")):
-            if (getattr(self, name) is not None) != (self.condition == kind):
+            if (getattr(self, name) is not None) != (self.conditioning == kind):
                 given = f"and there is {'a' if getattr(self, name) else 'no'} section {name}"
                 raise ConfigError(
-                    f"condition: {self.condition} {given}; condition is {kind} if and only if there is one"
+                    f"conditioning: {self.conditioning} {given}; conditioning is {kind} if and only if there is one"
                 )
-        if self.condition != "text" and "cross" in self.unet.attention:
+        if self.conditioning != "text" and "cross" in self.unet.attention:
             raise ConfigError(
-                f"unet.attention: cross looks at the text, and condition is {self.condition}; take self"
+                f"unet.attention: cross looks at the text, and conditioning is {self.conditioning}; take self"
             )
-        if self.condition == "none" and self.sample.guidance != 1:
+        if self.conditioning == "none" and self.sample.guidance != 1:
             raise ConfigError(
-                f"sample.guidance: {self.sample.guidance}, but condition none leaves nothing to weigh; leave it out"
+                f"sample.guidance: {self.sample.guidance}, but conditioning none leaves nothing to weigh; leave it out"
             )
-        if self.condition != "text":  # then a sample needs no caption, but a class
+        if self.conditioning != "text":  # then a sample needs no caption, but a class
             wanted = self.classes.filter if self.classes else {}
             chosen = replace(self.data.filter, fields=self.data.filter.fields | wanted)
             object.__setattr__(self, "data", replace(self.data, captions={}, filter=chosen))
@@ -107,7 +107,7 @@ class Stage:
 
     def __init__(self, config: StageConfig) -> None:
         self.config = config
-        self.num_prompt = {"text": 2, "class": 1, "none": 0}[config.condition]
+        self.num_prompt = {"text": 2, "class": 1, "none": 0}[config.conditioning]
         self.network = UNet(config.unet, self.channels_in, self.num_levels, **self.told())
         self.graphs: dict[
             tuple[Any, ...], Callable[..., tuple[Tensor, Tensor]]
@@ -156,7 +156,10 @@ class Stage:
         logsnr = self.config.diffusion.logsnr(t).astype(np.float32)
         eps = unit_noise(self.streams("noise", step, positions), x.shape[1:])
         kept = np.array(
-            [stream.random() >= self.drop for stream in self.streams("drop", step, positions)],
+            [
+                stream.random() >= self.cond_drop_prob
+                for stream in self.streams("drop", step, positions)
+            ],
             np.float32,
         )
         told = [array * kept.reshape(-1, *(1,) * (array.ndim - 1)) for array in prompt]
@@ -166,10 +169,10 @@ class Stage:
         return x, eps, logsnr, *told
 
     @property
-    def drop(self) -> float:
+    def cond_drop_prob(self) -> float:
         """The share of samples whose prompt is dropped in training."""
         section = self.config.text or self.config.classes
-        return section.drop if section else 0.0
+        return section.cond_drop_prob if section else 0.0
 
     def streams(
         self, purpose: str, step: int, positions: Sequence[int]
@@ -223,9 +226,9 @@ class Stage:
                 numbers name.
             watch: shown each step's logsnr, z and the x that the network sees in it.
         """
-        shape, condition = self.condition(given, seed, numbers, config.augment)
+        shape, condition = self.condition(given, seed, numbers, config.aug_level)
         edit = edit or Edit(np.empty(0))
-        logsnrs = levels(
+        logsnrs = logsnr_steps(
             config.schedule or self.config.diffusion,
             config.steps,
             config.extra_steps,
@@ -261,8 +264,10 @@ class Stage:
                 Tensor(before), unit, Tensor(np.full(len(numbers), logsnrs[0], np.float32))
             )
 
-        resample = config.resample if edit.mask is not None else 1
-        return self.to_pictures(sample(advance, noise, config.sampler, logsnrs, resample).asnumpy())
+        repaint_steps = config.repaint_steps if edit.mask is not None else 1
+        return self.to_pictures(
+            sample(advance, noise, config.sampler, logsnrs, repaint_steps).asnumpy()
+        )
 
     @cached_property
     def bounded(self) -> "Stage":
@@ -273,7 +278,7 @@ class Stage:
         def network(
             *tensors: Tensor,
         ) -> Tensor:  # no `partial`, as an attribute of that kind would not be compiled
-            return in_bands(self.network, *tensors)
+            return tiled(self.network, *tensors)
 
         stage: Any = copy(self)
         stage.network = network
@@ -291,17 +296,17 @@ class Stage:
         shapes it. See `diffusion.sampler.sample`.
         """
         guided, num = config.guidance != 1.0, len(TERMS[config.sampler])
-        kind, percentile, prediction = (
+        kind, quantile, prediction = (
             config.threshold,
-            config.percentile,
+            config.quantile,
             self.config.diffusion.prediction,
         )
         pixels = (Tensor(self.mean), Tensor(self.std)) if self.config.pixels else ()
 
         def bounded(x: Tensor) -> Tensor:
             if not pixels:
-                return threshold(x, kind, percentile)
-            return (threshold(x * pixels[1] + pixels[0], kind, percentile) - pixels[0]) / pixels[1]
+                return threshold(x, kind, quantile)
+            return (threshold(x * pixels[1] + pixels[0], kind, quantile) - pixels[0]) / pixels[1]
 
         def advance(
             weight: Tensor, numbers: Tensor, logsnr_B: Tensor, z: Tensor, *rest: Tensor
@@ -316,10 +321,10 @@ class Stage:
             if masked:
                 known, mask = rest[num], rest[num + 1]
                 x = known + mask * (x - known)
-            return combine(numbers, z, x, *terms), x
+            return linear_step(numbers, z, x, *terms), x
 
         return self.graphs.setdefault(
-            (guided, num, kind, percentile, masked), runtime.compile(advance)
+            (guided, num, kind, quantile, masked), runtime.compile(advance)
         )
 
     # What a kind decides.
@@ -331,7 +336,7 @@ class Stage:
         raise NotImplementedError
 
     def condition(
-        self, given: Any, seed: int, numbers: Sequence[int], augment: float
+        self, given: Any, seed: int, numbers: Sequence[int], aug_level: float
     ) -> tuple[tuple[int, ...], Arrays]:
         """The shape (3, S, S) of the pictures to make, and what `predict` takes beside the prompt,
         for sampling.
@@ -342,7 +347,7 @@ class Stage:
         """Samples beside the truth, as one uint8 picture to look at while training."""
         raise NotImplementedError
 
-    def facts(self) -> dict[str, Any]:
+    def manifest_fields(self) -> dict[str, Any]:
         """What the manifest says of the kind: sizes and augmentation."""
         raise NotImplementedError
 

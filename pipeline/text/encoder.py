@@ -41,14 +41,16 @@ class TextConfig:
     width: int = 4096  # of its embeddings; T5-XXL's
     length: int = 128  # tokens a caption, padded or cut
     clean: bool = False  # captions and prompts: see pipeline/text/captions.py
-    drop: float = 0.1  # share of captions that training replaces by nothing, for guidance
+    cond_drop_prob: float = 0.1  # share of captions that training replaces by nothing, for guidance
 
     def __post_init__(self) -> None:
         for name in ("width", "length"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: {getattr(self, name)} is not positive; give 1 or more")
-        if not 0 <= self.drop < 1:
-            raise ConfigError(f"drop: {self.drop} is not in [0, 1); Imagen has 0.1")
+        if not 0 <= self.cond_drop_prob < 1:
+            raise ConfigError(
+                f"cond_drop_prob: {self.cond_drop_prob} is not in [0, 1); Imagen has 0.1"
+            )
 
 
 class TextEncoder:

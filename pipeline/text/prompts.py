@@ -20,7 +20,7 @@ from pipeline.text.caption_embeddings import open_text
 if TYPE_CHECKING:
     from pipeline.text.encoder import TextConfig
 
-Condition = Literal["text", "class", "none"]
+Conditioning = Literal["text", "class", "none"]
 Arrays = tuple[np.ndarray, ...]
 
 
@@ -32,7 +32,7 @@ class ClassConfig:
     field: str = (
         "cls"  # of KEY.json, a class's name or number; the number in KEY.cls counts as `cls`
     )
-    drop: float = 0.1  # share of samples that training tells no class, for guidance
+    cond_drop_prob: float = 0.1  # share of samples that training tells no class, for guidance
 
     def __post_init__(self) -> None:
         if self.num < 1:
@@ -43,8 +43,10 @@ class ClassConfig:
             raise ConfigError(
                 f"names: {list(self.names)} has a name twice; number the classes by different names"
             )
-        if not 0 <= self.drop < 1:
-            raise ConfigError(f"drop: {self.drop} is not in [0, 1); 0.1 is usual")
+        if not 0 <= self.cond_drop_prob < 1:
+            raise ConfigError(
+                f"cond_drop_prob: {self.cond_drop_prob} is not in [0, 1); 0.1 is usual"
+            )
 
     @property
     def num(self) -> int:

@@ -27,10 +27,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from pipeline.data.index import THREADS, beside
+from pipeline.data.index import THREADS, sidecar_path
 from pipeline.data.shards import Shards
 from pipeline.errors import JobError, UserError
-from pipeline.files import claim, write_tensors_atomically
+from pipeline.files import try_lock, write_tensors_atomically
 from pipeline.text.captions import CLEANING, clean
 
 OPEN = 128  # files held open
@@ -82,7 +82,9 @@ class TextStore:
 
     def path(self, shard: int, field: str) -> Path:
         what = f"text-{self.recipe.fingerprint(field)[:12]}"
-        return beside(self.shards.indexes[shard].location, what, self.shards.config.cache_folder)
+        return sidecar_path(
+            self.shards.indexes[shard].location, what, self.shards.config.cache_folder
+        )
 
     def open(self, shard: int, field: str) -> Stored:
         file = safe_open(self.path(shard, field), "numpy")
@@ -158,7 +160,7 @@ class TextStore:
                 others = []
                 for shard, field in todo:
                     path = self.path(shard, field)
-                    with claim(path) as mine:
+                    with try_lock(path) as mine:
                         if not mine:
                             others.append((shard, field))
                             continue

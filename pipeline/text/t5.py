@@ -126,7 +126,7 @@ class T5Encoder:
 
     One compiled graph of a layer serves all layers: its weights are arguments. A graph of the whole
     encoder is a little faster (15 % on a CPU), but it keeps the activations of every layer: 2.8 GB
-    beside 1.3 GB of weights. A caption's embeddings are the same to the last bit whoever is encoded
+    sidecar_path 1.3 GB of weights. A caption's embeddings are the same to the last bit whoever is encoded
     with it, as long as B and L are the same.
     """
 

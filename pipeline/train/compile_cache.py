@@ -51,7 +51,7 @@ class Graph(nn.Cell):
             return self.graph(self, *tensors)
 
 
-class Graphs:
+class CompileCache:
     """Compiles a training's functions. MindSpore takes one folder a process, so that the first
     training's stay.
 
@@ -69,9 +69,9 @@ class Graphs:
     ) -> None:
         self.folder: Path | None = None
         self.target: Path | None = None
-        if run is None or Graphs.taken:
+        if run is None or CompileCache.taken:
             return
-        Graphs.taken = True
+        CompileCache.taken = True
         digest = blake2b(shaped_by.encode(), digest_size=8)
         modules = (sys.modules.get(cls.__module__) for cls in type(stage).__mro__)
         files = (str(getattr(module, "__file__", "")) for module in modules)

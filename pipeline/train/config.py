@@ -22,7 +22,7 @@ class TrainConfig:
     """How long, and what is kept and shown on the way. `every` counts steps; 0 is never."""
 
     steps: int = 2_500_000
-    accumulate: int = 1  # parts into which a rank's batch is cut to save memory
+    grad_accum_steps: int = 1  # parts into which a rank's batch is cut to save memory
     precision: Precision = "float32"  # of convolutions and matrix products
     shard_optimizer: bool = (
         False  # each rank keeps a share of AdamW's state and of the EMA (ZeRO-1)
@@ -43,7 +43,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         positive = (
             "steps",
-            "accumulate",
+            "grad_accum_steps",
             "checkpoint_every",
             "keep_checkpoints",
             "report_every",
@@ -96,4 +96,4 @@ class Trainee(Protocol):
     ) -> Arrays: ...
     def loss(self, *tensors: Tensor) -> Tensor: ...
     def picture(self, pictures: np.ndarray, *prompt: np.ndarray) -> np.ndarray: ...
-    def facts(self) -> dict[str, Any]: ...
+    def manifest_fields(self) -> dict[str, Any]: ...

@@ -29,14 +29,14 @@ from pipeline.nn.parameters import initialize, num_parameters
 from pipeline.stage.manifest import write_stage
 from pipeline.text.prompts import open_prompts
 from pipeline.train import checkpoint
-from pipeline.train.compile_cache import Graphs
+from pipeline.train.compile_cache import CompileCache
 from pipeline.train.config import Config, Trainee
 from pipeline.train.heartbeat import Heartbeat
-from pipeline.train.precision import LossScale, lower
-from pipeline.train.process_group import Ranks
-from pipeline.train.resume import facts, resume, settle
-from pipeline.train.state import State
-from pipeline.train.step import Outcome, TrainStep
+from pipeline.train.precision import LossScale, cast_matmuls
+from pipeline.train.process_group import ProcessGroup
+from pipeline.train.resume import facts, prepare_run_dir, resume
+from pipeline.train.state import TrainState
+from pipeline.train.step import StepResult, TrainStep
 
 log = logging.getLogger("cascade")
 
@@ -53,7 +53,7 @@ def train(stage: Trainee, stop: Callable[[], bool] = bool) -> bool:
     heart = Heartbeat(runtime.attempt(), job.rank)
     heart.beat("starting")
     try:
-        finished = run(stage, Ranks(job.rank, job.world), heart, stop)
+        finished = run(stage, ProcessGroup(job.rank, job.world), heart, stop)
     except BaseException as error:
         heart.beat("failed", error=error)
         raise
@@ -61,31 +61,38 @@ def train(stage: Trainee, stop: Callable[[], bool] = bool) -> bool:
     return finished
 
 
-def run(stage: Trainee, ranks: Ranks, heart: Heartbeat, stop: Callable[[], bool]) -> bool:
+def run(stage: Trainee, ranks: ProcessGroup, heart: Heartbeat, stop: Callable[[], bool]) -> bool:
     """`train`, among `ranks`."""
     config, first = stage.config, ranks.rank == 0
     folder, places = Path(config.run), share(config, ranks.rank, ranks.world)
     shards = Shards.open(config.data, progress=first)
     prompts = open_prompts(config.text, config.classes, shards)
-    lower(stage.network, config.train.precision)
+    cast_matmuls(stage.network, config.train.precision)
     with (
         lock(folder) if first else nullcontext()
     ):  # only now: a mistake leaves no run folder behind
-        newest = settle(folder, config) if first else None
-        meet(ranks, config, shards)  # and so, when the others go on, the run folder is there
+        newest = prepare_run_dir(folder, config) if first else None
+        check_ranks_agree(
+            ranks, config, shards
+        )  # and so, when the others go on, the run folder is there
         quarantine = folder / "quarantine.jsonl"
         loader = Loader(
             shards, prompts, config.seed, config.size, stage.window, stage.batch, quarantine, places
         )
         initialize(stage.network, config.seed)
-        graphs = Graphs(folder, ranks.rank, stage, f"{ranks.world} ranks\n{dump(config)}")
-        state = State(
+        graphs = CompileCache(folder, ranks.rank, stage, f"{ranks.world} ranks\n{dump(config)}")
+        state = TrainState(
             *(stage.network, config.optimizer, config.train.steps, config.train.ema_decay),
             *(ranks, config.train.shard_optimizer, graphs),
         )
         scale = LossScale(config.train.precision)
         trainer = TrainStep(
-            stage.loss, state, config.optimizer.clip, config.train.accumulate, scale, graphs
+            stage.loss,
+            state,
+            config.optimizer.max_grad_norm,
+            config.train.grad_accum_steps,
+            scale,
+            graphs,
         )
         done, skipped = resume(newest, trainer, shards)
         log.info(
@@ -117,7 +124,7 @@ def steps(
     stage: Trainee,
     loader: Loader,
     trainer: TrainStep,
-    graphs: Graphs,
+    graphs: CompileCache,
     heart: Heartbeat,
     done: int,
     skipped: int,
@@ -143,7 +150,9 @@ def steps(
             heart.beat("training", step)
             writer.check()
             skipped += not outcome.taken
-            in_a_row = untaken(outcome, in_a_row, config.max_skipped, f"{folder}: step {step}")
+            in_a_row = count_skipped(
+                outcome, in_a_row, config.max_skipped, f"{folder}: step {step}"
+            )
             stopping, ending = outcome.stops > 0, step == config.steps
             report.advance(step)
             if first and (step % config.report_every == 0 or ending):
@@ -186,11 +195,11 @@ def steps(
     return True
 
 
-def meet(ranks: Ranks, config: Config, shards: Shards) -> None:
+def check_ranks_agree(ranks: ProcessGroup, config: Config, shards: Shards) -> None:
     """Returns when all ranks are here. UserError if they are not about to train the same on the
     same samples.
     """
-    others = ranks.differing(
+    others = ranks.mismatching_ranks(
         blake2b(f"{shards.digest} {dump(config)}".encode(), digest_size=8).digest()
     )
     if others:
@@ -200,7 +209,7 @@ def meet(ranks: Ranks, config: Config, shards: Shards) -> None:
         )
 
 
-def untaken(outcome: Outcome, before: int, limit: int, where: str) -> int:
+def count_skipped(outcome: StepResult, before: int, limit: int, where: str) -> int:
     """Steps in a row that were not taken, `before` of them before this one. JobError if they are
     `limit`.
     """
@@ -221,11 +230,11 @@ def untaken(outcome: Outcome, before: int, limit: int, where: str) -> int:
 
 def share(config: Config, rank: int = 0, world: int = 1) -> range:
     """The places of `rank` in the global batch. UserError if it cannot be cut into equal parts."""
-    batch, parts = config.data.global_batch, world * config.train.accumulate
+    batch, parts = config.data.global_batch, world * config.train.grad_accum_steps
     if batch % parts:
         raise UserError(
             f"data.global_batch: {batch} is not a multiple of {parts}, the parts that {world} ranks and "
-            f"train.accumulate={config.train.accumulate} cut it into; give {-(-batch // parts) * parts}"
+            f"train.grad_accum_steps={config.train.grad_accum_steps} cut it into; give {-(-batch // parts) * parts}"
         )
     return range(rank * batch // world, (rank + 1) * batch // world)
 
@@ -238,7 +247,7 @@ def manifest(stage: Trainee, prompts: Mapping[str, Any], step: int) -> dict[str,
         "size_out": config["size"],
         "channels": 3,
         **{name: config["diffusion"][name] for name in ("schedule", "prediction", "loss")},
-        **stage.facts(),
+        **stage.manifest_fields(),
         **prompts,
         "ema_decay": stage.config.train.ema_decay,
         "step": step,

@@ -19,7 +19,7 @@ from typing import Any
 
 from pipeline import device
 from pipeline.data.loader import AHEAD
-from pipeline.nn.blocks import Kept
+from pipeline.nn.blocks import ActivationFootprint
 from pipeline.nn.unet import UNet
 from pipeline.train.buckets import NUMBER, SMALLEST
 
@@ -45,8 +45,8 @@ def predict(network: UNet, config: Any, side: int, world: int) -> dict[str, int]
     shapes = [tuple(parameter.shape) for parameter in network.trainable_params()]
     number, adamw = sum(map(math.prod, shapes)), config.optimizer.kind == "adamw"
     share = number // (world if config.train.shard_optimizer else 1)
-    batch = config.data.global_batch / (world * config.train.accumulate)
-    layers = network.kept(side, config.text.length if config.text else 0)
+    batch = config.data.global_batch / (world * config.train.grad_accum_steps)
+    layers = network.footprint(side, config.text.length if config.text else 0)
     seen = (
         network.stem.in_channels // network.patch**2 // 3
     )  # pictures, each there with another: a noise, or a mask
@@ -54,7 +54,7 @@ def predict(network: UNet, config: Any, side: int, world: int) -> dict[str, int]
     kept = batch * (activations(layers, config.unet.recompute) * size(config) / 4 + pictures)
     backward = batch * max(layer.largest for layer in layers) * size(config) / 4
     gradients = number * (
-        3 if config.train.accumulate > 1 else 2
+        3 if config.train.grad_accum_steps > 1 else 2
     )  # this step's, the last one's, the sum of the parts
     largest = max(map(math.prod, shapes))
     bucket = min(number, max(number // NUMBER, SMALLEST, largest))
@@ -78,7 +78,7 @@ def predict(network: UNet, config: Any, side: int, world: int) -> dict[str, int]
     return {name: round(count) for name, count in {**found, "total": sum(found.values())}.items()}
 
 
-def activations(layers: Sequence[Kept], recompute: bool) -> int:
+def activations(layers: Sequence[ActivationFootprint], recompute: bool) -> int:
     """Numbers that are kept of one image: all, or with `recompute` the layers' inputs and the
     inside of one.
     """

@@ -25,10 +25,10 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.999)  # Adafactor keeps no first moment
     eps: float = 1e-8  # AdamW's
     weight_decay: float = 0.0
-    clip: float = 1.0  # largest norm of the whole gradient
+    max_grad_norm: float = 1.0  # largest norm of the whole gradient
 
     def __post_init__(self) -> None:
-        for name in ("lr", "clip", "eps"):
+        for name in ("lr", "max_grad_norm", "eps"):
             if getattr(self, name) <= 0:
                 raise ConfigError(
                     f"{name}: {getattr(self, name)} is not positive; give a positive number"
@@ -91,10 +91,10 @@ def optimizer(config: OptimizerConfig, parameters: list[Parameter], rate: nn.Cel
         eps=config.eps,
         weight_decay=config.weight_decay,
     )
-    return adamw if device.on_ascend() else InTurn(adamw)
+    return adamw if device.on_ascend() else SequentialAdamW(adamw)
 
 
-class InTurn(nn.Cell):
+class SequentialAdamW(nn.Cell):
     """The step of MindFormers' AdamW on a CPU: the same formula, one parameter after another, and
     no division.
 

@@ -19,7 +19,7 @@ GROWTH = 2000  # steps without overflow after which a larger scale is tried
 LARGEST = 2.0**16  # where it starts, too
 
 
-def lower(network: nn.Cell, precision: Precision) -> None:
+def cast_matmuls(network: nn.Cell, precision: Precision) -> None:
     """Lets convolutions and dense layers of `network` compute in `precision`. ConfigError if the
     device does not.
     """

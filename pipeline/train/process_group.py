@@ -2,7 +2,7 @@
 
 Every rank trains the same weights on its share of the batch. They begin alike (`broadcast`), and
 each step adds up their gradients (`sum`), so that they take the same step and stay alike, bit for
-bit: `differing` finds out whether they did. Where each keeps only a share of the optimizer they
+bit: `mismatching_ranks` finds out whether they did. Where each keeps only a share of the optimizer they
 `gather` what they made of it. There is no barrier and no clock. A rank that has something else to
 do, rank 0 that saves or samples, is waited for in the next sum, for at most `runtime.PATIENCE`
 seconds.
@@ -31,8 +31,8 @@ T = TypeVar("T")
 PIECE = 2**26  # bytes that are told at a time
 
 
-def together(method: Callable[P, T]) -> Callable[P, T]:
-    """A method of `Ranks` that needs all of them: when one has gone, JobError rather than what the
+def requires_all_ranks(method: Callable[P, T]) -> Callable[P, T]:
+    """A method of `ProcessGroup` that needs all of them: when one has gone, JobError rather than what the
     network says.
     """
 
@@ -49,7 +49,7 @@ def together(method: Callable[P, T]) -> Callable[P, T]:
     return asked
 
 
-class Ranks:
+class ProcessGroup:
     """The ranks of a job, seen from one of them. Alone, it has nobody to ask and answers itself."""
 
     def __init__(self, rank: int = 0, world: int = 1) -> None:
@@ -67,12 +67,12 @@ class Ranks:
     def all_gather(self, flat: Tensor) -> Tensor:
         return ops.AllGather(GlobalComm.WORLD_COMM_GROUP)(flat)
 
-    def from_first(self, flat: Tensor) -> Tensor:
+    def broadcast_tensor(self, flat: Tensor) -> Tensor:
         return ops.Broadcast(0, GlobalComm.WORLD_COMM_GROUP)((flat,))[0]
 
     # What is made of them.
 
-    @together
+    @requires_all_ranks
     def sum(
         self, vectors: Sequence[Tensor], numbers: Sequence[float]
     ) -> tuple[list[Tensor], list[float]]:
@@ -84,7 +84,7 @@ class Ranks:
         joined = self.all_reduce(ops.cat((last, Tensor(np.array(numbers, np.float32)))))
         return [*sums, joined[: last.size]], joined[last.size :].asnumpy().tolist()
 
-    @together
+    @requires_all_ranks
     def gather(self, share: Tensor) -> Tensor:
         """The equal shares of all ranks, one after another."""
         return share if self.world == 1 else self.all_gather(share)
@@ -98,22 +98,26 @@ class Ranks:
         if self.rank == 0:
             data[:] = np.ascontiguousarray(array, kind).tobytes()
         for start in range(0, len(data), PIECE):
-            data[start : start + PIECE] = self.tell(bytes(data[start : start + PIECE]))
+            data[start : start + PIECE] = self.broadcast_bytes(bytes(data[start : start + PIECE]))
         return np.frombuffer(data, kind).reshape(shape)
 
-    @together
-    def tell(self, data: bytes) -> bytes:
+    @requires_all_ranks
+    def broadcast_bytes(self, data: bytes) -> bytes:
         """What rank 0 has for `data`, which must be equally long on all ranks."""
-        return data if self.world == 1 else as_bytes(self.from_first(as_numbers(data)), len(data))
+        return (
+            data
+            if self.world == 1
+            else as_bytes(self.broadcast_tensor(as_numbers(data)), len(data))
+        )
 
-    def tell_numbers(self, *numbers: int) -> tuple[int, ...]:
+    def broadcast_ints(self, *numbers: int) -> tuple[int, ...]:
         """What rank 0 has for `numbers`, each of 64 bits."""
         form = f"<{len(numbers)}q"
-        return struct.unpack(form, self.tell(struct.pack(form, *numbers)))
+        return struct.unpack(form, self.broadcast_bytes(struct.pack(form, *numbers)))
 
-    @together
-    def differing(self, digest: bytes) -> list[int]:
-        """The ranks whose `digest` is not the most common one (of two: rank 1's, as nobody can tell
+    @requires_all_ranks
+    def mismatching_ranks(self, digest: bytes) -> list[int]:
+        """The ranks whose `digest` is not the most common one (of two: rank 1's, as nobody can broadcast_bytes
         which is right).
         """
         if self.world == 1:

@@ -62,7 +62,7 @@ def finished(config: Config) -> bool:
     return step >= config.train.steps and not list(changed(run, config))
 
 
-def settle(run: Path, config: Config) -> Path | None:
+def prepare_run_dir(run: Path, config: Config) -> Path | None:
     """The checkpoint to go on from, if any, once the configuration is known to be the run's own;
     saves it.
     """
@@ -90,7 +90,7 @@ def resume(newest: Path | None, trainer: TrainStep, shards: Shards) -> tuple[int
                 f"data.shards: the samples are no longer those that {newest} was trained on (there are {len(shards):,} "
                 "now; a shard was changed, added, lost or indexed anew): put them back, or take another run folder"
             )
-    done, skipped, scale, good = trainer.state.ranks.tell_numbers(
+    done, skipped, scale, good = trainer.state.ranks.broadcast_ints(
         *(state.get(name, 0) for name in COUNTS)
     )
     if done:

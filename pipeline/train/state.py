@@ -18,16 +18,16 @@ from pipeline.config import ConfigError
 from pipeline.errors import JobError, UserError
 from pipeline.nn.parameters import put
 from pipeline.train.buckets import Bucket, buckets
-from pipeline.train.compile_cache import Graphs
+from pipeline.train.compile_cache import CompileCache
 from pipeline.train.optimizer import OptimizerConfig, learning_rate, optimizer
-from pipeline.train.process_group import Ranks
+from pipeline.train.process_group import ProcessGroup
 
 FILES = ("model", "ema", "optimizer")  # of a checkpoint
 
 Arrays = dict[str, np.ndarray]
 
 
-class State:
+class TrainState:
     """Parameters in training with their optimizer and their average.
 
     Args:
@@ -48,16 +48,16 @@ class State:
         config: OptimizerConfig,
         steps: int,
         ema_decay: float,
-        ranks: Ranks | None = None,
+        ranks: ProcessGroup | None = None,
         shard: bool = False,
-        graphs: Graphs | None = None,
+        graphs: CompileCache | None = None,
     ) -> None:
         if shard and config.kind != "adamw":
             raise ConfigError(
                 f"train.shard_optimizer: {config.kind} factors whole matrices, which are not cut; take "
                 "optimizer.kind=adamw, or leave it out"
             )
-        self.ranks, self.flat = ranks or Ranks(), config.kind == "adamw"
+        self.ranks, self.flat = ranks or ProcessGroup(), config.kind == "adamw"
         self.shards, self.shard = (self.ranks.world, self.ranks.rank) if shard else (1, 0)
         self.parameters = ParameterTuple(network.trainable_params())
         self.buckets = buckets(self.parameters, self.shards)
@@ -77,17 +77,17 @@ class State:
             *(p for p in self.optimizer.get_parameters() if p.name not in own),
             self.ema_step,
         ]
-        graphs, changed = graphs or Graphs(), [*self.weights, *self.ema, *self.moments]
-        self._finish = graphs.compile(self.finish(ema_decay), changed)
-        self._spread = graphs.compile(self.spread(), self.parameters)
+        graphs, changed = graphs or CompileCache(), [*self.weights, *self.ema, *self.moments]
+        self._apply_update = graphs.compile(self.apply_update(ema_decay), changed)
+        self._scatter = graphs.compile(self.scatter(), self.parameters)
 
     def update(self, sums: Sequence[Tensor], factor: float) -> None:
         """A step of the optimizer along `factor` times the gradient `sums`, a vector for each
         bucket.
         """
-        self._finish(Tensor(factor, mstype.float32), *sums).asnumpy()
+        self._apply_update(Tensor(factor, mstype.float32), *sums).asnumpy()
         if self.flat:
-            self.show(self.weights)
+            self.sync_weights(self.weights)
 
     def lr(self, step: int) -> float:
         """The learning rate of step `step`, from 0."""
@@ -105,7 +105,7 @@ class State:
         On a CPU they are the parameters' own memory: save or copy them before the next step.
         """
         found: dict[str, Arrays] = {file: {} for file in names or FILES}
-        for file, name, parameter, bucket in self.held():
+        for file, name, parameter, bucket in self.entries():
             if file in found:
                 array = self.whole(parameter, bucket).asnumpy()
                 if self.ranks.rank == 0:
@@ -117,7 +117,7 @@ class State:
         """Gives all ranks what `files` gave, which rank 0 has. UserError where something is
         missing.
         """
-        for file, name, parameter, bucket in self.held():
+        for file, name, parameter, bucket in self.entries():
             array = None
             if self.ranks.rank == 0:
                 names = [""] if bucket is None else [p.name for p in bucket.parameters]
@@ -145,7 +145,7 @@ class State:
     def averaged(self) -> Iterator[None]:
         """The network has its EMA weights inside, its own again after. For all ranks to enter."""
         own = [p.asnumpy().copy() for p in self.parameters]
-        self.show(self.ema)
+        self.sync_weights(self.ema)
         try:
             yield
         finally:
@@ -159,7 +159,7 @@ class State:
         digest = blake2b(digest_size=8)
         for parameter in self.parameters:
             digest.update(np.ascontiguousarray(parameter.asnumpy()).data)
-        if others := self.ranks.differing(digest.digest()):
+        if others := self.ranks.mismatching_ranks(digest.digest()):
             raise JobError(
                 f"step {step}: the weights of rank {', '.join(map(str, others))} are no longer those of the other "
                 "ranks: suspect its memory or device; the same command goes on from the last checkpoint"
@@ -180,7 +180,7 @@ class State:
             for parameter, (start, stop) in zip(bucket.parameters, bucket.spans, strict=True)
         ]
 
-    def cuts(self) -> list[tuple[int, int, int, Parameter]]:
+    def grad_slices(self) -> list[tuple[int, int, int, Parameter]]:
         """The same of each of `weights`, whose gradients these are."""
         if not self.flat:
             return self.pieces()
@@ -190,7 +190,7 @@ class State:
             for number, (share, weight) in enumerate(shares)
         ]
 
-    def held(self) -> Iterator[tuple[str, str, Parameter, Bucket | None]]:
+    def entries(self) -> Iterator[tuple[str, str, Parameter, Bucket | None]]:
         """(file of a checkpoint, name in it, parameter, None), or, of what holds a share of a
         bucket, (file, what goes before the names in it, parameter, bucket).
         """
@@ -218,7 +218,7 @@ class State:
         """All of what the ranks hold shares of."""
         return parameter if bucket is None or self.shards == 1 else self.ranks.gather(parameter)
 
-    def show(self, weights: ParameterTuple) -> None:
+    def sync_weights(self, weights: ParameterTuple) -> None:
         """Puts `weights`, the optimizer's or their average, into the network."""
         if not self.flat:
             for parameter, weight in zip(self.parameters, weights, strict=True):
@@ -228,23 +228,23 @@ class State:
             self.whole(weight, bucket) for weight, bucket in zip(weights, self.buckets, strict=True)
         ]
         if device.on_ascend():
-            self._spread(*vectors).asnumpy()
+            self._scatter(*vectors).asnumpy()
             return
         for bucket, vector in zip(self.buckets, vectors, strict=True):
             bucket.write(vector.asnumpy())
 
     # The compiled functions.
 
-    def finish(self, ema_decay: float) -> Callable[..., Tensor]:
+    def apply_update(self, ema_decay: float) -> Callable[..., Tensor]:
         """(factor, sums) -> the decay that was used: a step along `factor` times the sums, and of
         the average.
         """
         weights, average, ema_step, update = self.weights, self.ema, self.ema_step, self.optimizer
-        cuts, piece = self.cuts(), whole if self.flat and self.shards == 1 else cut
+        grad_slices, piece = self.grad_slices(), whole if self.flat and self.shards == 1 else cut
 
         def finish(factor: Tensor, *sums: Tensor) -> Tensor:
             gradients: tuple[Tensor, ...] = ()
-            for number, start, stop, weight in cuts:
+            for number, start, stop, weight in grad_slices:
                 gradients = (
                     *gradients,
                     piece(sums[number], start, stop).reshape(weight.shape) * factor,
@@ -262,7 +262,7 @@ class State:
 
         return finish
 
-    def spread(self) -> Callable[..., Tensor]:
+    def scatter(self) -> Callable[..., Tensor]:
         """(vectors) -> one of them: puts them into the parameters, on a device whose memory the
         host does not share.
         """

@@ -1,6 +1,6 @@
-"""One training step: gradients, their sum over parts and ranks, and what `State` makes of it.
+"""One training step: gradients, their sum over parts and ranks, and what `TrainState` makes of it.
 
-The batch of a rank is cut into `accumulate` equal parts, so that memory holds the activations of
+The batch of a rank is cut into `grad_accum_steps` equal parts, so that memory holds the activations of
 one part only. A step whose loss or gradient is not finite is not taken: parameters, optimizer and
 EMA stay as they are, on all ranks, as all of them see the same sum.
 """
@@ -14,12 +14,12 @@ from mindspore import Tensor, ops, value_and_grad
 from mindspore import dtype as mstype
 
 from pipeline import device
-from pipeline.train.compile_cache import Graphs
+from pipeline.train.compile_cache import CompileCache
 from pipeline.train.precision import LossScale
-from pipeline.train.state import State
+from pipeline.train.state import TrainState
 
 
-class Outcome(NamedTuple):
+class StepResult(NamedTuple):
     """Of a step: mean loss and norm of the gradient before clipping, over all ranks; how many asked
     to stop; whether the loss scale had been too large.
     """
@@ -41,8 +41,8 @@ class TrainStep:
         loss: positional tensors -> loss of each image (B,), through the network whose parameters
             are `state`'s.
         state: what is trained.
-        clip: largest norm of the mean gradient; a longer one is shortened to it.
-        accumulate: how many parts a rank's batch is cut into.
+        max_grad_norm: largest norm of the mean gradient; a longer one is shortened to it.
+        grad_accum_steps: how many parts a rank's batch is cut into.
         scale: by which the loss is multiplied while its gradient is taken.
         graphs: what compiles.
     """
@@ -50,19 +50,19 @@ class TrainStep:
     def __init__(
         self,
         loss: Callable[..., Tensor],
-        state: State,
-        clip: float,
-        accumulate: int = 1,
+        state: TrainState,
+        max_grad_norm: float,
+        grad_accum_steps: int = 1,
         scale: LossScale | None = None,
-        graphs: Graphs | None = None,
+        graphs: CompileCache | None = None,
     ) -> None:
-        self.state, self.clip, self.accumulate, self.scale = (
+        self.state, self.max_grad_norm, self.grad_accum_steps, self.scale = (
             state,
-            clip,
-            accumulate,
+            max_grad_norm,
+            grad_accum_steps,
             scale or LossScale(),
         )
-        self.gradient = (graphs or Graphs()).compile(self.part(loss), state.parameters)
+        self.gradient = (graphs or CompileCache()).compile(self.part(loss), state.parameters)
 
     def part(self, loss: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
         """(loss scale, batch) -> the scaled loss, and its gradient as a vector for each bucket."""
@@ -91,7 +91,7 @@ class TrainStep:
 
     def parts(self, batch: tuple[np.ndarray, ...]) -> list[tuple[Tensor, ...]]:
         """What a step takes: `batch` on the device, in as many parts as are accumulated."""
-        parts = zip(*(np.split(array, self.accumulate) for array in batch), strict=True)
+        parts = zip(*(np.split(array, self.grad_accum_steps) for array in batch), strict=True)
         return [tuple(map(device.to_device, part)) for part in parts]
 
     def ahead(
@@ -109,7 +109,9 @@ class TrainStep:
         if now is not None:
             yield now
 
-    def __call__(self, parts: list[tuple[Tensor, ...]], stop: Callable[[], bool] = bool) -> Outcome:
+    def __call__(
+        self, parts: list[tuple[Tensor, ...]], stop: Callable[[], bool] = bool
+    ) -> StepResult:
         """Trains on what `parts` gave, together with the other ranks; `stop` says whether this one
         is to end.
         """
@@ -122,11 +124,11 @@ class TrainStep:
                 [total + new for total, new in zip(sums, vectors, strict=True)] if sums else vectors
             )
         sums, (total, stops) = ranks.sum(sums, (mine / self.scale.value, stop()))
-        factor = 1 / (self.accumulate * ranks.world * self.scale.value)
+        factor = 1 / (self.grad_accum_steps * ranks.world * self.scale.value)
         lengths = [bucket.size - bucket.padding for bucket in self.state.buckets]
         norm = math.sqrt(device.sum_of_squares(sums, lengths)) * factor
-        outcome = Outcome(total / (self.accumulate * ranks.world), norm, int(stops))
+        outcome = StepResult(total / (self.grad_accum_steps * ranks.world), norm, int(stops))
         overflow = self.scale.after(outcome.taken)
         if outcome.taken:
-            self.state.update(sums, factor * min(1.0, self.clip / max(norm, 1e-12)))
+            self.state.update(sums, factor * min(1.0, self.max_grad_norm / max(norm, 1e-12)))
         return outcome._replace(overflow=overflow)

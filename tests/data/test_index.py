@@ -15,7 +15,15 @@ import pytest
 
 from pipeline.data import index as index_module
 from pipeline.data import tar as module
-from pipeline.data.index import FILES, Index, beside, build, index_path, read_index, write_index
+from pipeline.data.index import (
+    FILES,
+    Index,
+    build,
+    index_path,
+    read_index,
+    sidecar_path,
+    write_index,
+)
 from pipeline.data.source import Sources
 from pipeline.errors import JobError, UserError
 from tests.helpers.image_files import html, png_bomb
@@ -286,13 +294,13 @@ def test_an_index_that_fits_and_one_that_does_not(tmp_path: Path) -> None:
 
 
 def test_places() -> None:
-    assert beside("a/b.c.tar", "index", None) == Path("a/b.c.index.safetensors")
-    one, other = (beside(f"{folder}/0.tar", "index", Path("cache")) for folder in "ab")
+    assert sidecar_path("a/b.c.tar", "index", None) == Path("a/b.c.index.safetensors")
+    one, other = (sidecar_path(f"{folder}/0.tar", "index", Path("cache")) for folder in "ab")
     assert one.parent == other.parent == Path("cache/shards")
     assert one != other
     assert one.name.endswith("-0.index.safetensors")
     with pytest.raises(UserError, match=r"http://h/0\.tar: .*: name one in data\.cache"):
-        beside("http://h/0.tar", "index", None)
+        sidecar_path("http://h/0.tar", "index", None)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -438,7 +446,7 @@ def test_processes_share_the_work_and_take_over_from_the_dead(tmp_path: Path) ->
     command = [sys.executable, "-W", "error", "-c", SLOW]
     with leaving_nothing(tmp_path) as start:
         slow = start([*command, "600", *paths])
-        until(lambda: list(tmp_path.glob(".0.*.lock")), "a claim")
+        until(lambda: list(tmp_path.glob(".0.*.lock")), "a try_lock")
         fast = start([*command, "0", *paths])
         until((tmp_path / "2.index.safetensors").exists, "the last index")
         slow.kill()

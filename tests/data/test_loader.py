@@ -78,7 +78,7 @@ def make(
     raw = {
         "shards": f"{shards}/*.tar",
         "global_batch": BATCH,
-        "window": 2,
+        "shuffle_shards": 2,
         "crop": "random",
         "max_damage": 1.0,
     }

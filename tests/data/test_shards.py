@@ -218,7 +218,7 @@ def test_a_server_without_a_cache_folder(folder: Path) -> None:
     ("raw", "message"),
     [
         ({"global_batch": 0}, "global_batch: 0 is not positive"),
-        ({"window": 0}, "window: 0 is not positive"),
+        ({"shuffle_shards": 0}, "shuffle_shards: 0 is not positive"),
         ({"workers": 0}, "workers: 0 is not positive"),
         ({"max_damage": 1.5}, r"max_damage: 1.5 is not a share in \[0, 1\]"),
         ({"shards": {}}, "shards: {}; give each entry a weight above 0"),

@@ -6,7 +6,7 @@ import pytest
 from mindspore import Tensor
 
 from pipeline.config import ConfigError
-from pipeline.diffusion.objective import DiffusionConfig, distance, loss, weight
+from pipeline.diffusion.objective import DiffusionConfig, loss, pointwise_loss, weight
 from pipeline.diffusion.process import add_noise, target, x_from
 
 PREDICTIONS = ("eps", "x0", "v")
@@ -43,7 +43,7 @@ def reference(config, output, x, eps, logsnr):
 @pytest.mark.parametrize("kind", DISTANCES)
 def test_distance(kind):
     d = np.array([-100, -1.5, -1, -0.3, 0, 1e-3, 0.5, 1, 1 + 1e-6, 7], np.float32)
-    found = distance(kind, Tensor(d + 0.25), Tensor(np.full_like(d, 0.25))).asnumpy()
+    found = pointwise_loss(kind, Tensor(d + 0.25), Tensor(np.full_like(d, 0.25))).asnumpy()
     np.testing.assert_allclose(found, DISTANCES[kind](d.astype(np.float64)), rtol=1e-5, atol=1e-7)
 
 

@@ -9,8 +9,8 @@ from mindspore import Tensor
 from pipeline.diffusion.process import (
     add_noise,
     alpha_sigma,
-    around,
     eps_from_x,
+    gaussian_posterior,
     target,
     v_target,
     x_from,
@@ -84,36 +84,44 @@ class TestEveryLevel:
         assert (np.abs(call(eps_from_x, z, X, logsnr) - EPS) <= 1e-6 / rates(logsnr)[1]).all()
 
 
-@pytest.mark.parametrize("spread", [0.05, 0.25, 1.0])
-def test_an_answer_counts_deviations_from_what_is_known(spread):
-    """By Bayes' rule: of pixels that a guess is off by N(0, spread^2), given z; -20 is the guess,
+@pytest.mark.parametrize("residual_std", [0.05, 0.25, 1.0])
+def test_an_answer_counts_deviations_from_what_is_known(residual_std):
+    """By Bayes' rule: of pixels that a prior_mean is off by N(0, residual_std^2), given z; -20 is the prior_mean,
     20 what z shows.
     """
     logsnr = np.linspace(-20, 20, 9).astype(np.float32)
-    (alpha, sigma), guess = rates(logsnr), X[::-1].astype(np.float64)
+    (alpha, sigma), prior_mean = rates(logsnr), X[::-1].astype(np.float64)
     z = alpha * X + sigma * EPS
-    variance = 1 / (1 / spread**2 + alpha**2 / sigma**2)
-    spreads = Tensor(np.full(9, spread, np.float32))
-    inputs = Tensor(guess.astype(np.float32)), spreads, Tensor(z.astype(np.float32)), Tensor(logsnr)
-    found, deviation = (tensor.asnumpy() for tensor in around(*inputs))
+    variance = 1 / (1 / residual_std**2 + alpha**2 / sigma**2)
+    spreads = Tensor(np.full(9, residual_std, np.float32))
+    inputs = (
+        Tensor(prior_mean.astype(np.float32)),
+        spreads,
+        Tensor(z.astype(np.float32)),
+        Tensor(logsnr),
+    )
+    found, deviation = (tensor.asnumpy() for tensor in gaussian_posterior(*inputs))
     np.testing.assert_allclose(
-        found, variance * (guess / spread**2 + alpha * z / sigma**2), atol=2e-5
+        found, variance * (prior_mean / residual_std**2 + alpha * z / sigma**2), atol=2e-5
     )
     np.testing.assert_allclose(deviation, np.sqrt(variance), rtol=1e-4)
-    np.testing.assert_allclose(found[0], guess[0], atol=1e-3)
+    np.testing.assert_allclose(found[0], prior_mean[0], atol=1e-3)
     np.testing.assert_allclose(found[-1], X[-1], atol=1e-3)
 
 
 def test_deviations_from_the_mean_have_one_size():
-    """At all levels, if the guess is off by its spread."""
+    """At all levels, if the prior_mean is off by its residual_std."""
     rng, logsnr = np.random.default_rng(0), np.linspace(-20, 10, 9).astype(np.float32)
-    guess, off, eps = rng.standard_normal((3, 9, 3, 64, 64)).astype(np.float32)
-    truth = guess + 0.1 * off
-    x, eps, guess, spread, logsnr = map(
-        Tensor, (truth, eps, guess, np.full(9, 0.1, np.float32), logsnr)
+    prior_mean, off, eps = rng.standard_normal((3, 9, 3, 64, 64)).astype(np.float32)
+    truth = prior_mean + 0.1 * off
+    x, eps, prior_mean, residual_std, logsnr = map(
+        Tensor, (truth, eps, prior_mean, np.full(9, 0.1, np.float32), logsnr)
     )
     mean, deviation = (
-        tensor.asnumpy() for tensor in around(guess, spread, add_noise(x, eps, logsnr), logsnr)
+        tensor.asnumpy()
+        for tensor in gaussian_posterior(
+            prior_mean, residual_std, add_noise(x, eps, logsnr), logsnr
+        )
     )
     np.testing.assert_allclose(((truth - mean) / deviation).std((1, 2, 3)), 1, atol=0.03)
 

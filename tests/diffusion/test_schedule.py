@@ -100,7 +100,8 @@ def test_uniform_times_make_every_step_equally_likely(schedule):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_shift_is_added(schedule, timesteps):
     plain, shifted = (
-        ScheduleConfig(schedule=schedule, timesteps=timesteps, shift=shift) for shift in (0.0, -1.5)
+        ScheduleConfig(schedule=schedule, timesteps=timesteps, logsnr_shift=logsnr_shift)
+        for logsnr_shift in (0.0, -1.5)
     )
     np.testing.assert_allclose(shifted.logsnr(T), plain.logsnr(T) - 1.5)
 

@@ -15,10 +15,10 @@ from pipeline.diffusion.solvers import (
     SAMPLERS,
     SamplerConfig,
     Step,
-    combine,
     ddim,
     ddpm,
-    levels,
+    linear_step,
+    logsnr_steps,
     sample,
 )
 
@@ -34,7 +34,7 @@ def by(denoise):
 
     def advance(logsnr, numbers, z, *terms):
         x = denoise(z, logsnr)
-        return combine(numbers, z, x, *terms), x
+        return linear_step(numbers, z, x, *terms), x
 
     return advance
 
@@ -89,7 +89,7 @@ class TestLevels:
     @every_schedule
     @pytest.mark.parametrize("steps", [1, 2, 3, 250])
     def test_rise_from_noise_to_the_image(self, schedule, steps):
-        found = levels(ScheduleConfig(schedule=schedule), steps)
+        found = logsnr_steps(ScheduleConfig(schedule=schedule), steps)
         assert found.shape == (steps + 1,)
         assert found[0] == SCHEDULES[schedule](1.0)
         assert found[-1] == np.inf
@@ -99,7 +99,7 @@ class TestLevels:
     @every_schedule
     def test_are_even_in_time(self, schedule):
         np.testing.assert_allclose(
-            levels(ScheduleConfig(schedule=schedule), 4)[:4],
+            logsnr_steps(ScheduleConfig(schedule=schedule), 4)[:4],
             SCHEDULES[schedule](np.array([1, 0.75, 0.5, 0.25])),
         )
 
@@ -107,24 +107,24 @@ class TestLevels:
         """Ten of a hundred steps: every tenth."""
         schedule = ScheduleConfig(schedule="linear", timesteps=100)
         every = schedule.logsnr(np.arange(1, 101) / 100)
-        np.testing.assert_array_equal(levels(schedule, 10)[:-1], every[::-1][::10])
-        np.testing.assert_array_equal(levels(schedule, 100)[:-1], every[::-1])
+        np.testing.assert_array_equal(logsnr_steps(schedule, 10)[:-1], every[::-1][::10])
+        np.testing.assert_array_equal(logsnr_steps(schedule, 100)[:-1], every[::-1])
         with pytest.raises(
             ConfigError, match="steps: 101 are more than the 100 of this stage's discrete time"
         ):
-            levels(schedule, 101)
+            logsnr_steps(schedule, 101)
 
     @pytest.mark.parametrize("timesteps", [None, 40])
     def test_extra_steps_lie_behind_the_last(self, timesteps):
         schedule = ScheduleConfig(timesteps=timesteps)
-        plain, more = levels(schedule, 10), levels(schedule, 10, extra=3)
+        plain, more = logsnr_steps(schedule, 10), logsnr_steps(schedule, 10, extra=3)
         assert len(more) == len(plain) + 3
         np.testing.assert_array_equal(more[:10], plain[:10])
         assert (np.diff(more[9:]) > 0).all()
 
     @pytest.mark.parametrize(("strength", "calls"), [(1.0, 10), (0.5, 5), (0.25, 3), (0.01, 1)])
     def test_strength_starts_later(self, strength, calls):
-        found = levels(ScheduleConfig(), 10, strength=strength)
+        found = logsnr_steps(ScheduleConfig(), 10, strength=strength)
         assert len(found) == calls + 1
         assert found[0] == ScheduleConfig().logsnr(strength)
 
@@ -137,15 +137,15 @@ def test_resampling_goes_back_to_the_level_of_the_step():
 
     def advance(logsnr, numbers, z, *terms):
         seen.append((logsnr, float(z.asnumpy().std())))
-        return combine(numbers, z, z * 0, *terms), z * 0
+        return linear_step(numbers, z, z * 0, *terms), z * 0
 
     def noise(draw):
         return Tensor(
             np.random.default_rng(draw).standard_normal((1, 1, 256, 256)).astype(np.float32)
         )
 
-    logsnrs = levels(ScheduleConfig(), 4)
-    sample(advance, noise, "ddim", logsnrs, resample=3)
+    logsnrs = logsnr_steps(ScheduleConfig(), 4)
+    sample(advance, noise, "ddim", logsnrs, repaint_steps=3)
     assert [level for level, _ in seen] == [*np.repeat(logsnrs[:3], 3), logsnrs[3]]
     for level, deviation in seen:
         assert deviation == pytest.approx(np.sqrt(1 / (1 + np.exp(level))), rel=0.02)
@@ -215,7 +215,7 @@ TWO = Data(-0.6, 0.6, std=0.3)
 @every_schedule
 @pytest.mark.parametrize("steps", [2, 3, 10])
 def test_dpm_solver_is_the_papers(schedule, steps):
-    logsnrs = levels(ScheduleConfig(schedule=schedule), steps)
+    logsnrs = logsnr_steps(ScheduleConfig(schedule=schedule), steps)
     found = sample(by(TWO.denoise), lambda i: NOISE, "dpm_solver++", logsnrs[:-1])
     np.testing.assert_allclose(found, dpm_solver_2m(TWO.denoise, NOISE, logsnrs[:-1]), rtol=1e-9)
     whole = sample(by(TWO.denoise), lambda i: NOISE, "dpm_solver++", logsnrs)
@@ -251,7 +251,7 @@ def test_gaussian_data_come_back_with_their_mean_and_variance(sampler, schedule)
     """
     steps, (mean,) = 1000, ONE.means[:, 0]
     constant, *noises = np.eye(steps + 1)
-    logsnrs = levels(ScheduleConfig(schedule=schedule), steps)
+    logsnrs = logsnr_steps(ScheduleConfig(schedule=schedule), steps)
     alpha, sigma = rates(logsnrs[-2])
 
     def denoise(z, logsnr):
@@ -295,7 +295,7 @@ def test_a_perfect_network_gives_its_image(sampler, steps, schedule, prediction)
     """Within the rounding of the last answer: from eps, that of z over alpha."""
     draws = np.random.default_rng(1).standard_normal((steps + 1, 2, 1, 3, 3)).astype(np.float32)
     x = np.tanh(draws[-1])
-    logsnrs = levels(ScheduleConfig(schedule=schedule), steps)
+    logsnrs = logsnr_steps(ScheduleConfig(schedule=schedule), steps)
     found = sample(by(perfect(prediction, Tensor(x))), lambda i: Tensor(draws[i]), sampler, logsnrs)
     assert isinstance(found, Tensor)
     assert found.asnumpy().dtype == np.float32
@@ -307,7 +307,7 @@ def test_a_perfect_network_gives_its_image(sampler, steps, schedule, prediction)
 @every_sampler
 def test_tensors_as_arrays(sampler):
     draws = np.random.default_rng(1).standard_normal((10, 5)).astype(np.float32)
-    logsnrs = levels(ScheduleConfig(), 10)
+    logsnrs = logsnr_steps(ScheduleConfig(), 10)
 
     def denoise(z, logsnr):
         return Tensor(TWO.denoise(z.asnumpy(), logsnr).astype(np.float32))
@@ -332,7 +332,7 @@ def test_what_is_asked_of_noise_and_network(sampler, asked):
         calls.append(logsnr)
         return z
 
-    logsnrs = levels(ScheduleConfig(), 5)
+    logsnrs = logsnr_steps(ScheduleConfig(), 5)
     sample(by(denoise), noise, sampler, logsnrs)
     assert noises == asked
     assert calls == logsnrs[:-1].tolist()
@@ -341,7 +341,7 @@ def test_what_is_asked_of_noise_and_network(sampler, asked):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("steps", 0), ("batch", 0), ("percentile", 0.0), ("percentile", 99.5), ("percentile", np.nan)],
+    [("steps", 0), ("batch_size", 0), ("quantile", 0.0), ("quantile", 99.5), ("quantile", np.nan)],
 )
 def test_config_errors_name_the_field(field, value):
     with pytest.raises(ConfigError, match=f"^{field}: {value} is not "):

@@ -86,7 +86,7 @@ def test_any_stage_can_be_the_first_and_the_last(cascade, result):
 
 
 def test_options_reach_their_stage(cascade, result):
-    other = cascade(PROMPTS, seed=7, options={"sr32": {"steps": 2}, "sr64": {"augment": 0.5}})
+    other = cascade(PROMPTS, seed=7, options={"sr32": {"steps": 2}, "sr64": {"aug_level": 0.5}})
     assert (pixels(other.stages["base"]) == pixels(result.stages["base"])).all()
     assert (pixels(other.stages["sr32"]) != pixels(result.stages["sr32"])).any()
 

@@ -198,7 +198,7 @@ def test_what_cannot_be_edited_is_refused(cascade, call, message):
     ("strength", "masked"), [(1.0, False), (0.5, False), (1.0, True), (0.4, True)]
 )
 def test_the_bar_ends_where_it_says(cascade, strength, masked):
-    options = {"base": {"steps": 5, "resample": 3, "extra_steps": 2}}
+    options = {"base": {"steps": 5, "repaint_steps": 3, "extra_steps": 2}}
     (edit,) = edits_of(IMAGES[0], MASK if masked else None, strength, 6, 64, ["base"]).values()
     calls, told = [], cascade.prompt("base", PROMPTS * 3)
     cascade.run("base", told, 0, range(6), None, options, edit, lambda: calls.append(1))
@@ -347,8 +347,8 @@ def test_one_picture_by_many_prompts_and_many_by_one(cascade, files, tmp_path):
         (["--strength", "0"], "strength 0.0: not in (0, 1]; 1 leaves nothing of what was there"),
         (["--strength", "1.5"], "strength 1.5: not in (0, 1]; 1 leaves nothing of what was there"),
         (["--strength", "1", "0.5"], "--strength: 2 values for 3 stages (base, sr32, sr64); give one for each or one "),
-        (["--resample", "5"], "--resample: it is in a hole that steps are made again; give --mask, or leave it out"),
-        (["--resample", "0"], "argument --resample: 0 is less than 1"),
+        (["--repaint-steps", "5"], "--repaint-steps: it is in a hole that steps are made again; give --mask, or leave it out"),
+        (["--repaint-steps", "0"], "argument --repaint-steps: 0 is less than 1"),
         (["--steps", "0"], "--steps: [0] holds a number below 1; give positive numbers"),
         (["--prompt", *"abc"], "--image: 2 pictures for 3 prompts; give one of either, or as many"),
         (["--from", "sr"], "sr: no such stage; this cascade has base, sr32, sr64"),

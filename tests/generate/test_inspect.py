@@ -29,7 +29,7 @@ def folder(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """A stage that is told a shape, on normalized pixels, in discrete time."""
     run = tmp_path_factory.mktemp("explore") / "run"
     raw = stage_yaml("base", run, shards_folder, Path("unused")) | {
-        "condition": "class",
+        "conditioning": "class",
         "classes": {"names": list(SHAPES), "field": "shape"},
         "pixels": {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]},
         "diffusion": OWN,

@@ -62,11 +62,11 @@ def test_a_png_carries_its_recipe(folder):
         "steps": 3,
         "guidance": 2.0,
         "threshold": "dynamic",
-        "percentile": 0.995,
-        "augment": 0.0,
+        "quantile": 0.995,
+        "aug_level": 0.0,
         "schedule": None,
         "extra_steps": 0,
-        "resample": 1,
+        "repaint_steps": 1,
     }
 
 
@@ -163,9 +163,9 @@ def test_the_command_makes_the_same(trained, folder, tmp_path, capsys):
     [
         (["--steps", "2", "3"], "--steps: 2 values for 3 stages (base, sr32, sr64); give one for each or one for all"),
         (["--steps", "0"], "--steps: [0] holds a number below 1; give positive numbers"),
-        (["--augment", "1.5"], "--augment: 1.5 is not in [0.0, 1.0], which sr32 was trained with"),
+        (["--aug-level", "1.5"], "--aug-level: 1.5 is not in [0.0, 1.0], which sr32 was trained with"),
         (["--from", "sr"], "sr: no such stage; this cascade has base, sr32, sr64"),
-        (["--to", "base", "--augment", "0.1", "0.2"], "--augment: 2 values for 0 stages (); give one for each or one "
+        (["--to", "base", "--aug-level", "0.1", "0.2"], "--aug-level: 2 values for 0 stages (); give one for each or one "
          "for all"),
     ],
 )  # fmt: skip

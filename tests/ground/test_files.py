@@ -19,11 +19,11 @@ import safetensors.numpy
 
 from pipeline.errors import JobError, UserError
 from pipeline.files import (
-    claim,
     holder,
     lock,
     replace_folder,
     sha256_file,
+    try_lock,
     write_atomically,
     write_tensors,
     write_tensors_atomically,
@@ -316,20 +316,20 @@ def test_a_file_system_without_locks_gives_a_warning(
 
 def test_one_of_all_that_ask_has_the_claim(tmp_path: Path) -> None:
     path = tmp_path / "new" / "made"
-    with claim(path) as first:
-        with claim(path) as second, claim(tmp_path / "other") as elsewhere:
+    with try_lock(path) as first:
+        with try_lock(path) as second, try_lock(tmp_path / "other") as elsewhere:
             assert (first, second, elsewhere) == (True, False, True)
-        with claim(path) as third:
+        with try_lock(path) as third:
             assert not third
-    with claim(path) as again:
+    with try_lock(path) as again:
         assert again
     assert list(path.parent.iterdir()) == []
 
 
 def test_a_claim_is_given_up_with_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), claim(tmp_path / "made"):
+    with pytest.raises(ZeroDivisionError), try_lock(tmp_path / "made"):
         raise ZeroDivisionError
-    with claim(tmp_path / "made") as again:
+    with try_lock(tmp_path / "made") as again:
         assert again
 
 
@@ -346,7 +346,7 @@ def test_one_that_waited_for_a_claim_that_went_asks_anew(
         flock(descriptor, how)
 
     monkeypatch.setattr(fcntl, "flock", late)
-    with claim(tmp_path / "made") as mine:
+    with try_lock(tmp_path / "made") as mine:
         assert not mine
 
 
@@ -359,7 +359,7 @@ def test_without_locks_everyone_has_the_claim(
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with claim(tmp_path / "made") as first, claim(tmp_path / "made") as second:
+    with try_lock(tmp_path / "made") as first, try_lock(tmp_path / "made") as second:
         assert first
         assert second
 
@@ -369,7 +369,7 @@ def test_a_claim_where_nothing_can_be_written(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"cannot be written \(.*\); name another folder, in data\.cache"
     ):
-        claim(tmp_path / "file" / "made").__enter__()
+        try_lock(tmp_path / "file" / "made").__enter__()
 
 
 def test_tensors_on_a_full_disk(tmp_path: Path) -> None:

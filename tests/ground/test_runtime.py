@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import JobError
-from pipeline.runtime import PATIENCE, Job, address, attempt, job, prepare_environment, take_cores
+from pipeline.runtime import (
+    PATIENCE,
+    RankInfo,
+    address,
+    attempt,
+    job,
+    prepare_environment,
+    take_cores,
+)
 
 MSRUN = {"MS_ROLE": "MS_WORKER", "MS_WORKER_NUM": "4", "RANK_ID": "3", "DEVICE_ID": "1"}
 MPIRUN = {"RANK": "3", "SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}
@@ -22,24 +30,24 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_process_is_a_job() -> None:
-    assert job() == Job(rank=0, world=1, local_rank=0, local_world=1)
+    assert job() == RankInfo(rank=0, world=1, local_rank=0, local_world=1)
     os.environ |= {"RANK_ID": "5", "DEVICE_ID": "5"}  # left there by a cluster's machinery
-    assert job() == Job()
+    assert job() == RankInfo()
     os.environ |= {**MSRUN, "MS_WORKER_NUM": "1", "RANK_ID": "0"}
-    assert job() == Job()
+    assert job() == RankInfo()
 
 
 def test_msrun_says_who_we_are() -> None:
     os.environ |= MSRUN
-    assert job() == Job(rank=3, world=4, local_rank=1, local_world=4)
+    assert job() == RankInfo(rank=3, world=4, local_rank=1, local_world=4)
     os.environ["CASCADE_LOCAL_WORKERS"] = "2"
-    assert job() == Job(rank=3, world=4, local_rank=1, local_world=2)
+    assert job() == RankInfo(rank=3, world=4, local_rank=1, local_world=2)
 
 
 def test_mpirun_says_it_in_its_own_words() -> None:
     os.environ |= {f"OMPI_COMM_WORLD_{name}": value for name, value in MPIRUN.items()}
     prepare_environment()
-    assert job() == Job(rank=3, world=4, local_rank=1, local_world=2)
+    assert job() == RankInfo(rank=3, world=4, local_rank=1, local_world=2)
     assert {name: os.environ[name] for name in MSRUN} == MSRUN
     assert os.environ["MS_NODE_ID"] == "3"
 
@@ -55,7 +63,7 @@ def test_a_nodes_mpirun_numbers_its_own_ranks_only() -> None:
         "DEVICE_ID": "7",
     }
     prepare_environment()
-    assert job() == Job(rank=3, world=4, local_rank=1, local_world=2)
+    assert job() == RankInfo(rank=3, world=4, local_rank=1, local_world=2)
     assert os.environ["MS_NODE_ID"] == "3"
     assert not [
         name for name in os.environ if name.startswith("OMPI_")
@@ -68,7 +76,7 @@ def test_mpirun_of_one_is_no_job_of_many() -> None:
         for name, value in {**MPIRUN, "SIZE": "1", "RANK": "0"}.items()
     }
     prepare_environment()
-    assert job() == Job()
+    assert job() == RankInfo()
     assert "MS_ROLE" not in os.environ
 
 
@@ -118,7 +126,7 @@ def test_ranks_on_one_machine_have_cores_of_their_own(
             "sched_setaffinity",
             lambda pid, cores, rank=rank: taken.__setitem__(rank, list(cores)),
         )
-        take_cores(Job(rank, world, rank, world))
+        take_cores(RankInfo(rank, world, rank, world))
     assert taken == expected
 
 

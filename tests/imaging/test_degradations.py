@@ -16,10 +16,10 @@ from pipeline.imaging.degradations import (
     TASKS,
     centre,
     compressed,
-    damaged,
+    degrade,
     grey,
-    guess,
     half,
+    prior_mean,
     rectangles,
     strokes,
     whole,
@@ -34,7 +34,7 @@ COFFEE = photograph("coffee", SIDE)[:, :SIDE]
 
 
 def draws(task, num, picture=COFFEE):
-    return [damaged(task, picture, generator(0, "damage", number)) for number in range(num)]
+    return [degrade(task, picture, generator(0, "damage", number)) for number in range(num)]
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -52,7 +52,7 @@ def test_a_draw_is_its_generators(task):
     before = COFFEE.copy()
     again, other = (
         draws(task, 30),
-        [damaged(task, COFFEE, generator(1, "damage", number)) for number in range(30)],
+        [degrade(task, COFFEE, generator(1, "damage", number)) for number in range(30)],
     )
     for a, b in zip(draws(task, 30), again, strict=True):
         assert (a.source == b.source).all()
@@ -89,7 +89,7 @@ def test_an_unknown_task_names_the_known():
         UserError,
         match=r"'inpaint': not known; .* colorization, inpainting, uncropping, jpeg_resto",
     ):
-        damaged("inpaint", COFFEE, generator(0, "damage"))
+        degrade("inpaint", COFFEE, generator(0, "damage"))
 
 
 class TestWholePictures:
@@ -178,7 +178,7 @@ class TestHoles:
             assert not is_rectangles(strokes(256, generator(1, "damage", number)))
         num, picture = 600, np.zeros((256, 256, 3), np.uint8)
         found = [
-            is_rectangles(damaged("inpainting", picture, generator(0, "damage", i)).mask[0])
+            is_rectangles(degrade("inpainting", picture, generator(0, "damage", i)).mask[0])
             for i in range(num)
         ]
         assert abs(sum(found) - 0.4 * num) < 3.3 * (num * 0.6 * 0.4) ** 0.5
@@ -270,7 +270,7 @@ class TestHoles:
 @pytest.mark.parametrize("task", TASKS)
 def test_the_guess_is_the_source_and_in_a_hole_what_is_around(task):
     for given in draws(task, 5):
-        found, known = guess(task, given), np.broadcast_to(given.mask == 0, given.source.shape)
+        found, known = prior_mean(task, given), np.broadcast_to(given.mask == 0, given.source.shape)
         assert found.dtype == np.float32
         if given.mask.all():
             np.testing.assert_array_equal(found, given.source)

@@ -39,7 +39,7 @@ COMMANDS = {
             "--seed N",
             "--steps S +",
         ),
-        *("--guidance G +", "--augment A +", "--to STAGE", "--num N", "--from STAGE"),
+        *("--guidance G +", "--aug-level A +", "--to STAGE", "--num N", "--from STAGE"),
     ],
     "edit": [
         *(
@@ -50,8 +50,8 @@ COMMANDS = {
             "--seed N",
             "--steps S +",
         ),
-        *("--guidance G +", "--augment A +", "--to STAGE", "--from STAGE"),
-        *("--image PATH !", "--mask PATH", "--strength S +", "--resample N"),
+        *("--guidance G +", "--aug-level A +", "--to STAGE", "--from STAGE"),
+        *("--image PATH !", "--mask PATH", "--strength S +", "--repaint-steps N"),
     ],
     "restore": [
         *(
@@ -63,7 +63,7 @@ COMMANDS = {
             "--out DIR !",
             "--seed N",
         ),
-        *("--steps S", "--samples N", "--weights W +", "--resample SHARE", "--prompt TEXT"),
+        *("--steps S", "--samples N", "--weights W +", "--repaint-share SHARE", "--prompt TEXT"),
     ],
     "explore": [
         "STAGE|CASCADE",
@@ -426,7 +426,7 @@ def test_check_says_whether_a_training_fits(capsys: pytest.CaptureFixture[str]) 
     assert code == 0
     assert not report["fit"]["fits"]
     assert report["fit"]["device"] == 24 * 2**30 < report["memory"]["total"]
-    assert report["fit"]["instead"][0]["set"].keys() == {"train.accumulate"}
+    assert report["fit"]["instead"][0]["set"].keys() == {"train.grad_accum_steps"}
     code, out, _ = run(capsys, "check", BASE, "--memory", "24")
     assert code == 0
     assert "fits        yes, 24.00 GiB are enough\n" in out

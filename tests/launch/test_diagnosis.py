@@ -7,15 +7,15 @@ import pytest
 
 from launch.jobs.diagnosis import (
     Failure,
+    died_before_heartbeat,
     first,
     in_words,
-    mourned,
     of_launcher,
     of_rank,
+    parse_mpirun_signal,
+    parse_msrun_exits,
     story,
-    struck,
     suspended,
-    unborn,
 )
 from launch.jobs.heartbeats import PATIENCE, Beat, End, Pulse
 from launch.jobs.ranks import Rank
@@ -124,22 +124,22 @@ MPIRUN = "mpirun noticed that process rank 1 with PID 0 on node h exited on sign
 
 
 def test_what_the_launchers_logs_say() -> None:
-    assert (mourned(MSRUN), mourned(MPIRUN)) == ({101: -11, 7: 1}, {})
-    assert (struck(MPIRUN), struck(MSRUN)) == (-9, None)
+    assert (parse_msrun_exits(MSRUN), parse_msrun_exits(MPIRUN)) == ({101: -11, 7: 1}, {})
+    assert (parse_mpirun_signal(MPIRUN), parse_mpirun_signal(MSRUN)) == (-9, None)
 
 
 def test_a_rank_that_was_gone_before_its_first_heartbeat() -> None:
     """What msrun mourns first is one that was never heard of, while another is missing."""
     waiting, known = rank(None, number=0), rank(number=1)
-    found = unborn([waiting, known], {7: 9}, CLOCK)
+    found = died_before_heartbeat([waiting, known], {7: 9}, CLOCK)
     assert found == Failure(
         time=CLOCK - 1,
         what="a rank ended before its first heartbeat (exit code 9)",
         logs=("rank_0",),
     )
-    assert unborn([waiting, known], {101: 9, 7: 9}, CLOCK) is None
-    assert unborn([waiting, known], {}, CLOCK) is None
-    assert unborn([known], {7: 9}, CLOCK) is None
+    assert died_before_heartbeat([waiting, known], {101: 9, 7: 9}, CLOCK) is None
+    assert died_before_heartbeat([waiting, known], {}, CLOCK) is None
+    assert died_before_heartbeat([known], {7: 9}, CLOCK) is None
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def job(raw: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"name": "whole", "raw": raw("whole")},
         {"name": "stopped", "raw": raw("pieces"), "stop": [1, STOP]},
         {"name": "continued", "raw": raw("pieces", shard_optimizer=True)},
-        {"name": "spoiled", "raw": raw("spoiled", steps=8, accumulate=2), "nan": [1, BAD]},
+        {"name": "spoiled", "raw": raw("spoiled", steps=8, grad_accum_steps=2), "nan": [1, BAD]},
         {"name": "endless", "raw": raw("endless", steps=8, max_skipped=1), "nan": [1, BAD]},
         {"name": "left", "raw": raw("left", shard_optimizer=True), "stop": [0, STOP]},
     ]

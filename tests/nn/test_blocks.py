@@ -11,7 +11,7 @@ from mindspore import Tensor, grad
 from pipeline import runtime
 from pipeline.nn import attention, blocks
 from pipeline.nn.dropout import Dropout
-from pipeline.nn.embeddings import PADDING, LevelEmbedding
+from pipeline.nn.embeddings import PADDING, NoiseLevelEmbedding
 from pipeline.nn.parameters import assign, initialize
 from tests.helpers.compare import assert_close, differentiate, reference
 from tools.references import LAYERS, random_weights
@@ -75,7 +75,7 @@ def test_linear_attention(text):
     bias = np.zeros((2, 5))
     bias[1, 3:] = PADDING * text
     first = (array.swapaxes(-1, -2) for array in (q, k, v))  # channels before positions
-    found = attention.LinearLookup()(
+    found = attention.LinearAttention()(
         *(Tensor(array.astype(np.float32)) for array in (*first, bias))
     ).asnumpy()
     found = found.swapaxes(-1, -2)
@@ -131,16 +131,14 @@ def dropped(seeds, number, rate, shape):
     channel, place.
     """
 
-    def scrambled(bits):
+    def mix_bits(bits):
         for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
             bits = (bits ^ bits >> np.uint32(shift)) * np.uint32(factor)
         return bits ^ bits >> np.uint32(16)
 
-    bits = scrambled(seeds.astype(np.uint32) + np.uint32(number))
+    bits = mix_bits(seeds.astype(np.uint32) + np.uint32(number))
     for count in (shape[1], shape[2] * shape[3]):
-        bits = scrambled(
-            bits[..., None] + np.arange(count, dtype=np.uint32) * np.uint32(0x9E3779B9)
-        )
+        bits = mix_bits(bits[..., None] + np.arange(count, dtype=np.uint32) * np.uint32(0x9E3779B9))
     return (bits & np.uint32(2**31 - 1)).reshape(shape) < int(rate * 2**31)
 
 
@@ -288,7 +286,9 @@ def test_attention_is_a_mean_of_what_it_may_look_at():
     v = np.random.default_rng(0).standard_normal((2, 1, 4, 3)).astype(np.float32)
     bias = np.array([[0, 0, PADDING], [PADDING] * 3], np.float32)
     zero = Tensor(np.zeros((2, 1, 4, 5), np.float32))
-    found = attention.Lookup()(zero, Tensor(v * 0), Tensor(v), Tensor(bias)).asnumpy()
+    found = attention.ScaledDotProductAttention()(
+        zero, Tensor(v * 0), Tensor(v), Tensor(bias)
+    ).asnumpy()
     for image, seen in enumerate((v[0, 0, :, :2], v[1, 0])):
         np.testing.assert_allclose(
             found[image, 0], np.tile(seen.mean(1, keepdims=True), 5), atol=1e-5
@@ -303,7 +303,7 @@ def test_attention_answers_some_queries_after_the_others(monkeypatch):
     stream = np.random.default_rng(0)
     q, k, v = (Tensor(stream.standard_normal((2, 3, 4, n)).astype(np.float32)) for n in (11, 7, 7))
     bias = Tensor(np.where(np.arange(7) < [[5], [7]], 0, PADDING).astype(np.float32))
-    lookup = attention.Lookup()
+    lookup = attention.ScaledDotProductAttention()
     product, seen = lookup.scores, []
 
     def spy(one, other):
@@ -323,7 +323,7 @@ def test_level_embedding():
     """Against the definition in float64: times up to 1,000 keep the precision that float32 leaves
     them.
     """
-    level = LevelEmbedding(8, 16)
+    level = NoiseLevelEmbedding(8, 16)
     weights = random_weights({p.name: p.shape for p in level.trainable_params()}, seed=0)
     assign(level, weights, "test")
     logsnr = np.linspace(-20, 20, 41).astype(np.float32)

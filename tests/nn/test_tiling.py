@@ -77,7 +77,7 @@ def test_equals_the_whole(shape, patch, rows, enlarged, monkeypatch):
     assert enlarged[-1] == (2, 16, height, width)
     monkeypatch.setattr(tiling, "LIMIT", rows * 2 * width * 16)
     enlarged.clear()
-    found = tiling.in_bands(net, *given).asnumpy()
+    found = tiling.tiled(net, *given).asnumpy()
     largest = max(shape for shape in enlarged if shape[3] == width)
     assert largest <= (1, 16, 2 * (rows + 2), width)
     assert wanted.std() > 0.3
@@ -88,11 +88,11 @@ def test_equals_the_whole_compiled(monkeypatch):
     net, given = network(), tensors(40, 24)
     monkeypatch.setattr(tiling, "LIMIT", 3 * 2 * 16 * 24)
 
-    def in_bands(*tensors):
-        return tiling.in_bands(net, *tensors)
+    def tiled(*tensors):
+        return tiling.tiled(net, *tensors)
 
     np.testing.assert_allclose(
-        runtime.compile(in_bands)(*given).asnumpy(), net(*given).asnumpy(), atol=2e-5
+        runtime.compile(tiled)(*given).asnumpy(), net(*given).asnumpy(), atol=2e-5
     )
 
 
@@ -100,12 +100,12 @@ def test_small_pictures_and_other_networks_are_left_alone(monkeypatch):
     """Also where a single level, or ADM, has blocks at full resolution."""
     given = tensors(16, 8)
     net = network()
-    np.testing.assert_array_equal(tiling.in_bands(net, *given).asnumpy(), net(*given).asnumpy())
+    np.testing.assert_array_equal(tiling.tiled(net, *given).asnumpy(), net(*given).asnumpy())
     monkeypatch.setattr(tiling, "LIMIT", 1)
     one_level = {"channel_mults": (1,), "num_blocks": (1,), "attention": ("cross",)}
     for changes in (one_level, {"kind": "adm"}):
         net = network(**changes)
-        np.testing.assert_array_equal(tiling.in_bands(net, *given).asnumpy(), net(*given).asnumpy())
+        np.testing.assert_array_equal(tiling.tiled(net, *given).asnumpy(), net(*given).asnumpy())
 
 
 def test_statistics_are_good_where_the_mean_is_large(monkeypatch):
@@ -118,7 +118,7 @@ def test_statistics_are_good_where_the_mean_is_large(monkeypatch):
     put(net.up[-1].layers[-1].conv.bias, np.full(16, 1000, np.float32))
     wanted = net(*given).asnumpy()
     monkeypatch.setattr(tiling, "LIMIT", 5 * 2 * 16 * 16)
-    np.testing.assert_allclose(tiling.in_bands(net, *given).asnumpy(), wanted, atol=5e-3)
+    np.testing.assert_allclose(tiling.tiled(net, *given).asnumpy(), wanted, atol=5e-3)
 
 
 def test_sampling_is_in_bands_and_training_is_not(monkeypatch):

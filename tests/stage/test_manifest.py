@@ -18,13 +18,13 @@ FACTS: dict[str, Any] = {
     "schedule": "cosine",
     "prediction": "v",
     "loss": "sigmoid",
-    "augment": None,
+    "aug_range": None,
     "text": {"fingerprint": "ab" * 32, "length": 16, "width": 64},
     "ema_decay": 0.99,
     "step": 600,
     "config": {"kind": "base", "unet": {"channel_mults": [1, 2]}, "sample": {"steps": None}},
 }
-SR = {"kind": "super_resolution", "size_in": 64, "size_out": 256, "augment": [0.0, 1.0]}
+SR = {"kind": "super_resolution", "size_in": 64, "size_out": 256, "aug_range": [0.0, 1.0]}
 WEIGHTS = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(4, np.float32)}
 
 
@@ -54,7 +54,7 @@ def test_round_trip(facts: dict[str, Any], tmp_path: Path) -> None:
     assert written == facts | {"format": 1, "sha256": manifest.sha256}
     assert manifest.config == facts["config"]
     assert (manifest.size_in, manifest.size_out) == (facts["size_in"], facts["size_out"])
-    assert manifest.augment == (facts["augment"] and tuple(facts["augment"]))
+    assert manifest.aug_range == (facts["aug_range"] and tuple(facts["aug_range"]))
     assert manifest.text.fingerprint == "ab" * 32
     weights = read_weights(tmp_path / "new" / "stage", manifest)
     assert weights.keys() == WEIGHTS.keys()
@@ -117,7 +117,7 @@ def test_a_manifest_of_another_format(text: str, stage: Path) -> None:
         ({"config": [1]}, "", "config: expected a section, got the list [1]; give a section"),
         ({"config": 5}, "", "config: expected a section, got 5; give a section"),
         ({"size_out": "64"}, "", "size_out: expected a whole number, got text '64'; write 64"),
-        ({"augment": [0.0]}, "", "augment: expected 2 values, got the list [0.0]; give 2"),
+        ({"aug_range": [0.0]}, "", "aug_range: expected 2 values, got the list [0.0]; give 2"),
         (
             {"text": {}},
             "",

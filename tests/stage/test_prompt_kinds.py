@@ -26,11 +26,11 @@ from tests.conftest import stage_yaml
 from tools.shapes import SHAPES
 
 PIXELS = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}
-CLASSES = {"names": list(SHAPES), "field": "shape", "drop": 0.25}
+CLASSES = {"names": list(SHAPES), "field": "shape", "cond_drop_prob": 0.25}
 
 
 def make(kind: str, run: Path, shards: Path, **changes: Any) -> Stage:
-    raw = stage_yaml("base", run, shards, Path("unused")) | {"condition": kind, "size": 14}
+    raw = stage_yaml("base", run, shards, Path("unused")) | {"conditioning": kind, "size": 14}
     del raw["text"]
     raw["unet"] |= {"patch": 1, "attention": ["linear", "self"]}
     if kind == "class":
@@ -206,24 +206,24 @@ def test_a_picture_is_filled_up_to_the_stride_and_cut_back():
     ("changes", "message"),
     [
         (
-            {"condition": "text"},
-            "condition: text and there is no section text; condition is text if",
+            {"conditioning": "text"},
+            "conditioning: text and there is no section text; conditioning is text if",
         ),
         (
-            {"condition": "class"},
-            "condition: class and there is no section classes; condition is class if and only if",
+            {"conditioning": "class"},
+            "conditioning: class and there is no section classes; conditioning is class if and only if",
         ),
         (
             {"classes": CLASSES},
-            "condition: none and there is a section classes; condition is class if and only if",
+            "conditioning: none and there is a section classes; conditioning is class if and only if",
         ),
         (
             {"sample": {"guidance": 2.0}},
-            "sample.guidance: 2.0, but condition none leaves nothing to weigh",
+            "sample.guidance: 2.0, but conditioning none leaves nothing to weigh",
         ),
         (
             {"unet": {"channel_mults": [1], "num_blocks": [1], "attention": ["cross"]}},
-            "unet.attention: cross looks at the text, and condition is none; take self",
+            "unet.attention: cross looks at the text, and conditioning is none; take self",
         ),
         ({"pixels": {**PIXELS, "std": [0, 1, 1]}}, "pixels.std: [0.0, 1.0, 1.0] is not positive"),
     ],

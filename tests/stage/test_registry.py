@@ -68,10 +68,10 @@ def test_a_file_without_a_kind(tmp_path: Path) -> None:
         ("train.stesp=7", "train.stesp: no such field in TrainConfig; did you mean 'steps'?"),
         ("low_res.size=16", "low_res: no such field in BaseConfig; its fields are "),
         ("seed=-1", "seed: -1 is not in [0, 2**63)"),
-        ("text.drop=1.0", "text.drop: 1.0 is not in [0, 1); Imagen has 0.1"),
+        ("text.cond_drop_prob=1.0", "text.cond_drop_prob: 1.0 is not in [0, 1); Imagen has 0.1"),
         ("data.workers=0", "data.workers: 0 is not positive; give 1 or more"),
         ("train.ema_decay=1.0", "train.ema_decay: 1.0 is not in [0, 1); 0.9999 is usual"),
-        ("optimizer.clip=0.0", "optimizer.clip: 0.0 is not positive; give a positive number"),
+        ("optimizer.max_grad_norm=0.0", "optimizer.max_grad_norm: 0.0 is not positive; give a positive number"),
     ],
 )
 def test_a_fault_is_told_with_its_file(override: str, fault: str) -> None:
@@ -88,10 +88,13 @@ def test_a_fault_is_told_with_its_file(override: str, fault: str) -> None:
             "low_res.window: 250 is no multiple of 4 (the enlargement) and of {stride} (by which this U-Net shrinks a "
             "picture) up to the size 1024",
         ),
-        ("sample.augment=2.0", "sample.augment: 2.0 is not in [0, low_res.max_augment = 1.0]"),
         (
-            "low_res.max_augment=1.5",
-            "low_res.max_augment: 1.5 is not a diffusion time in [0, 1]; Imagen has 1.0",
+            "sample.aug_level=2.0",
+            "sample.aug_level: 2.0 is not in [0, low_res.max_aug_level = 1.0]",
+        ),
+        (
+            "low_res.max_aug_level=1.5",
+            "low_res.max_aug_level: 1.5 is not a diffusion time in [0, 1]; Imagen has 1.0",
         ),
     ],
 )

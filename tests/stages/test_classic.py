@@ -19,7 +19,7 @@ FEW = (
     "data.global_batch=4",
     "unet.channels=16",
 )
-QUICK = ("unet.head_channels=16", "sample.steps=3", "sample.batch=4")
+QUICK = ("unet.head_channels=16", "sample.steps=3", "sample.batch_size=4")
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from pipeline.config import ConfigError, build
 from pipeline.diffusion.process import add_noise
 from pipeline.errors import UserError
 from pipeline.generate.cascade_folder import export
-from pipeline.generate.restore import Damage, Restoring, chunks, damages, extended, restore
+from pipeline.generate.restore import Damage, RestoreOptions, chunks, damages, extended, restore
 from pipeline.imaging.compositing import least_certain, spread
 from pipeline.imaging.degradations import TASKS, grey
 from pipeline.nn.parameters import initialize
@@ -35,8 +35,8 @@ def make(run: Path, shards: Path, **changes: Any) -> Any:
     raw = stage_yaml("base", run, shards, Path("unused")) | {"kind": "image_to_image"}
     del raw["text"]
     raw["unet"] |= {"patch": 2, "attention": ["none", "none"], "dropout": 0.1}
-    raw["sample"] = {"sampler": "ddim", "steps": 2, "batch": 4, "threshold": "static"}
-    raw["tasks"] = {"inpainting": {"shift": -1.0}, "colorization": {"weight": 3.0}}
+    raw["sample"] = {"sampler": "ddim", "steps": 2, "batch_size": 4, "threshold": "static"}
+    raw["tasks"] = {"inpainting": {"logsnr_shift": -1.0}, "colorization": {"weight": 3.0}}
     cls = stage_class("image_to_image")
     return cls(build(cls.Config, raw | changes))
 
@@ -92,7 +92,7 @@ class TestBatch:
                 np.testing.assert_array_equal(source[number][0], source[number][2])
 
     def test_a_task_has_its_noise(self, stage):
-        """The same times with and without the shift."""
+        """The same times with and without the logsnr_shift."""
         num, plain = (
             40,
             make(
@@ -132,8 +132,8 @@ def test_the_loss_is_the_holes(stage):
 
 @pytest.fixture(scope="module")
 def guessing(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A stage whose network answers how the picture differs from a guess."""
-    tasks = {"inpainting": {"spread": 0.1}, "colorization": {"spread": 0.2}}
+    """A stage whose network answers how the picture differs from a prior_mean."""
+    tasks = {"inpainting": {"residual_std": 0.1}, "colorization": {"residual_std": 0.2}}
     folder = tmp_path_factory.mktemp("guessing") / "run"
     return make(folder, shards_folder, diffusion={"prediction": "x0"}, tasks=tasks)
 
@@ -150,33 +150,33 @@ class TestGuess:
             np.testing.assert_allclose(found, wanted, atol=1e-3)
 
     def test_errors_count_in_spreads(self, guessing):
-        """A network that answers nothing, in much noise: the guess's own error in the hole, or
+        """A network that answers nothing, in much noise: the prior_mean's own error in the hole, or
         everywhere.
         """
         initialize(guessing.network, 0)
         x, eps, _, *told = guessing.batch(0, range(6), np.stack([picture() for _ in range(6)]))
-        *_, guess, mask, task = told
+        *_, prior_mean, mask, task = told
         found = guessing.loss(*map(Tensor, (x, eps, np.full(6, -20, np.float32), *told))).asnumpy()
-        error = ((x - guess) ** 2 * mask).mean((1, 2, 3)) / mask.mean((1, 2, 3))
+        error = ((x - prior_mean) ** 2 * mask).mean((1, 2, 3)) / mask.mean((1, 2, 3))
         np.testing.assert_allclose(found, error / (task @ (0.1, 0.2)) ** 2, rtol=1e-3)
 
     @pytest.mark.parametrize("level", [-20.0, 0.0, 20.0])
     def test_the_network_sees_what_z_shows_of_the_difference(self, guessing, level):
-        """Beside the guess and the mask: nothing in much noise, all of it in little, and none where
+        """Beside the prior_mean and the mask: nothing in much noise, all of it in little, and none where
         it is known.
         """
-        x, eps, *_, guess, mask, task = guessing.batch(
+        x, eps, *_, prior_mean, mask, task = guessing.batch(
             0, range(4), np.stack([picture() for _ in range(4)])
         )
         logsnr, seen = np.full(4, level, np.float32), []
         watched = copy(guessing)
         watched.network = lambda seen_B7HW, *_: seen.append(seen_B7HW.asnumpy()) or seen_B7HW[:, :3]
         z = add_noise(Tensor(x), Tensor(eps), Tensor(logsnr))
-        watched.predict(z, *map(Tensor, (logsnr, guess, mask, task)))
-        np.testing.assert_array_equal(seen[0][:, 3:], np.concatenate((guess, mask), 1))
+        watched.predict(z, *map(Tensor, (logsnr, prior_mean, mask, task)))
+        np.testing.assert_array_equal(seen[0][:, 3:], np.concatenate((prior_mean, mask), 1))
         assert not seen[0][:, :3][np.broadcast_to(mask, x.shape) == 0].any()
         if level:
-            wanted = mask * (x - guess) / (task @ (0.1, 0.2)).reshape(4, 1, 1, 1) * (level > 0)
+            wanted = mask * (x - prior_mean) / (task @ (0.1, 0.2)).reshape(4, 1, 1, 1) * (level > 0)
             np.testing.assert_allclose(seen[0][:, :3], wanted, atol=0.02)
 
     def test_it_trains_and_restores(self, guessing, tmp_path):
@@ -187,7 +187,7 @@ class TestGuess:
             Damage("a", picture(17, 13), hole(17, 13)),
             Damage("b", picture(), np.ones((16, 16), bool)),
         ]
-        how = Restoring(task="inpainting", samples=2, resample=0.25)
+        how = RestoreOptions(task="inpainting", samples=2, repaint_share=0.25)
         assert restore(cascade, damages, how, tmp_path / "out") == 2
         found = read(tmp_path / "out" / "a.png")
         assert (found[~damages[0].mask] == damages[0].picture[~damages[0].mask]).all()
@@ -201,7 +201,7 @@ class TestRestore:
             Damage(f"p{n}", picture(*size), hole(*size))
             for n, size in enumerate([(16, 16), (17, 13), (16, 16)])
         ]
-        assert restore(cascade, pictures, Restoring(task="inpainting"), tmp_path / "out") == 3
+        assert restore(cascade, pictures, RestoreOptions(task="inpainting"), tmp_path / "out") == 3
         for each in pictures:
             found = read(tmp_path / "out" / f"{each.name}.png")
             assert (found[~each.mask] == each.picture[~each.mask]).all()
@@ -209,10 +209,10 @@ class TestRestore:
 
     def test_a_picture_alone_is_the_picture_in_company(self, cascade, tmp_path):
         pictures = [Damage(f"p{n}", picture(), hole()) for n in range(3)]
-        how = Restoring(task="inpainting", samples=2)
+        how = RestoreOptions(task="inpainting", samples=2)
         restore(cascade, pictures, how, tmp_path / "all")
         restore(cascade, pictures[:1], how, tmp_path / "one")
-        for name in ("p0.png", "p0.sample_1.png", "p0.spread.png"):
+        for name in ("p0.png", "p0.sample_1.png", "p0.residual_std.png"):
             assert (read(tmp_path / "all" / name) == read(tmp_path / "one" / name)).all()
 
     def test_samples_their_spread_and_their_blend(self, cascade, tmp_path):
@@ -220,7 +220,7 @@ class TestRestore:
         restore(
             cascade,
             [damage],
-            Restoring(task="inpainting", samples=3, weights=(0.0, 1.0, 1.0)),
+            RestoreOptions(task="inpainting", samples=3, weights=(0.0, 1.0, 1.0)),
             tmp_path,
         )
         samples = np.stack([read(tmp_path / f"p.sample_{n}.png") for n in range(3)])
@@ -236,8 +236,8 @@ class TestRestore:
     def test_the_least_certain_part_alone_is_made_again(self, cascade, tmp_path, task):
         mask = hole() if task == "inpainting" else np.ones((16, 16), bool)
         damage, how = Damage("p", picture(), mask), {"task": task, "samples": 3}
-        for name, more in (("without", {}), ("with", {"resample": 0.25})):
-            restore(cascade, [damage], Restoring(**how, **more), tmp_path / name)
+        for name, more in (("without", {}), ("with", {"repaint_share": 0.25})):
+            restore(cascade, [damage], RestoreOptions(**how, **more), tmp_path / name)
         samples = np.stack([read(tmp_path / "with" / f"p.sample_{n}.png") for n in range(3)])
         part = least_certain(spread(samples), mask, 0.25)
         before, after = (read(tmp_path / name / "p.png") for name in ("without", "with"))
@@ -246,14 +246,14 @@ class TestRestore:
 
     def test_a_folder_goes_on_where_it_was(self, cascade, tmp_path):
         pictures = [Damage(f"p{n}", picture(), hole()) for n in range(2)]
-        how = Restoring(task="inpainting")
+        how = RestoreOptions(task="inpainting")
         assert restore(cascade, pictures[:1], how, tmp_path) == 1
         assert restore(cascade, pictures, how, tmp_path) == 1
         assert restore(cascade, pictures, how, tmp_path) == 0
         with pytest.raises(
             UserError, match=r"p0\.png: was made with seed 0 and this command has 1; choose an"
         ):
-            restore(cascade, pictures, Restoring(task="inpainting", seed=1), tmp_path)
+            restore(cascade, pictures, RestoreOptions(task="inpainting", seed=1), tmp_path)
 
     def test_colour_starts_from_grey(self, cascade, tmp_path):
         """Of a coloured picture only its grey is used."""
@@ -262,7 +262,7 @@ class TestRestore:
             restore(
                 cascade,
                 [Damage("p", seen, np.ones((16, 16), bool))],
-                Restoring(task="colorization"),
+                RestoreOptions(task="colorization"),
                 tmp_path / name,
             )
         assert (read(tmp_path / "colour" / "p.png") == read(tmp_path / "grey" / "p.png")).all()
@@ -270,7 +270,7 @@ class TestRestore:
     def test_what_is_too_small_is_refused(self, cascade, tmp_path):
         tiny = Damage("tiny", picture(3, 9), np.ones((3, 9), bool))
         with pytest.raises(UserError, match="tiny: 9 x 3 pixels; this stage takes sides from 4 on"):
-            restore(cascade, [tiny], Restoring(task="colorization"), tmp_path / "out")
+            restore(cascade, [tiny], RestoreOptions(task="colorization"), tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
 
@@ -361,16 +361,16 @@ def test_input_that_cannot_be(files, task, image, options, message):
     ("how", "message"),
     [
         ({"samples": 2, "weights": (1.0,)}, "--weights: 1 for 2 samples; give each sample one"),
-        ({"samples": 4, "resample": 1.5}, r"--resample: 1\.5 is not in \[0, 1\]"),
+        ({"samples": 4, "repaint_share": 1.5}, r"--repaint-share: 1\.5 is not in \[0, 1\]"),
         (
-            {"resample": 0.25},
-            "--resample: 1 sample says nothing of what is certain; give --samples 4",
+            {"repaint_share": 0.25},
+            "--repaint-share: 1 sample says nothing of what is certain; give --samples 4",
         ),
     ],
 )
 def test_what_is_asked_of_samples(how, message):
     with pytest.raises(UserError, match=message):
-        Restoring(task="inpainting", **how)
+        RestoreOptions(task="inpainting", **how)
 
 
 def test_the_command(run, files, capsys, monkeypatch):
@@ -402,25 +402,28 @@ def test_the_command(run, files, capsys, monkeypatch):
     assert (entry["task"], entry["steps"], entry["file"]) == ("inpainting", 3, "a.png")
 
 
-@pytest.mark.parametrize("spread", [None, 0.1])
-def test_text_is_told_beside_the_task(shards_folder, t5_folder, tmp_path, spread):
+@pytest.mark.parametrize("residual_std", [None, 0.1])
+def test_text_is_told_beside_the_task(shards_folder, t5_folder, tmp_path, residual_std):
     """Trained on captions, joined with the encoder and asked with and without words, with guidance."""
     changes = {
-        "condition": "text",
+        "conditioning": "text",
         "text": {"encoder": str(t5_folder), "width": 16, "length": LENGTH},
     }
-    changes |= {"diffusion": {"prediction": "x0"}, "tasks": {"inpainting": {"spread": spread}}}
+    changes |= {
+        "diffusion": {"prediction": "x0"},
+        "tasks": {"inpainting": {"residual_std": residual_std}},
+    }
     changes["sample"] = {
         "sampler": "ddim",
         "steps": 2,
-        "batch": 4,
+        "batch_size": 4,
         "threshold": "static",
         "guidance": 3.0,
     }
     assert train(make(tmp_path / "run", shards_folder, **changes))
     export({"mend": tmp_path / "run" / "stage"}, t5_folder, tmp_path / "cascade")
     told = Cascade.load(tmp_path / "cascade")
-    damage, how = Damage("p", picture(), hole()), Restoring(task="inpainting")
+    damage, how = Damage("p", picture(), hole()), RestoreOptions(task="inpainting")
     found = []
     for number, words in enumerate(
         ("a small red circle on white", "a large blue square on black", "")
@@ -460,20 +463,20 @@ def test_other_stages_restore_nothing_and_this_one_makes_nothing(run, trained, f
             "tasks.inpainting.weight: 0.0 is not positive; leave out the task",
         ),
         (
-            {"tasks": {"inpainting": {"spread": 0.0}}},
-            "tasks.inpainting.spread: 0.0 is not positive; leave it out for a",
+            {"tasks": {"inpainting": {"residual_std": 0.0}}},
+            "tasks.inpainting.residual_std: 0.0 is not positive; leave it out for a",
         ),
         (
-            {"tasks": {"inpainting": {"spread": 0.1}, "colorization": {}}},
-            "tasks.colorization.spread: none, and other tasks have one; give each task one or none",
+            {"tasks": {"inpainting": {"residual_std": 0.1}, "colorization": {}}},
+            "tasks.colorization.residual_std: none, and other tasks have one; give each task one or none",
         ),
         (
-            {"tasks": {"inpainting": {"spread": 0.1}}},
-            "diffusion.prediction: v, and tasks have a spread; give x0",
+            {"tasks": {"inpainting": {"residual_std": 0.1}}},
+            "diffusion.prediction: v, and tasks have a residual_std; give x0",
         ),
         (
-            {"condition": "class", "classes": {"names": 3}},
-            "condition: class, but image to image is told its task",
+            {"conditioning": "class", "classes": {"names": 3}},
+            "conditioning: class, but image to image is told its task",
         ),
     ],
 )

@@ -65,7 +65,7 @@ def test_every_step_draws_anew(stages, name):
 
 
 def test_captions_are_dropped_whole_and_as_often_as_asked():
-    stage = make("base", text={"drop": 0.25})
+    stage = make("base", text={"cond_drop_prob": 0.25})
     pictures, text, mask = inputs(stage, 1)
     num = 2000
     _, _, _, text, mask = stage.batch(
@@ -149,7 +149,7 @@ def test_the_network_sees_the_noisy_low_resolution_and_its_level(stages, monkeyp
 
 
 def test_levels_stay_within_what_is_trained():
-    stage = make("sr32", low_res={"max_augment": 0.5})
+    stage = make("sr32", low_res={"max_aug_level": 0.5})
     pictures, text, mask = inputs(stage, 8)
     levels = stage.batch(0, range(8), pictures, text, mask)[-1]
     assert (levels >= cosine(np.array(0.5)) - 1e-6).all()
@@ -207,10 +207,14 @@ def test_the_first_loss_is_that_of_answering_nothing(stages):
         ),
         (
             "sr32",
-            {"low_res": {"max_augment": 0.5}, "sample": {"augment": 0.6}},
-            "sample.augment: 0.6 is not in [0, low_res.max_augment = 0.5]",
+            {"low_res": {"max_aug_level": 0.5}, "sample": {"aug_level": 0.6}},
+            "sample.aug_level: 0.6 is not in [0, low_res.max_aug_level = 0.5]",
         ),
-        ("base", {"text": {"drop": 1.0}}, "text.drop: 1.0 is not in [0, 1); Imagen has 0.1"),
+        (
+            "base",
+            {"text": {"cond_drop_prob": 1.0}},
+            "text.cond_drop_prob: 1.0 is not in [0, 1); Imagen has 0.1",
+        ),
         (
             "base",
             {"unet": {"dropout": 1.0}},

@@ -110,7 +110,7 @@ def test_what_is_no_class(names: Any, said: str, message: str) -> None:
             {"names": ["a", "a"]},
             "names: ['a', 'a'] has a name twice; number the classes by different names",
         ),
-        ({"drop": 1.0}, "drop: 1.0 is not in [0, 1); 0.1 is usual"),
+        ({"cond_drop_prob": 1.0}, "cond_drop_prob: 1.0 is not in [0, 1); 0.1 is usual"),
     ],
 )
 def test_classes_that_cannot_be(change: dict[str, Any], message: str) -> None:

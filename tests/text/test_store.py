@@ -239,7 +239,7 @@ def test_processes_share_the_work_and_take_over_from_the_dead(folder: Path) -> N
     command = [sys.executable, "-W", "error", "-c", WORKER, str(folder)]
     with leaving_nothing(folder) as start:
         slow = start([*command, "600"])
-        until(lambda: list(folder.glob(".0.*.lock")), "a claim")
+        until(lambda: list(folder.glob(".0.*.lock")), "a try_lock")
         others = [start([*command, "0.2"]) for _ in range(2)]
         until(lambda: len(list(folder.glob("[12].text-*"))) == 2, "the other shards")
         slow.kill()

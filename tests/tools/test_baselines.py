@@ -5,7 +5,7 @@ import pytest
 from skimage.metrics import structural_similarity
 
 from pipeline.data.image import to_uint8
-from pipeline.imaging.degradations import TASKS, compressed, damaged, grey, half, whole, with_hole
+from pipeline.imaging.degradations import TASKS, compressed, degrade, grey, half, whole, with_hole
 from pipeline.rng import generator
 from tests.helpers.image_files import psnr
 from tools.baselines import baseline, mean_chroma
@@ -19,7 +19,7 @@ PICTURES = [square(read(NAMES[i % 4]), SIDE, generator(0, "photographs", 0, i)) 
 @pytest.mark.parametrize("task", TASKS)
 def test_known_pixels_are_as_they_were(task):
     for number, picture in enumerate(PICTURES):
-        given = damaged(task, picture, generator(0, "damage", number))
+        given = degrade(task, picture, generator(0, "damage", number))
         known = given.mask[0] == 0
         found = baseline(task, given, np.array([5.0, 0, -5]))
         assert found.dtype == np.uint8
@@ -30,7 +30,7 @@ def test_known_pixels_are_as_they_were(task):
 def test_a_filled_hole_is_closer_than_its_mean_colour(task):
     gains = []
     for number, picture in enumerate(PICTURES):
-        given = damaged(task, picture, generator(0, "damage", number))
+        given = degrade(task, picture, generator(0, "damage", number))
         known = given.mask[0] == 0
         even = np.where(known[..., None], picture, picture[known].mean(0).astype(np.uint8))
         gains.append(psnr(baseline(task, given), picture) - psnr(even, picture))

@@ -27,7 +27,7 @@ def test_scores_against_their_definitions():
 
 @pytest.mark.parametrize("task", TASKS)
 def test_what_is_known_is_the_truth(task):
-    """Where nothing is to be made the damaged picture is the true one; a hole is grey."""
+    """Where nothing is to be made the degraded picture is the true one; a hole is grey."""
     truth = picture(32, 32)
     case = damage(task, "x", truth, 0, 3)
     known = case.given.mask[0] == 0

@@ -86,9 +86,9 @@ def test_mistakes_are_named(captions: Path, tmp_path: Path) -> None:
         tiny_t5.make(tmp_path / "t5", [captions], vocab=5)
     with pytest.raises(UserError, match=r"absent\.tar: captions cannot be read"):
         tiny_t5.make(tmp_path / "t5", [tmp_path / "absent.tar"])
-    (tmp_path / "damaged.tar").write_bytes(b"no tar" * 1000)
-    with pytest.raises(UserError, match=r"damaged\.tar: captions cannot be read"):
-        tiny_t5.make(tmp_path / "t5", [tmp_path / "damaged.tar"])
+    (tmp_path / "degrade.tar").write_bytes(b"no tar" * 1000)
+    with pytest.raises(UserError, match=r"degrade\.tar: captions cannot be read"):
+        tiny_t5.make(tmp_path / "t5", [tmp_path / "degrade.tar"])
     (tmp_path / "empty.txt").write_text("\n\n")
     with pytest.raises(UserError, match="no caption"):
         tiny_t5.make(tmp_path / "t5", [tmp_path / "empty.txt"])

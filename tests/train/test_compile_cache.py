@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from pipeline.train import compile_cache
-from pipeline.train.compile_cache import KEPT, Graphs
+from pipeline.train.compile_cache import KEPT, CompileCache
 from tests.conftest import stage_yaml
 from tests.helpers.jobs import ROOT, WAIT
 
@@ -66,11 +66,11 @@ def test_a_second_process_compiles_nothing_and_trains_the_same(tmp_path, shards_
 
 @pytest.fixture
 def made(tmp_path, monkeypatch):
-    """Makes Graphs as a process's first; `graphs.version` can be another."""
+    """Makes CompileCache as a process's first; `graphs.version` can be another."""
 
     def make(shaped_by="a", rank=0):
-        monkeypatch.setattr(Graphs, "taken", False)
-        return Graphs(tmp_path, rank, Graphs(), shaped_by)
+        monkeypatch.setattr(CompileCache, "taken", False)
+        return CompileCache(tmp_path, rank, CompileCache(), shaped_by)
 
     return make
 
@@ -104,4 +104,4 @@ def test_only_whole_ones_stay_and_others_go(made, tmp_path):
 def test_a_process_has_one_folder(made, tmp_path):
     first = made()
     assert first.folder is not None
-    assert Graphs(tmp_path / "other", 0, first, "a").folder is None
+    assert CompileCache(tmp_path / "other", 0, first, "a").folder is None

@@ -26,10 +26,10 @@ from pipeline.stage.registry import stage_class
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import CheckpointError
 from pipeline.train.heartbeat import Heartbeat
-from pipeline.train.loop import meet, share, train
-from pipeline.train.process_group import Ranks
-from pipeline.train.resume import finished, resume, settle
-from pipeline.train.state import State
+from pipeline.train.loop import check_ranks_agree, share, train
+from pipeline.train.process_group import ProcessGroup
+from pipeline.train.resume import finished, prepare_run_dir, resume
+from pipeline.train.state import TrainState
 from tests.conftest import stage_yaml
 from tests.helpers.jobs import WAIT, leaving_nothing, until
 from tests.helpers.tars import jpeg, sample, tar
@@ -213,7 +213,7 @@ def test_a_changed_configuration_is_refused_by_name(trained, shards_folder, t5_f
     raw["unet"]["channels"] = 32
     changed = build(type(config), raw)
     with pytest.raises(UserError) as error:
-        settle(run, changed)
+        prepare_run_dir(run, changed)
     assert str(error.value) == (
         f"unet.channels: was 16 when {run} was trained to step_0000004 and is 32 now; take the old value, or another "
         "run folder"
@@ -231,11 +231,11 @@ def test_a_field_that_is_younger_than_the_run_has_its_default(
     (run / "config.yaml").write_text(yaml.safe_dump(saved))
     _, config = config_of(run, shards_folder, t5_folder)
     assert finished(config)
-    assert settle(run, config).name == "step_0000004"
+    assert prepare_run_dir(run, config).name == "step_0000004"
     raw = stage_yaml("base", run, shards_folder, t5_folder)
     raw["unet"]["dropout"] = 0.1
     with pytest.raises(UserError, match=r"unet\.dropout: was 0\.0 when .* and is 0\.1 now"):
-        settle(run, build(type(config), raw))
+        prepare_run_dir(run, build(type(config), raw))
 
 
 def test_a_picture_that_fails_costs_no_step(shards_folder, t5_folder, tmp_path):
@@ -263,7 +263,7 @@ def test_what_is_finished_is_not_started_again(
     assert not finished(config_of(run, shards_folder, t5_folder, steps=5)[1])
     assert not finished(
         config_of(run, shards_folder, t5_folder, ema_decay=0.5)[1]
-    )  # for `settle` to refuse
+    )  # for `prepare_run_dir` to refuse
     assert not finished(config_of(tmp_path / "new", shards_folder, t5_folder)[1])
     (tmp_path / "base.yaml").write_text(
         yaml.safe_dump(stage_yaml("base", run, shards_folder, t5_folder))
@@ -313,7 +313,7 @@ def test_more_steps_are_no_other_run(trained, shards_folder, t5_folder, tmp_path
     run = tmp_path / "base"
     shutil.copytree(trained / "base", run)
     _, config = config_of(run, shards_folder, t5_folder, steps=9, checkpoint_every=7)
-    assert settle(run, config) == checkpoint.newest(run / "checkpoints")
+    assert prepare_run_dir(run, config) == checkpoint.newest(run / "checkpoints")
 
 
 def test_a_text_width_that_is_not_the_encoders_is_refused(shards_folder, t5_folder, tmp_path):
@@ -327,11 +327,11 @@ def test_a_text_width_that_is_not_the_encoders_is_refused(shards_folder, t5_fold
 
 
 def test_a_batch_that_cannot_be_cut_is_refused(shards_folder, t5_folder, tmp_path):
-    cls, config = config_of(tmp_path / "run", shards_folder, t5_folder, accumulate=3)
+    cls, config = config_of(tmp_path / "run", shards_folder, t5_folder, grad_accum_steps=3)
     with pytest.raises(UserError) as error:
         train(cls(config))
     assert str(error.value) == (
-        "data.global_batch: 4 is not a multiple of 3, the parts that 1 ranks and train.accumulate=3 cut it into; give 6"
+        "data.global_batch: 4 is not a multiple of 3, the parts that 1 ranks and train.grad_accum_steps=3 cut it into; give 6"
     )
 
 
@@ -344,9 +344,10 @@ def test_the_ranks_share_the_batch(world, shards_folder, t5_folder, tmp_path):
 
 
 def test_more_ranks_than_places_are_refused(shards_folder, t5_folder, tmp_path):
-    _, config = config_of(tmp_path / "run", shards_folder, t5_folder, accumulate=2)
+    _, config = config_of(tmp_path / "run", shards_folder, t5_folder, grad_accum_steps=2)
     with pytest.raises(
-        UserError, match=r"4 is not a multiple of 8, .* 4 ranks and train.accumulate=2 .*; give 8$"
+        UserError,
+        match=r"4 is not a multiple of 8, .* 4 ranks and train.grad_accum_steps=2 .*; give 8$",
     ):
         share(config, 0, 4)
 
@@ -433,10 +434,10 @@ def test_ranks_that_are_not_about_to_do_the_same_are_named(
 ):
     _, config = config_of(tmp_path / "run", shards_folder, t5_folder)
     shards = Shards.open(config.data, progress=False)
-    meet(Ranks(), config, shards)
-    monkeypatch.setattr(Ranks, "differing", lambda self, digest: [1, 3])
+    check_ranks_agree(ProcessGroup(), config, shards)
+    monkeypatch.setattr(ProcessGroup, "mismatching_ranks", lambda self, digest: [1, 3])
     with pytest.raises(UserError) as error:
-        meet(Ranks(0, 8), config, shards)
+        check_ranks_agree(ProcessGroup(0, 8), config, shards)
     assert str(error.value) == (
         "rank 1, 3 has another configuration or other samples than the other ranks: give all 8 the same command, and "
         "the same shards in data.shards"
@@ -449,10 +450,10 @@ def test_weights_that_drift_apart_end_the_job(shards_folder, t5_folder, tmp_path
         run, shards_folder, t5_folder, steps=9, check_every=3, checkpoint_every=2
     )
 
-    def drift(self: State, step: int) -> None:
+    def drift(self: TrainState, step: int) -> None:
         raise JobError(f"step {step}: drifted")
 
-    monkeypatch.setattr(State, "check_alike", drift)
+    monkeypatch.setattr(TrainState, "check_alike", drift)
     with pytest.raises(JobError, match="step 3: drifted"):
         train(cls(config))
     assert checkpoint.newest(run / "checkpoints").name == "step_0000002"

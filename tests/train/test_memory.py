@@ -13,12 +13,12 @@ from mindspore.nn.utils import no_init_parameters
 
 from launch.cli.fit import GIB, allowed, as_lines, changed, changes, fit
 from pipeline.config import build
-from pipeline.nn.attention import Attention, Lookup
-from pipeline.nn.blocks import Conv, Norm, Pointwise
+from pipeline.nn.attention import Attention, ScaledDotProductAttention
+from pipeline.nn.blocks import Conv, Conv1x1, Norm
 from pipeline.nn.unet import UNet, UNetConfig
 from pipeline.stage.registry import stage_class
 from pipeline.train.memory import activations, predict
-from pipeline.train.state import State
+from pipeline.train.state import TrainState
 from tests.conftest import stage_yaml
 
 
@@ -53,20 +53,20 @@ def test_what_the_gradient_needs_is_what_goes_into_the_layers(kind: str) -> None
 
     def look(cell: nn.Cell, inputs: tuple[Tensor, ...]) -> None:
         nonlocal looks
-        given = inputs[:3] if isinstance(cell, Lookup) else inputs[:1]
+        given = inputs[:3] if isinstance(cell, ScaledDotProductAttention) else inputs[:1]
         seen.update({id(tensor): tensor for tensor in given})
-        if isinstance(cell, Lookup):
+        if isinstance(cell, ScaledDotProductAttention):
             looks += inputs[0].shape[1] * inputs[0].shape[3] * inputs[1].shape[3]
 
     for part in (network.down, network.middle, network.up, network.norm, network.head):
         for _, cell in part.cells_and_names():
-            if isinstance(cell, Conv | Norm | Pointwise | Lookup):
+            if isinstance(cell, Conv | Norm | Conv1x1 | ScaledDotProductAttention):
                 cell.register_forward_pre_hook(look)
     x, text = np.zeros((1, 3, 32, 32), np.float32), np.zeros((1, 5, 8), np.float32)
     network(*map(Tensor, (x, np.zeros((1, 1), np.float32), text, np.ones((1, 5), np.float32))))
     assert any(isinstance(cell, Attention) for _, cell in network.cells_and_names())
     wanted = sum(tensor.size for tensor in seen.values()) + looks
-    assert activations(network.kept(32, 5), recompute=False) == wanted
+    assert activations(network.footprint(32, 5), recompute=False) == wanted
 
 
 @pytest.mark.parametrize("kind", ["adamw", "adafactor"])
@@ -74,7 +74,7 @@ def test_weights_optimizer_and_average_are_those_of_a_state(kind: str) -> None:
     made, told = stage(), foretold(optimizer={"kind": kind})
     config = replace(made.config.optimizer, kind=kind)
     network = UNet(made.config.unet, 3, 1, made.config.text.width)
-    state = State(network, config, 10, 0.9)
+    state = TrainState(network, config, 10, 0.9)
 
     def held(parameters: Any) -> int:
         return sum(4 * parameter.size for parameter in parameters if parameter.size > 1)
@@ -89,7 +89,7 @@ def test_activations_go_with_the_batch_and_the_parts() -> None:
     one, two = (foretold(data={"global_batch": batch}) for batch in (8, 16))
     assert two["activations"] == pytest.approx(2 * one["activations"])
     assert (
-        foretold(data={"global_batch": 16}, train={"accumulate": 2})["activations"]
+        foretold(data={"global_batch": 16}, train={"grad_accum_steps": 2})["activations"]
         == one["activations"]
     )
     assert foretold(2, data={"global_batch": 16})["activations"] == one["activations"]
@@ -117,11 +117,11 @@ def test_what_is_proposed_is_valid_and_helps() -> None:
     found = fit(made.network, config, size, 2, now - 1)
     assert not found["fits"]
     assert found["instead"]
-    assert list(found["instead"][0]["set"]) == ["train.accumulate"]
+    assert list(found["instead"][0]["set"]) == ["train.grad_accum_steps"]
     for each in found["instead"]:
         change = {key: value for key, value in each["set"].items() if key != "ranks"}
         other, world = changed(config, change), each["set"].get("ranks", 2)
-        assert other.data.global_batch % (world * other.train.accumulate) == 0
+        assert other.data.global_batch % (world * other.train.grad_accum_steps) == 0
         assert predict(made.network, other, size, world)["total"] == each["total"] < now
     assert fit(made.network, config, size, 2, now) == {"device": now, "fits": True, "instead": []}
 
@@ -137,7 +137,7 @@ def test_what_cannot_be_is_not_proposed() -> None:
     assert not {"train.shard_optimizer", "optimizer.kind"} & keys(
         stage(optimizer={"kind": "adafactor"}), 2
     )
-    assert not {"train.accumulate", "ranks"} & keys(stage(train={"accumulate": 4}), 1)
+    assert not {"train.grad_accum_steps", "ranks"} & keys(stage(train={"grad_accum_steps": 4}), 1)
     assert "unet.recompute" not in keys(stage(unet={"recompute": True}), 1)
     assert not allowed({"train.shard_optimizer": True, "optimizer.kind": "adafactor"})
 
@@ -150,5 +150,5 @@ def test_what_is_not_enough_alone_is_proposed_together() -> None:
     assert len(together["set"]) > 1
     assert together["total"] < min(each["total"] for each in alone)
     assert as_lines(found)[0] == "no, 0.01 GiB are not enough; with"
-    assert as_lines(found)[1].startswith("train.accumulate=64: ")
+    assert as_lines(found)[1].startswith("train.grad_accum_steps=64: ")
     assert as_lines(found)[1].endswith(" GiB, not enough")

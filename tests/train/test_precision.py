@@ -8,7 +8,7 @@ from pipeline import device
 from pipeline.config import ConfigError
 from pipeline.nn.parameters import initialize
 from pipeline.train import precision
-from pipeline.train.precision import LARGEST, LossScale, lower
+from pipeline.train.precision import LARGEST, LossScale, cast_matmuls
 
 
 def test_float32_has_no_scale() -> None:
@@ -54,7 +54,7 @@ def test_convolutions_and_products_are_lowered() -> None:
     exact, low = Small(), Small()
     for network in (exact, low):
         initialize(network, 0)
-    lower(low, "float16")
+    cast_matmuls(low, "float16")
     x = Tensor(np.random.default_rng(0).normal(size=(2, 3, 8, 8)).astype(np.float32))
     a, b = exact(x).asnumpy(), low(x).asnumpy()
     assert b.dtype == np.float16
@@ -65,7 +65,7 @@ def test_convolutions_and_products_are_lowered() -> None:
 def test_what_the_device_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "precisions", lambda: ("float32", "float16"))
     with pytest.raises(ConfigError) as error:
-        lower(Small(), "bfloat16")
+        cast_matmuls(Small(), "bfloat16")
     assert str(error.value) == (
         "train.precision: bfloat16 is nothing that this device computes in; give one of float32, float16"
     )

@@ -1,4 +1,4 @@
-"""What ranks tell each other, over a network of one process that holds what the others said."""
+"""What ranks broadcast_bytes each other, over a network of one process that holds what the others said."""
 
 import struct
 from collections.abc import Callable
@@ -10,10 +10,10 @@ from mindspore import dtype as mstype
 
 from pipeline.errors import JobError
 from pipeline.train import process_group
-from pipeline.train.process_group import Ranks, as_bytes, as_numbers
+from pipeline.train.process_group import ProcessGroup, as_bytes, as_numbers
 
 
-class Wired(Ranks):
+class Wired(ProcessGroup):
     """Rank `rank`, whose network answers as `network` says: all that was sent, in order of rank ->
     what comes back.
     """
@@ -32,7 +32,7 @@ class Wired(Ranks):
     def all_gather(self, flat: Tensor) -> Tensor:
         return Tensor(np.concatenate(self.said(flat)))
 
-    def from_first(self, flat: Tensor) -> Tensor:
+    def broadcast_tensor(self, flat: Tensor) -> Tensor:
         return Tensor(self.said(flat)[0])
 
 
@@ -89,10 +89,10 @@ def test_what_is_long_is_told_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(process_group, "PIECE", 12)
     long = np.arange(7, dtype=np.float32)
 
-    class First(Ranks):
+    class First(ProcessGroup):
         calls = 0
 
-        def from_first(self, flat: Tensor) -> Tensor:
+        def broadcast_tensor(self, flat: Tensor) -> Tensor:
             self.calls += 1
             return flat
 
@@ -111,8 +111,8 @@ def test_bytes_travel_as_small_whole_numbers(length: int) -> None:
 
 def test_numbers_of_rank_0_are_told() -> None:
     theirs = as_numbers(struct.pack("<2q", 2**40 + 1, -1)).asnumpy()
-    assert Wired(1, [theirs]).tell_numbers(0, 0) == (2**40 + 1, -1)
-    assert Wired(0, [theirs]).tell_numbers(5, 6) == (5, 6)
+    assert Wired(1, [theirs]).broadcast_ints(0, 0) == (2**40 + 1, -1)
+    assert Wired(0, [theirs]).broadcast_ints(5, 6) == (5, 6)
 
 
 @pytest.mark.parametrize(
@@ -131,11 +131,11 @@ def test_ranks_that_differ_are_named(digests: str, odd: list[int]) -> None:
     every = [letter.encode() * 8 for letter in digests]
     for rank, mine in enumerate(every):
         others = [as_numbers(digest).asnumpy() for digest in every[:rank] + every[rank + 1 :]]
-        assert Wired(rank, others).differing(mine) == odd
+        assert Wired(rank, others).mismatching_ranks(mine) == odd
 
 
 def test_a_rank_that_is_gone_is_said_in_one_line() -> None:
-    class Alone(Ranks):
+    class Alone(ProcessGroup):
         def all_reduce(self, flat: Tensor) -> Tensor:
             raise RuntimeError("Connection reset\n\n----- and a page of it")
 
@@ -147,18 +147,18 @@ def test_a_rank_that_is_gone_is_said_in_one_line() -> None:
     )
 
 
-def silent(ranks: Ranks) -> list[Callable[[], object]]:
+def silent(ranks: ProcessGroup) -> list[Callable[[], object]]:
     mine = Tensor(vectors(0)[0])
     return [
         lambda: ranks.sum([mine], (1.0,)) == ([mine], [1.0]),
         lambda: ranks.gather(mine) is mine,
         lambda: ranks.broadcast(np.ones(2), (2,), mstype.float32).tolist() == [1, 1],
-        lambda: ranks.tell(b"x") == b"x",
-        lambda: ranks.tell_numbers(1, 2) == (1, 2),
-        lambda: ranks.differing(b"12345678") == [],
+        lambda: ranks.broadcast_bytes(b"x") == b"x",
+        lambda: ranks.broadcast_ints(1, 2) == (1, 2),
+        lambda: ranks.mismatching_ranks(b"12345678") == [],
     ]
 
 
 def test_one_process_asks_nobody() -> None:
     """Nothing is initialized here, so that any collective would fail."""
-    assert all(question() for question in silent(Ranks()))
+    assert all(question() for question in silent(ProcessGroup()))

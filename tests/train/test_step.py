@@ -17,18 +17,18 @@ from pipeline.errors import JobError, UserError
 from pipeline.train.memory import factored
 from pipeline.train.optimizer import OptimizerConfig
 from pipeline.train.precision import LossScale
-from pipeline.train.process_group import Ranks
-from pipeline.train.state import State
-from pipeline.train.step import Outcome, TrainStep
+from pipeline.train.process_group import ProcessGroup
+from pipeline.train.state import TrainState
+from pipeline.train.step import StepResult, TrainStep
 
 STEPS, HALF, BATCH, DECAY = 12, 6, 4, 0.45
 SHAPES = {"matrix": (4, 3), "vector": (5,), "kernel": (2, 3, 3, 2)}
 # The gradient's norm is 2 to 15 here, so that some steps are clipped and some are not.
 CONFIGS = {
     "adamw": OptimizerConfig(
-        lr=0.05, warmup_steps=4, betas=(0.9, 0.99), weight_decay=0.1, clip=8.0
+        lr=0.05, warmup_steps=4, betas=(0.9, 0.99), weight_decay=0.1, max_grad_norm=8.0
     ),
-    "adafactor": OptimizerConfig(kind="adafactor", lr=0.05, warmup_steps=4, clip=8.0),
+    "adafactor": OptimizerConfig(kind="adafactor", lr=0.05, warmup_steps=4, max_grad_norm=8.0),
 }
 
 Weights = dict[str, np.ndarray]
@@ -81,14 +81,14 @@ def losses(weights: Weights, targets: Iterable[np.ndarray]) -> np.ndarray:
 
 def make(
     kind: str,
-    accumulate: int = 1,
-    ranks: Ranks | None = None,
+    grad_accum_steps: int = 1,
+    ranks: ProcessGroup | None = None,
     shard: bool = False,
     scale: LossScale | None = None,
 ) -> tuple[Quadratic, TrainStep]:
     network, config = Quadratic(), CONFIGS[kind]
-    state = State(network, config, STEPS, DECAY, ranks, shard)
-    return network, TrainStep(network, state, config.clip, accumulate, scale)
+    state = TrainState(network, config, STEPS, DECAY, ranks, shard)
+    return network, TrainStep(network, state, config.max_grad_norm, grad_accum_steps, scale)
 
 
 def snapshot(step: TrainStep) -> dict[str, Weights]:
@@ -218,7 +218,7 @@ def reference(kind: str) -> History:
         seen.losses.append(losses(weights, wanted.values()).mean())
         gradients = {n: weights[n] - wanted[n].mean(0) for n in SHAPES}
         seen.norms.append(float(np.sqrt(sum((g**2).sum() for g in gradients.values()))))
-        shrink = min(1.0, config.clip / seen.norms[-1])
+        shrink = min(1.0, config.max_grad_norm / seen.norms[-1])
         weights = {n: updates[n](step + 1, weights[n], shrink * gradients[n]) for n in SHAPES}
         keep = min((1 + step) / (10 + step), DECAY)
         average = {n: keep * average[n] + (1 - keep) * weights[n] for n in SHAPES}
@@ -227,7 +227,7 @@ def reference(kind: str) -> History:
 
 
 def test_the_optimizer_is_the_papers(seen: History, reference: History, kind: str) -> None:
-    assert min(reference.norms) < CONFIGS[kind].clip < max(reference.norms)
+    assert min(reference.norms) < CONFIGS[kind].max_grad_norm < max(reference.norms)
     np.testing.assert_allclose(seen.losses, reference.losses, rtol=1e-5)
     np.testing.assert_allclose(seen.norms, reference.norms, rtol=1e-5)
     for state, expected in zip(seen.states, reference.states, strict=True):
@@ -282,7 +282,7 @@ def test_what_the_optimizer_keeps(kind: str, seen: History) -> None:
 
 
 def test_accumulated_gradients_are_the_batchs() -> None:
-    whole, parts = (make("adamw", accumulate)[1] for accumulate in (1, 2))
+    whole, parts = (make("adamw", grad_accum_steps)[1] for grad_accum_steps in (1, 2))
     a, b = train(whole), train(parts)
     np.testing.assert_allclose(a.losses, b.losses, rtol=1e-6)
     np.testing.assert_allclose(a.norms, b.norms, rtol=1e-6)
@@ -293,16 +293,16 @@ def test_accumulated_gradients_are_the_batchs() -> None:
             )
 
 
-class Echo(Ranks):
+class Echo(ProcessGroup):
     """One of `world` ranks that all have the same to say."""
 
     def all_reduce(self, flat: Tensor) -> Tensor:
         return Tensor(flat.asnumpy() * self.world)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_ranks_take_the_step_of_their_mean(accumulate: int, kind: str, seen: History) -> None:
-    _, step = make(kind, accumulate, Echo(0, 4))
+@pytest.mark.parametrize("grad_accum_steps", [1, 2])
+def test_ranks_take_the_step_of_their_mean(grad_accum_steps: int, kind: str, seen: History) -> None:
+    _, step = make(kind, grad_accum_steps, Echo(0, 4))
     again = train(step)
     np.testing.assert_allclose(again.losses, seen.losses, rtol=1e-6)
     np.testing.assert_allclose(again.norms, seen.norms, rtol=1e-6)
@@ -323,10 +323,10 @@ def test_one_that_asks_to_stop_is_heard() -> None:
 
 
 def test_ranks_whose_weights_drift_apart_are_named() -> None:
-    class Watched(Ranks):
+    class Watched(ProcessGroup):
         odd = [2]  # noqa: RUF012
 
-        def differing(self, digest: bytes) -> list[int]:
+        def mismatching_ranks(self, digest: bytes) -> list[int]:
             return self.odd
 
     _, step = make("adamw", 1, Watched(0, 4))
@@ -371,20 +371,20 @@ def test_weights_are_spread_alike_on_every_device() -> None:
     """The compiled branch that is an Ascend's, on a CPU."""
     network, step = make("adamw")
     vectors = [Tensor(np.arange(bucket.size, dtype=np.float32)) for bucket in step.state.buckets]
-    step.state._spread(*vectors).asnumpy()
+    step.state._scatter(*vectors).asnumpy()
     (views,) = [b.views(v.asnumpy()) for b, v in zip(step.state.buckets, vectors, strict=True)]
     for parameter in network.trainable_params():
         np.testing.assert_array_equal(parameter.asnumpy(), views[parameter.name])
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("grad_accum_steps", [1, 2])
 def test_a_loss_scale_changes_nothing_but_what_overflows(
-    accumulate: int, seen: History, kind: str
+    grad_accum_steps: int, seen: History, kind: str
 ) -> None:
     """Powers of two are exact; the first steps overflow, are not taken, and are no fault."""
     scale = LossScale("float16")
     scale.value = 2.0**125
-    _, step = make(kind, accumulate, scale=scale)
+    _, step = make(kind, grad_accum_steps, scale=scale)
     overflows = 0
     for number in range(STEPS):
         while (outcome := step(step.parts(batch(number)))).overflow:
@@ -396,12 +396,12 @@ def test_a_loss_scale_changes_nothing_but_what_overflows(
     assert overflows > 2
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("grad_accum_steps", [1, 2])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
-def test_a_step_that_is_not_finite_is_not_taken(accumulate: int, bad: float) -> None:
+def test_a_step_that_is_not_finite_is_not_taken(grad_accum_steps: int, bad: float) -> None:
     """Nothing tells later that it was there; 1e30 is a number whose square, the loss, is none."""
-    _, step = make("adamw", accumulate)
-    expected = train(make("adamw", accumulate)[1])
+    _, step = make("adamw", grad_accum_steps)
+    expected = train(make("adamw", grad_accum_steps)[1])
     for number in range(STEPS):
         before, spoiled = snapshot(step), batch(number)
         spoiled[1][0, 2] = bad
@@ -409,7 +409,7 @@ def test_a_step_that_is_not_finite_is_not_taken(accumulate: int, bad: float) -> 
         assert not outcome.taken
         assert not np.isfinite(outcome.loss)
         assert_same_bits(snapshot(step), before)
-        assert step(step.parts(batch(number))) == Outcome(
+        assert step(step.parts(batch(number))) == StepResult(
             expected.losses[number], expected.norms[number]
         )
         assert_same_bits(snapshot(step), expected.states[number])
@@ -484,7 +484,7 @@ def test_a_checkpoint_of_another_configuration(
     ("values", "message"),
     [
         ({"lr": 0.0}, "lr: 0.0 is not positive; give a positive number"),
-        ({"clip": -1.0}, "clip: -1.0 is not positive; give a positive number"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm: -1.0 is not positive; give a positive number"),
         ({"eps": 0.0}, "eps: 0.0 is not positive; give a positive number"),
         ({"weight_decay": -0.1}, "weight_decay: -0.1 is negative; give 0 or more"),
         ({"warmup_steps": -1}, "warmup_steps: -1 is negative; give 0 or more"),
@@ -513,7 +513,7 @@ def test_the_next_batch_is_on_its_way_while_one_is_trained() -> None:
             yield (np.full(4, number, np.float32),)
 
     step = TrainStep.__new__(TrainStep)  # nothing of it but the number of parts
-    step.accumulate = 2
+    step.grad_accum_steps = 2
     seen = []
     for number, parts in enumerate(step.ahead(batches())):
         assert asked == list(range(min(number + 2, 3)))

@@ -69,7 +69,9 @@ def ours(folder: Path, decoded: int, given: int, cores: int) -> Iterator[int]:
     def arrange(step: int, positions: Sequence[int], *arrays: np.ndarray) -> Arrays:
         return arrays
 
-    config = DataConfig(shards=f"{folder}/*.tar", global_batch=BATCH, window=2, workers=cores)
+    config = DataConfig(
+        shards=f"{folder}/*.tar", global_batch=BATCH, shuffle_shards=2, workers=cores
+    )
     shards = Shards.open(config, progress=False)
     loader = Loader(
         shards, NoPrompts(), 0, decoded, given, arrange, folder / "quarantine.jsonl", range(BATCH)

@@ -24,11 +24,11 @@ TEXT: dict[str, Any] = {"width": 64, "length": 16}  # as in the demo
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "base64": ("base64", {}),
     "base64, batch 4": ("base64", {"data.global_batch": 4}),
-    "base64, accumulate 4": ("base64", {"train.accumulate": 4}),
+    "base64, grad_accum_steps 4": ("base64", {"train.grad_accum_steps": 4}),
     "base64, recompute": ("base64", {"unet.recompute": True}),
-    "base64, accumulate 8 and recompute": (
+    "base64, grad_accum_steps 8 and recompute": (
         "base64",
-        {"train.accumulate": 8, "unet.recompute": True},
+        {"train.grad_accum_steps": 8, "unet.recompute": True},
     ),
     "base64, float16": ("base64", {"train.precision": "float16"}),
     "base64, Adafactor": ("base64", {"optimizer.kind": "adafactor"}),

@@ -36,16 +36,21 @@ def sides(whole: Cascade, name: str, low: np.ndarray | None) -> dict[str, Callab
     """
     stage: Any = whole.stages[name]
     encode = cast(TextEncoder, whole.text).encode
-    config, numbers = stage.config.sample, range(stage.config.sample.batch)
-    prompt = encode([PROMPT] * config.batch)
+    config, numbers = stage.config.sample, range(stage.config.sample.batch_size)
+    prompt = encode([PROMPT] * config.batch_size)
 
     def ours() -> np.ndarray:
         return whole.run(
-            name, encode([PROMPT] * config.batch) if low is None else prompt, 0, numbers, low, {}
+            name,
+            encode([PROMPT] * config.batch_size) if low is None else prompt,
+            0,
+            numbers,
+            low,
+            {},
         )
 
-    shape, condition = stage.condition(low, 0, numbers, config.augment)
-    inputs = [np.zeros((config.batch, *shape)), np.zeros(config.batch), *prompt]
+    shape, condition = stage.condition(low, 0, numbers, config.aug_level)
+    inputs = [np.zeros((config.batch_size, *shape)), np.zeros(config.batch_size), *prompt]
     weight = [] if config.guidance == 1.0 else [config.guidance]
     call = runtime.compile(stage.predict_guided if weight else stage.predict)
     tensors = [Tensor(np.asarray(array, np.float32)) for array in (*weight, *inputs, *condition)]
@@ -65,10 +70,10 @@ def measure(whole: Cascade, rounds: int) -> dict[str, Any]:
     low = np.full((1, size, size, 3), 128, np.uint8) if size else None
     for name, stage in whole.stages.items():
         config: Any = stage.config.sample
-        runs = sides(whole, name, None if low is None else low[:1].repeat(config.batch, 0))
+        runs = sides(whole, name, None if low is None else low[:1].repeat(config.batch_size, 0))
         told = {
             "steps": config.steps,
-            "batch": config.batch,
+            "batch": config.batch_size,
             "parameters": num_parameters(stage.network),
         }
         for side, run in runs.items():

@@ -1,7 +1,7 @@
 """Seconds of a training step beside the PyTorch twin, imagen-pytorch's `Unet` and diffusers' U-Net
 of DeepFloyd IF.
 
-A step is loss, gradient, clip, AdamW and EMA, in float32, from a batch that is in memory. The twin
+A step is loss, gradient, max_grad_norm, AdamW and EMA, in float32, from a batch that is in memory. The twin
 (tools/twin.py) has the same networks and arithmetic in PyTorch's own operators: what it takes is
 the limit that the machine shows. The other two have about our number of parameters, by their width,
 and attend to the text at the same sizes. Also told: seconds to the first step, peak memory,

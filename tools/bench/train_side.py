@@ -36,9 +36,9 @@ def ours(case: dict[str, Any]) -> Answer:
     from pipeline.config import build
     from pipeline.nn.parameters import initialize, num_parameters
     from pipeline.nn.unet import UNet, UNetConfig
-    from pipeline.train.compile_cache import Graphs
+    from pipeline.train.compile_cache import CompileCache
     from pipeline.train.optimizer import OptimizerConfig
-    from pipeline.train.state import State
+    from pipeline.train.state import TrainState
     from pipeline.train.step import TrainStep
 
     config = build(UNetConfig, case["unet"])
@@ -49,9 +49,9 @@ def ours(case: dict[str, Any]) -> Answer:
         difference = network(x, logsnr, text, mask) - eps
         return (difference * difference).mean((1, 2, 3))
 
-    graphs = Graphs(Path(case["graphs"]), 0, network) if "graphs" in case else Graphs()
-    state = State(network, OptimizerConfig(warmup_steps=1), 1000, 0.9999, graphs=graphs)
-    step = TrainStep(loss, state, clip=1.0, graphs=graphs)
+    graphs = CompileCache(Path(case["graphs"]), 0, network) if "graphs" in case else CompileCache()
+    state = TrainState(network, OptimizerConfig(warmup_steps=1), 1000, 0.9999, graphs=graphs)
+    step = TrainStep(loss, state, max_grad_norm=1.0, graphs=graphs)
     batch = step.parts(tuple(arrays(case).values()))
     taken = timed(lambda: step(batch), case["steps"])
     graphs.keep()
