@@ -10,6 +10,7 @@ on how often the job was restarted.
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -71,3 +72,26 @@ def sampling_noise(
     return unit_noise(
         [generator(seed, "sample", number, shape[-1], step) for number in numbers], shape
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draws:
+    """The randomness of a training batch: each position of the global batch has streams of its own.
+
+    So a sample's draws depend neither on the rank nor on the other samples.
+    """
+
+    seed: int
+    step: int
+    positions: Sequence[int]
+
+    def streams(self, purpose: str) -> list[np.random.Generator]:
+        return [generator(self.seed, purpose, self.step, place) for place in self.positions]
+
+    def uniform(self, purpose: str) -> np.ndarray:
+        """float64 (B,) in [0, 1)."""
+        return np.array([stream.random() for stream in self.streams(purpose)])
+
+    def noise(self, purpose: str, shape: tuple[int, ...]) -> np.ndarray:
+        """Unit noise, float32 (B, *shape)."""
+        return unit_noise(self.streams(purpose), shape)

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline import device
-from pipeline.data.loader import AHEAD
+from pipeline.data.loader import PREFETCH
 from pipeline.nn.blocks import ActivationFootprint
 from pipeline.nn.unet import UNet
 from pipeline.train.buckets import NUMBER, SMALLEST
@@ -29,7 +29,7 @@ GRAPH = (
 )  # bytes of compiled graphs for each parameter of a network, its operators' among them
 LOOSE = 1.1  # what MindSpore's pool of memory takes for each byte in it that is used, as gaps stay between tensors
 BATCHES = (
-    AHEAD + 3
+    PREFETCH + 3
 )  # batches that are there at once: ahead, being joined, being brought to the device, trained on
 PASSES = 18  # tensors of a picture's size that the graph makes: noisy ones, patches and back, what the loss compares
 
