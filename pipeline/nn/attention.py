@@ -13,7 +13,6 @@ from pipeline import kernels
 from pipeline.nn.blocks import (
     ActivationFootprint,
     BlockConfig,
-    Conditions,
     Conv1x1,
     Norm,
     zero_init,
@@ -109,9 +108,15 @@ class Attention(nn.Cell):
         self.lookup = LinearAttention() if kind == "linear" else ScaledDotProductAttention()
         self.out = zero_init(Conv1x1(width, width))
 
-    def construct(self, x_BCHW: Tensor, conditions: Conditions) -> Tensor:
+    def construct(
+        self,
+        x_BCHW: Tensor,
+        emb_BE: Tensor | None = None,
+        text_BLD: Tensor | None = None,
+        text_bias_BL: Tensor | None = None,
+        dropout_seeds_B: Tensor | None = None,
+    ) -> Tensor:
         B, C, H, W = x_BCHW.shape
-        _, text_BLD, bias_BL, _ = conditions
         q = self.to_q(self.norm(x_BCHW)).reshape((B, -1, H * W))
         keys: tuple[Tensor, ...] = ()
         values: tuple[Tensor, ...] = ()
@@ -121,7 +126,7 @@ class Attention(nn.Cell):
             keys, values, biases = (k,), (v,), (ops.zeros((B, H * W), mstype.float32),)
         if self.text_channels:
             k, v = ops.chunk(self.text_kv(text_BLD).swapaxes(1, 2), 2, 1)
-            keys, values, biases = (*keys, k), (*values, v), (*biases, bias_BL)
+            keys, values, biases = (*keys, k), (*values, v), (*biases, text_bias_BL)
         k, v, bias = ops.cat(keys, 2), ops.cat(values, 2), ops.cat(biases, 1)
         q, k, v = split_heads(q, self.heads), split_heads(k, self.heads), split_heads(v, self.heads)
         return x_BCHW + self.out(self.lookup(q, k, v, bias).reshape((B, C, H, W)))

@@ -1,8 +1,8 @@
 """The pieces that both U-Nets are made of.
 
 Shapes: B images, C channels, H x W pixels, N = H W positions, L text tokens, D text width, E
-embedding width, K heads. Every layer of a stack answers to `construct(x_BCHW, conditions)`, so that
-a stack is a plain list; see `Conditions`. It also says, by `footprint(pixels, tokens)`, what its
+embedding width, K heads. Every layer of a stack has the same inputs, see `Conditions`, so that
+a stack is a plain list. It also says, by `footprint(pixels, tokens)`, what its
 gradient will need: see `ActivationFootprint`.
 """
 
@@ -20,10 +20,14 @@ GROUPS = 32  # of group normalization, as in DDPM and ADM; fewer in narrow layer
 
 NormKind = Literal["group", "layer", "instance"]
 
-# What each layer sees beside the picture: emb_BE of noise levels, text, class; if there is text,
-# text_BLD and bias_BL, 0 for a token and a large negative number for padding; in training with
-# dropout, its seeds_B, int32.
-Conditions = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+# The conditioning that every layer receives beside the image, as `layer(x_BCHW, *conditions)`:
+#     emb_BE           embedding of noise levels, pooled text and label
+#     text_BLD         projected text; None: no text
+#     text_bias_BL     added to attention scores, 0 for a token and PADDING for padding; None: no text
+#     dropout_seeds_B  int32, one an image; None: nothing is dropped
+# A plain tuple, as the graph compiler does not take a NamedTuple, not even one made inside the
+# graph. `UNet.embed` makes it; it is only ever spread into a layer's named parameters.
+Conditions = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,8 +217,14 @@ class ResBlock(nn.Cell):
         )
         self.skip = Conv(width_in, width, 1) if width_in != width else None
 
-    def construct(self, x_BCHW: Tensor, conditions: Conditions) -> Tensor:
-        emb_BE, _, _, seeds_B = conditions
+    def construct(
+        self,
+        x_BCHW: Tensor,
+        emb_BE: Tensor | None = None,
+        text_BLD: Tensor | None = None,
+        text_bias_BL: Tensor | None = None,
+        dropout_seeds_B: Tensor | None = None,
+    ) -> Tensor:
         x = x_BCHW
         h = x if self.norm1 is None else self.norm1(x)
         if self.resample == "up":
@@ -225,8 +235,8 @@ class ResBlock(nn.Cell):
         h = self.norm2(self.conv1(h), scale_shift)
         if self.widen is not None:
             h = ops.silu(self.widen(h))
-        if self.dropout is not None and seeds_B is not None:
-            h = self.dropout(h, seeds_B)
+        if self.dropout is not None and dropout_seeds_B is not None:
+            h = self.dropout(h, dropout_seeds_B)
         h = self.conv2(h)
         if self.skip is not None:
             x = self.skip(x)
@@ -251,7 +261,14 @@ class Downsample(nn.Cell):
         super().__init__()
         self.conv = Conv(width_in, width, 3, stride=2)
 
-    def construct(self, x_BCHW: Tensor, conditions: Conditions) -> Tensor:
+    def construct(
+        self,
+        x_BCHW: Tensor,
+        emb_BE: Tensor | None = None,
+        text_BLD: Tensor | None = None,
+        text_bias_BL: Tensor | None = None,
+        dropout_seeds_B: Tensor | None = None,
+    ) -> Tensor:
         return self.conv(x_BCHW)
 
     def footprint(self, pixels: int, tokens: int) -> ActivationFootprint:
@@ -266,7 +283,14 @@ class Upsample(nn.Cell):
         super().__init__()
         self.conv = Conv(width_in, width, 3)
 
-    def construct(self, x_BCHW: Tensor, conditions: Conditions) -> Tensor:
+    def construct(
+        self,
+        x_BCHW: Tensor,
+        emb_BE: Tensor | None = None,
+        text_BLD: Tensor | None = None,
+        text_bias_BL: Tensor | None = None,
+        dropout_seeds_B: Tensor | None = None,
+    ) -> Tensor:
         return self.conv(upsample(x_BCHW))
 
     def footprint(self, pixels: int, tokens: int) -> ActivationFootprint:
@@ -290,5 +314,5 @@ class Stack(nn.Cell):
         """
         x = x_BCHW
         for layer in range(start, len(self.layers) - stop):
-            x = self.layers[layer](x, conditions)
+            x = self.layers[layer](x, *conditions)
         return x

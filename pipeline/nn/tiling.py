@@ -24,48 +24,72 @@ from pipeline import kernels
 from pipeline.nn.blocks import Conditions, Norm, channels_to_space, space_to_channels
 from pipeline.nn.unet import UNet
 
-LIMIT = (
-    2**24
-)  # numbers of a picture at full resolution (64 MiB in float32) above which it is made in bands of so many
+LIMIT = 2**24  # numbers of an image at full resolution, above which it is tiled: 64 MiB of float32
 
 Band = tuple[
     int, int, int, int
 ]  # rows at half the side: [start, stop) in the middle, with its halo [first, end)
 
 
-def tiled(unet: UNet, x_BCHW: Tensor, logsnr_BT: Tensor, *told: Tensor) -> Tensor:
-    """`unet(x_BCHW, logsnr_BT, *told)`, large pictures one after the other and in bands."""
+def tiled(
+    unet: UNet,
+    x_BCHW: Tensor,
+    logsnr_BT: Tensor,
+    text_BLD: Tensor | None = None,
+    text_mask_BL: Tensor | None = None,
+    label_BK: Tensor | None = None,
+    dropout_seeds_B: Tensor | None = None,
+    limit: int = LIMIT,
+) -> Tensor:
+    """`unet(x_BCHW, ...)` with the same inputs, large images one after the other and in bands.
+
+    `limit`: an image that has more numbers than this at full resolution is tiled, in bands of at
+    most so many.
+    """
     B, _, H, W = x_BCHW.shape
     split = unet.stem_to_head and len(unet.down) > 0  # else there are blocks at full resolution
-    if not split or unet.stem.out_channels * (H // unet.patch) * (W // unet.patch) <= LIMIT:
-        return unet(x_BCHW, logsnr_BT, *told)
+    if not split or unet.stem.out_channels * (H // unet.patch) * (W // unet.patch) <= limit:
+        return unet(x_BCHW, logsnr_BT, text_BLD, text_mask_BL, label_BK, dropout_seeds_B)
+
     filled = unet.filled(x_BCHW)
-    answers: tuple[Tensor, ...] = ()
+    outputs: tuple[Tensor, ...] = ()
     for i in range(B):
         x = ops.narrow(filled, 0, i, 1)
         if i > 0:
-            x = ops.depend(x, answers[-1])
-        mine: tuple[Tensor, ...] = ()
-        for part in told:
-            mine = (*mine, ops.narrow(part, 0, i, 1))
-        conditions = unet.conditions(ops.narrow(logsnr_BT, 0, i, 1), *mine)
-        answers = (*answers, picture(unet, space_to_channels(x, unet.patch), conditions))
-    return unet.cut(channels_to_space(ops.cat(answers), unet.patch), x_BCHW)
+            x = ops.depend(x, outputs[-1])
+
+        conditions = unet.embed(
+            ops.narrow(logsnr_BT, 0, i, 1),
+            row(text_BLD, i),
+            row(text_mask_BL, i),
+            row(label_BK, i),
+            row(dropout_seeds_B, i),
+        )
+        outputs = (*outputs, tiled_image(unet, space_to_channels(x, unet.patch), conditions, limit))
+
+    return unet.cut(channels_to_space(ops.cat(outputs), unet.patch), x_BCHW)
 
 
-def picture(unet: UNet, x_BCHW: Tensor, conditions: Conditions) -> Tensor:
-    """What the head answers to `x_BCHW`, which are patches already.
+def row(input_B: Tensor | None, index: int) -> Tensor | None:
+    """Row `index` of an input that the network may not have, as a batch of one."""
+    if input_B is None:
+        return None
+    return ops.narrow(input_B, 0, index, 1)
+
+
+def tiled_image(unet: UNet, x_BCHW: Tensor, conditions: Conditions, limit: int) -> Tensor:
+    """The head's output for one image, `x_BCHW`, which is already in patches.
 
     `depend` keeps a band from being begun before the last one is done, and the second pass from
     finding its bands in the first, which would have to keep them.
     """
     x, enter, leave = x_BCHW, unet.down[0].layers[0], unet.up[-1].layers[-1]
     _, _, H, W = x.shape
-    bands = cut(H // 2, max(LIMIT // (2 * W * unet.stem.out_channels), 1))
+    bands = cut(H // 2, max(limit // (2 * W * unet.stem.out_channels), 1))
 
     halves: tuple[Tensor, ...] = ()
     for band in bands:
-        half = enter(unet.stem(with_halo(x, band, 2)), conditions)
+        half = enter(unet.stem(with_halo(x, band, 2)), *conditions)
         halves = (*halves, without_halo(half, band, 1))
         x = ops.depend(x, halves[-1])
     h = unet.stacks(ops.cat(halves, 2), conditions, 1)
@@ -74,7 +98,7 @@ def picture(unet: UNet, x_BCHW: Tensor, conditions: Conditions) -> Tensor:
     for band in bands:
         _, start, stop, _ = band
         share = (stop - start) / stop
-        y = without_halo(leave(with_halo(h, band, 1), conditions), band, 2)
+        y = without_halo(leave(with_halo(h, band, 1), *conditions), band, 2)
         of_band, spread = moments(y, unet.norm.groups)
         variance = (
             variance
@@ -86,7 +110,7 @@ def picture(unet: UNet, x_BCHW: Tensor, conditions: Conditions) -> Tensor:
 
     answers: tuple[Tensor, ...] = ()
     for band in bands:
-        y = normalized(unet.norm, leave(with_halo(h, band, 1), conditions), mean, variance)
+        y = normalized(unet.norm, leave(with_halo(h, band, 1), *conditions), mean, variance)
         y = ops.cat((y, unet.stem(with_halo(x, band, 2)) * unet.skip_scale), 1)
         answers = (*answers, without_halo(unet.head(y), band, 2))
         h, x = ops.depend(h, answers[-1]), ops.depend(x, answers[-1])

@@ -156,9 +156,18 @@ class UNet(nn.Cell):
                 for layer in stack.layers:
                     layer.recompute()
 
-    def construct(self, x_BCHW: Tensor, logsnr_BT: Tensor, *told: Tensor) -> Tensor:
+    def construct(
+        self,
+        x_BCHW: Tensor,
+        logsnr_BT: Tensor,
+        text_BLD: Tensor | None = None,
+        text_mask_BL: Tensor | None = None,
+        label_BK: Tensor | None = None,
+        dropout_seeds_B: Tensor | None = None,
+    ) -> Tensor:
         stem = self.stem(space_to_channels(self.filled(x_BCHW), self.patch))
-        h = self.norm(self.stacks(stem, self.conditions(logsnr_BT, *told)))
+        conditions = self.embed(logsnr_BT, text_BLD, text_mask_BL, label_BK, dropout_seeds_B)
+        h = self.norm(self.stacks(stem, conditions))
         if (
             self.stem_to_head
         ):  # not normalized: so the low resolution keeps its contrast, and copying it is linear
@@ -178,20 +187,43 @@ class UNet(nn.Cell):
         y = y_BCHW.astype(mstype.float32)
         return y if y.shape[2:] == (H, W) else y[:, :, :H, :W]
 
-    def conditions(self, logsnr_BT: Tensor, *told: Tensor) -> Conditions:
-        """What every layer takes beside the picture."""
-        emb, text, bias_BL = 0.0, None, None
-        num_text = 2 if self.has_text else 0
-        seeds_B = told[-1] if len(told) > num_text + self.has_label else None
+    def embed(
+        self,
+        logsnr_BT: Tensor,
+        text_BLD: Tensor | None = None,
+        text_mask_BL: Tensor | None = None,
+        label_BK: Tensor | None = None,
+        dropout_seeds_B: Tensor | None = None,
+    ) -> Conditions:
+        """The conditioning that every layer receives, from the inputs of `construct`."""
+        emb = 0.0
+        text = None
+        text_bias_BL = None
+
         if self.has_text:
-            bias_BL = (1.0 - told[1]) * PADDING
-            text = self.text_in(self.text_norm(told[0])).astype(mstype.float32)
-            emb = self.text_pool(text, bias_BL)
+            if text_BLD is None or text_mask_BL is None:
+                raise ValueError(
+                    "text_BLD, text_mask_BL: None, but the network has text; pass both"
+                )
+            text_bias_BL = (1.0 - text_mask_BL) * PADDING
+            text = self.text_in(self.text_norm(text_BLD)).astype(mstype.float32)
+            emb = self.text_pool(text, text_bias_BL)
+
         if self.has_label:
-            emb = emb + self.label_in(told[num_text])
+            if label_BK is None:
+                raise ValueError("label_BK: None, but the network has classes; pass a label")
+            emb = emb + self.label_in(label_BK)
+
+        if not self.has_text and text_BLD is not None:
+            raise ValueError("text_BLD: given, but the network has no text; pass None")
+        if not self.has_label and label_BK is not None:
+            raise ValueError("label_BK: given, but the network has no classes; pass None")
+
         for i, level in enumerate(self.levels):
             emb = emb + level(logsnr_BT[:, i])
-        return ops.silu(emb), text, bias_BL, seeds_B  # SiLU, as every block would start with it
+
+        # SiLU here, as every block would begin with it.
+        return ops.silu(emb), text, text_bias_BL, dropout_seeds_B
 
     def stacks(self, h: Tensor, conditions: Conditions, outer: int = 0) -> Tensor:
         """All between stem and head, but for `outer` layers at either end."""
