@@ -42,9 +42,7 @@ class Base(Stage):
 
     def sample_grid(self, images: np.ndarray, prompt: Arrays) -> np.ndarray:
         """Sample | an image that has the same prompt."""
-        request = SampleRequest(
-            prompt=prompt, seed=self.config.seed, image_ids=range(len(images))
-        )
+        request = SampleRequest(prompt=prompt, seed=self.config.seed, image_ids=range(len(images)))
         return image_grid(sample(self, self.config.sample, request), images)
 
     def manifest_fields(self) -> dict[str, Any]:

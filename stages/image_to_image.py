@@ -184,7 +184,9 @@ class ImageToImage(Stage):
 
     def sampling_inputs(self, request: SampleRequest, config: SamplerConfig) -> Arrays:
         if request.degraded is None or request.task is None:
-            raise ValueError("degraded: missing; image to image needs images to restore, and a task")
+            raise ValueError(
+                "degraded: missing; image to image needs images to restore, and a task"
+            )
         task_ids = [self.tasks.index(request.task)] * request.num_images
         return {**request.prompt, **self.degraded_inputs(request.degraded, task_ids)}
 
@@ -209,7 +211,8 @@ class ImageToImage(Stage):
             draws = Draws(seed=self.config.seed, step=0, positions=rows)
             streams = draws.streams("damage")
             degraded = [
-                degrade(task, images[row], stream) for row, stream in zip(rows, streams, strict=True)
+                degrade(task, images[row], stream)
+                for row, stream in zip(rows, streams, strict=True)
             ]
             request = SampleRequest(
                 prompt={name: array[rows] for name, array in prompt.items()},

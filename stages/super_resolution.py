@@ -104,7 +104,9 @@ class SuperResolution(Stage):
         low_res = upsample(downsample(x, side // self.config.scale), side)
 
         streams = draws.streams("augment")  # the level is the first draw, then comes the noise
-        level = np.array([stream.random() for stream in streams]) * self.config.low_res.max_aug_level
+        level = (
+            np.array([stream.random() for stream in streams]) * self.config.low_res.max_aug_level
+        )
         return {
             **arrays,
             "low_res": low_res,

@@ -172,7 +172,9 @@ def logsnr_steps(
     return np.append(np.unique(schedule.logsnr(times)), np.inf)
 
 
-def linear_step(coefficients: Sequence[float] | Tensor, z: Tensor, x: Tensor, *terms: Tensor) -> Tensor:
+def linear_step(
+    coefficients: Sequence[float] | Tensor, z: Tensor, x: Tensor, *terms: Tensor
+) -> Tensor:
     """z', given the coefficients of z, of x and of each of `terms`."""
     z = coefficients[0] * z + coefficients[1] * x
     for i, term in enumerate(terms):

@@ -1,8 +1,8 @@
 """The orchestrator: stages trained apart, chained into text-to-image generation.
 
-    cascade = Cascade.load("runs/demo/cascade")
-    result = cascade(["a small red circle on white"], seed=7)
-    result.images[0].save("circle.png")
+cascade = Cascade.load("runs/demo/cascade")
+result = cascade(["a small red circle on white"], seed=7)
+result.images[0].save("circle.png")
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,11 +22,11 @@ from pipeline.generate.cascade_folder import ENCODER_FOLDER, TOKENIZER_FOLDER, r
 from pipeline.generate.edit import Images, composite_edit, edits_of, scale_edit, shrink
 from pipeline.generate.engine import OnStep, SampleStep, ignore, num_calls, sample
 from pipeline.nn.parameters import assign
+from pipeline.stage.inputs import Arrays
 from pipeline.stage.manifest import Manifest, read_weights, text_encoder_of
 from pipeline.stage.registry import stage_class
 from pipeline.stage.request import Edit, SampleRequest
 from pipeline.stage.stage import Stage
-from pipeline.stage.inputs import Arrays
 from pipeline.text.caption_embeddings import encode_text
 from pipeline.text.captions import clean
 from pipeline.text.encoder import TextEncoder
@@ -133,9 +133,7 @@ class Cascade:
         num_images = len(prompts)
         ids = range(num_images) if image_ids is None else image_ids
         size = list(self.manifests.values())[-1].size_out
-        edits = edits_of(
-            image, mask, strength, num_images=num_images, size=size, stage_names=names
-        )
+        edits = edits_of(image, mask, strength, num_images=num_images, size=size, stage_names=names)
         images = self.first_low_res(names[0], num_images, low_res, edits.get(names[0]))
 
         total = sum(self.num_calls(name, num_images, options, edits.get(name)) for name in names)

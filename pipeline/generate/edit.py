@@ -205,7 +205,9 @@ class EditFiles:
         mask = None
         if self.masks:
             shape = images.shape[1:]
-            holes = [hole(read(self.masks[i]), shape, self.masks[i], self.images[i]) for i in image_ids]
+            holes = [
+                hole(read(self.masks[i]), shape, self.masks[i], self.images[i]) for i in image_ids
+            ]
             mask = np.stack(holes)[:, None]
         return Edit(images=images, mask=mask, strength=self.strengths[stage])
 

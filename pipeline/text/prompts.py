@@ -136,9 +136,7 @@ def class_id(names: Sequence[str] | int, name_or_id: str | int) -> int:
     raise UserError(f"{name_or_id!r} is no class; {fix}")
 
 
-def open_prompts(
-    text: "TextConfig | None", classes: ClassConfig | None, shards: Shards
-) -> Prompts:
+def open_prompts(text: "TextConfig | None", classes: ClassConfig | None, shards: Shards) -> Prompts:
     """The prompts of `shards`, by whichever of the two is configured."""
     if text is not None:
         return open_caption_embeddings(text, shards)

@@ -71,7 +71,10 @@ def test_a_file_without_a_kind(tmp_path: Path) -> None:
         ("text.cond_drop_prob=1.0", "text.cond_drop_prob: 1.0 is not in [0, 1); Imagen has 0.1"),
         ("data.workers=0", "data.workers: 0 is not positive; give 1 or more"),
         ("train.ema_decay=1.0", "train.ema_decay: 1.0 is not in [0, 1); 0.9999 is usual"),
-        ("optimizer.max_grad_norm=0.0", "optimizer.max_grad_norm: 0.0 is not positive; give a positive number"),
+        (
+            "optimizer.max_grad_norm=0.0",
+            "optimizer.max_grad_norm: 0.0 is not positive; give a positive number",
+        ),
     ],
 )
 def test_a_fault_is_told_with_its_file(override: str, fault: str) -> None:
