@@ -2,18 +2,9 @@
 stage.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-import numpy as np
-from mindspore import Tensor, nn
 
 from pipeline.config import ConfigError
-from pipeline.data.shards import DataConfig
-from pipeline.text.encoder import TextConfig
-from pipeline.text.prompts import Arrays, ClassConfig
-from pipeline.train.optimizer import OptimizerConfig
 from pipeline.train.precision import Precision
 
 
@@ -59,41 +50,3 @@ class TrainConfig:
                 )
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay: {self.ema_decay} is not in [0, 1); 0.9999 is usual")
-
-
-class Config(Protocol):
-    """What the loop reads of a stage's configuration."""
-
-    @property
-    def run(self) -> str: ...
-    @property
-    def seed(self) -> int: ...
-    @property
-    def size(self) -> int: ...
-    @property
-    def text(self) -> TextConfig | None: ...
-    @property
-    def classes(self) -> ClassConfig | None: ...
-    @property
-    def data(self) -> DataConfig: ...
-    @property
-    def optimizer(self) -> OptimizerConfig: ...
-    @property
-    def train(self) -> TrainConfig: ...
-
-
-class Trainee(Protocol):
-    """What the loop asks of a stage."""
-
-    network: nn.Cell
-
-    @property
-    def config(self) -> Config: ...
-    @property
-    def window(self) -> int | None: ...
-    def batch(
-        self, step: int, positions: Sequence[int], pictures: np.ndarray, *prompt: np.ndarray
-    ) -> Arrays: ...
-    def loss(self, *tensors: Tensor) -> Tensor: ...
-    def picture(self, pictures: np.ndarray, *prompt: np.ndarray) -> np.ndarray: ...
-    def manifest_fields(self) -> dict[str, Any]: ...

@@ -12,25 +12,25 @@ folder, to report and to sample, the others learn of, or wait for, in their next
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 from pipeline import runtime
-from pipeline.config import dump, to_dict
-from pipeline.data.loader import Loader
+from pipeline.config import dump
+from pipeline.data.loader import ImageSize, Loader
 from pipeline.data.shards import Shards
 from pipeline.errors import JobError, UserError
 from pipeline.files import lock
 from pipeline.log import RunLog
 from pipeline.nn.parameters import initialize, num_parameters
-from pipeline.stage.manifest import write_stage
+from pipeline.stage.config import StageConfig
+from pipeline.stage.manifest import manifest_of, write_stage
+from pipeline.stage.stage import Stage
 from pipeline.text.prompts import open_prompts
 from pipeline.train import checkpoint
 from pipeline.train.compile_cache import CompileCache
-from pipeline.train.config import Config, Trainee
 from pipeline.train.heartbeat import Heartbeat
 from pipeline.train.precision import LossScale, cast_matmuls
 from pipeline.train.process_group import ProcessGroup
@@ -41,7 +41,7 @@ from pipeline.train.step import StepResult, TrainStep
 log = logging.getLogger("cascade")
 
 
-def train(stage: Trainee, stop: Callable[[], bool] = bool) -> bool:
+def train(stage: Stage, stop: Callable[[], bool] = bool) -> bool:
     """Trains `stage` to its last step and writes its stage folder, as one of the job's ranks.
 
     False if `stop()`, on any rank, ended it early, after saving. JobError if the ranks do not stay
@@ -61,7 +61,7 @@ def train(stage: Trainee, stop: Callable[[], bool] = bool) -> bool:
     return finished
 
 
-def run(stage: Trainee, ranks: ProcessGroup, heart: Heartbeat, stop: Callable[[], bool]) -> bool:
+def run(stage: Stage, ranks: ProcessGroup, heart: Heartbeat, stop: Callable[[], bool]) -> bool:
     """`train`, among `ranks`."""
     config, first = stage.config, ranks.rank == 0
     folder, places = Path(config.run), share(config, ranks.rank, ranks.world)
@@ -77,7 +77,13 @@ def run(stage: Trainee, ranks: ProcessGroup, heart: Heartbeat, stop: Callable[[]
         )  # and so, when the others go on, the run folder is there
         quarantine = folder / "quarantine.jsonl"
         loader = Loader(
-            shards, prompts, config.seed, config.size, stage.window, stage.batch, quarantine, places
+            shards,
+            prompts,
+            seed=config.seed,
+            size=ImageSize(side=config.size, window=stage.train_window),
+            make_inputs=stage.training_inputs,
+            quarantine=quarantine,
+            share=places,
         )
         initialize(stage.network, config.seed)
         graphs = CompileCache(folder, ranks.rank, stage, f"{ranks.world} ranks\n{dump(config)}")
@@ -113,7 +119,7 @@ def run(stage: Trainee, ranks: ProcessGroup, heart: Heartbeat, stop: Callable[[]
         if finished and first:
             write_stage(
                 folder / "stage",
-                manifest(stage, prompts.facts, max(done, config.train.steps)),
+                manifest_of(stage, prompts.manifest_fields, max(done, config.train.steps)),
                 average,
             )
             log.info("%s: done, the stage is in %s", folder, folder / "stage")
@@ -121,7 +127,7 @@ def run(stage: Trainee, ranks: ProcessGroup, heart: Heartbeat, stop: Callable[[]
 
 
 def steps(
-    stage: Trainee,
+    stage: Stage,
     loader: Loader,
     trainer: TrainStep,
     graphs: CompileCache,
@@ -143,7 +149,9 @@ def steps(
         checkpoint.Writer(folder / "checkpoints", config.keep_checkpoints) as writer,
     ):
         since, last, in_a_row = time.perf_counter(), done, 0
-        for step, parts in enumerate(trainer.ahead(loader.batches(done, config.steps)), done + 1):
+        for step, parts in enumerate(
+            trainer.ahead(map(stage.training.flatten, loader.batches(done, config.steps))), done + 1
+        ):
             outcome = trainer(parts, stop)
             if outcome.taken:
                 graphs.keep()
@@ -183,7 +191,7 @@ def steps(
                 heart.beat("sampling")
                 with trainer.state.averaged():
                     if first:
-                        report.picture(step, stage.picture(*loader.first(config.num_samples)))
+                        report.picture(step, stage.sample_grid(*loader.first(config.num_samples)))
             if stopping and not ending:
                 writer.join()
                 log.info(
@@ -195,7 +203,7 @@ def steps(
     return True
 
 
-def check_ranks_agree(ranks: ProcessGroup, config: Config, shards: Shards) -> None:
+def check_ranks_agree(ranks: ProcessGroup, config: StageConfig, shards: Shards) -> None:
     """Returns when all ranks are here. UserError if they are not about to train the same on the
     same samples.
     """
@@ -228,7 +236,7 @@ def count_skipped(outcome: StepResult, before: int, limit: int, where: str) -> i
     return before + 1
 
 
-def share(config: Config, rank: int = 0, world: int = 1) -> range:
+def share(config: StageConfig, rank: int = 0, world: int = 1) -> range:
     """The places of `rank` in the global batch. UserError if it cannot be cut into equal parts."""
     batch, parts = config.data.global_batch, world * config.train.grad_accum_steps
     if batch % parts:
@@ -237,19 +245,3 @@ def share(config: Config, rank: int = 0, world: int = 1) -> range:
             f"train.grad_accum_steps={config.train.grad_accum_steps} cut it into; give {-(-batch // parts) * parts}"
         )
     return range(rank * batch // world, (rank + 1) * batch // world)
-
-
-def manifest(stage: Trainee, prompts: Mapping[str, Any], step: int) -> dict[str, Any]:
-    """stage.json, but for the weights' sum."""
-    config: dict[str, Any] = to_dict(stage.config)
-    return {
-        "kind": config["kind"],
-        "size_out": config["size"],
-        "channels": 3,
-        **{name: config["diffusion"][name] for name in ("schedule", "prediction", "loss")},
-        **stage.manifest_fields(),
-        **prompts,
-        "ema_decay": stage.config.train.ema_decay,
-        "step": step,
-        "config": config,
-    }

@@ -11,8 +11,8 @@ from pipeline.config import ConfigError, build, differences, dump, read_yaml, to
 from pipeline.data.shards import Shards
 from pipeline.errors import UserError
 from pipeline.files import write_atomically
+from pipeline.stage.config import StageConfig
 from pipeline.train import checkpoint
-from pipeline.train.config import Config
 from pipeline.train.precision import LossScale
 from pipeline.train.step import TrainStep
 
@@ -27,7 +27,7 @@ FREE = ("run", "train.steps", "train.checkpoint_every", "train.keep_checkpoints"
         "train.shard_optimizer", "data.workers", "data.max_damage", "data.cache", "sample.")  # fmt: skip
 
 
-def changed(run: Path, config: Config) -> Iterator[tuple[str, Any, Any]]:
+def changed(run: Path, config: StageConfig) -> Iterator[tuple[str, Any, Any]]:
     """(field, what it was when `run` was trained, what it is now) of each that may not change."""
     saved = run / "config.yaml"
     for field, before, now in (
@@ -37,7 +37,7 @@ def changed(run: Path, config: Config) -> Iterator[tuple[str, Any, Any]]:
             yield field, before, now
 
 
-def complete(saved: dict[str, Any], config: Config) -> dict[str, Any]:
+def complete(saved: dict[str, Any], config: StageConfig) -> dict[str, Any]:
     """`saved` with the defaults of fields that are younger than it, if it is still one of this
     kind.
     """
@@ -46,7 +46,7 @@ def complete(saved: dict[str, Any], config: Config) -> dict[str, Any]:
     return saved
 
 
-def finished(config: Config) -> bool:
+def finished(config: StageConfig) -> bool:
     """Whether its run has left the stage that this configuration trains: then there is nothing to
     start.
     """
@@ -62,7 +62,7 @@ def finished(config: Config) -> bool:
     return step >= config.train.steps and not list(changed(run, config))
 
 
-def prepare_run_dir(run: Path, config: Config) -> Path | None:
+def prepare_run_dir(run: Path, config: StageConfig) -> Path | None:
     """The checkpoint to go on from, if any, once the configuration is known to be the run's own;
     saves it.
     """
