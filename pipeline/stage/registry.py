@@ -26,7 +26,7 @@ def stage_class(kind: str) -> "type[Stage]":
         UserError: no installed distribution has one of that name.
     """
     points = entry_points(group=GROUP)
-    if kind not in points.names:
+    if kind not in list(points.names):
         known = ", ".join(sorted(points.names))
         raise UserError(f"kind: {kind!r} is no kind of stage; there are {known}")
     return cast("type[Stage]", points[kind].load())
