@@ -66,7 +66,9 @@ def test_a_stage_with_residual_stds_trains_and_restores(
     assert read(tmp_path / "out" / "b.png").std() > 1
 
 
-def test_what_is_known_is_untouched_and_the_hole_is_made(cascade, tmp_path):
+def test_known_pixels_are_untouched_and_the_hole_is_sampled(
+    cascade: Cascade, tmp_path: Path
+) -> None:
     """Sides that the stride does not divide, and two sizes at once."""
     images = [
         DamagedImage(name=f"p{n}", image=random_image(*size), mask=hole(*size))
@@ -79,7 +81,7 @@ def test_what_is_known_is_untouched_and_the_hole_is_made(cascade, tmp_path):
         assert (found[each.mask] != each.image[each.mask]).mean() > 0.9
 
 
-def test_a_picture_alone_is_the_picture_in_company(cascade, tmp_path):
+def test_an_image_does_not_depend_on_its_batch(cascade: Cascade, tmp_path: Path) -> None:
     images = [DamagedImage(name=f"p{n}", image=random_image(), mask=hole()) for n in range(3)]
     options = RestoreOptions(task="inpainting", samples=2)
     restore(cascade, images, options, tmp_path / "all")
@@ -88,7 +90,7 @@ def test_a_picture_alone_is_the_picture_in_company(cascade, tmp_path):
         assert (read(tmp_path / "all" / name) == read(tmp_path / "one" / name)).all()
 
 
-def test_samples_their_spread_and_their_blend(cascade, tmp_path):
+def test_samples_their_standard_deviation_and_their_blend(cascade: Cascade, tmp_path: Path) -> None:
     damaged = DamagedImage(name="p", image=random_image(), mask=hole())
     restore(
         cascade,
@@ -123,7 +125,7 @@ def test_the_most_uncertain_part_alone_is_repainted(
     assert (before[part] != after[part]).any(axis=-1).mean() > 0.5
 
 
-def test_a_folder_goes_on_where_it_was(cascade, tmp_path):
+def test_a_folder_goes_on_where_it_was(cascade: Cascade, tmp_path: Path) -> None:
     images = [DamagedImage(name=f"p{n}", image=random_image(), mask=hole()) for n in range(2)]
     options = RestoreOptions(task="inpainting")
     assert restore(cascade, images[:1], options, tmp_path) == 1
@@ -135,8 +137,8 @@ def test_a_folder_goes_on_where_it_was(cascade, tmp_path):
         restore(cascade, images, RestoreOptions(task="inpainting", seed=1), tmp_path)
 
 
-def test_colour_starts_from_grey(cascade, tmp_path):
-    """Of a coloured picture only its grey is used."""
+def test_colour_starts_from_grey(cascade: Cascade, tmp_path: Path) -> None:
+    """Of a coloured image only its grey is used."""
     image = random_image()
     for name, seen in (("colour", image), ("grey", grey(image))):
         restore(
@@ -148,14 +150,14 @@ def test_colour_starts_from_grey(cascade, tmp_path):
     assert (read(tmp_path / "colour" / "p.png") == read(tmp_path / "grey" / "p.png")).all()
 
 
-def test_what_is_too_small_is_refused(cascade, tmp_path):
+def test_what_is_too_small_is_refused(cascade: Cascade, tmp_path: Path) -> None:
     tiny = DamagedImage(name="tiny", image=random_image(3, 9), mask=np.ones((3, 9), bool))
     with pytest.raises(UserError, match="tiny: 9 x 3 pixels; this stage takes sides from 4 on"):
         restore(cascade, [tiny], RestoreOptions(task="colorization"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_images_are_extended_on_each_side():
+def test_images_are_extended_on_each_side() -> None:
     image = random_image(4, 6)
     larger, mask = extend_image(image, (1, 2, 3, 0))
     assert larger.shape == (6, 10, 3)
@@ -164,7 +166,7 @@ def test_images_are_extended_on_each_side():
     assert mask.sum() == 60 - 24
 
 
-def test_those_of_one_size_go_together():
+def test_those_of_one_size_go_together() -> None:
     shapes = {0: (2, 2), 1: (4, 4), 2: (2, 2)}
     assert chunks([0, 1, 2], shapes.__getitem__, 64) == [[0, 2], [1]]
     assert chunks([0, 1, 2], shapes.__getitem__, 1) == [[0], [2], [1]]
@@ -217,7 +219,7 @@ def files(tmp_path: Path) -> Path:
         ),
         ("colorization", "gone.png", {}, "gone.png: No such file or directory; give a picture"),
         ("colorization", "empty", {}, "empty: there is no picture in this folder"),
-        ("colorization", "twice", {}, "twice: two images have one name but for its ending"),
+        ("colorization", "twice", {}, "twice: two pictures have one name but for its ending"),
         (
             "uncropping",
             "a.png",
@@ -232,7 +234,9 @@ def files(tmp_path: Path) -> Path:
         ),
     ],
 )
-def test_input_that_cannot_be(files, task, image, options, message):
+def test_input_that_cannot_be(
+    files: Path, task: str, image: str, options: dict[str, Any], message: str
+) -> None:
     masks = files / options["mask"] if "mask" in options else None
     with pytest.raises(UserError) as error:
         read_damaged(task, files / image, masks, options.get("extend"))
@@ -250,12 +254,12 @@ def test_input_that_cannot_be(files, task, image, options, message):
         ),
     ],
 )
-def test_what_is_asked_of_samples(how, message):
+def test_what_is_asked_of_samples(how: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         RestoreOptions(task="inpainting", **how)
 
 
-def test_the_command(run, files, capsys, monkeypatch):
+def test_the_command(run: Path, files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = [
         "restore",
         str(run / "stage"),
@@ -285,9 +289,11 @@ def test_the_command(run, files, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("residual_std", [None, 0.1])
-def test_text_conditions_beside_the_task(shards_folder, t5_folder, tmp_path, residual_std) -> None:
+def test_text_conditions_beside_the_task(
+    shards_folder: Path, t5_folder: Path, tmp_path: Path, residual_std: float | None
+) -> None:
     """Trained on captions, exported with the encoder, sampled with and without a prompt, guided."""
-    changes = {
+    changes: dict[str, Any] = {
         "conditioning": "text",
         "text": {"encoder": str(t5_folder), "width": 16, "length": LENGTH},
     }
@@ -320,12 +326,14 @@ def test_text_conditions_beside_the_task(shards_folder, t5_folder, tmp_path, res
     assert (one != none).any()
 
 
-def test_other_stages_restore_nothing_and_this_one_makes_nothing(run, trained, files):
+def test_other_stages_restore_nothing_and_this_one_generates_nothing(
+    run: Path, trained: Path, files: Path
+) -> None:
     argv = ["--task", "colorization", "--image", str(files / "a.png"), "--out", str(files / "out")]
     with pytest.raises(UserError, match="base, sr32, sr64: not an image-to-image stage"):
         cli.answer(["restore", str(trained / "cascade"), *argv])
     with pytest.raises(
-        UserError, match="image_to_image restores pictures and makes none; use `cascade restore`"
+        UserError, match="image_to_image restores images and generates none; use `cascade restore`"
     ):
         Cascade.load(run / "stage")(["x"])
     with pytest.raises(
