@@ -50,10 +50,10 @@ def train(stage: Trainee, stop: Callable[[], bool] = bool) -> bool:
     job = runtime.start_communication()
     if job.rank:
         log.setLevel(logging.WARNING)  # rank 0 speaks for all
-    heart = Heartbeat(runtime.attempt(), job.rank)
+    heart = Heartbeat(runtime.attempt_dir(), job.rank)
     heart.beat("starting")
     try:
-        finished = run(stage, ProcessGroup(job.rank, job.world), heart, stop)
+        finished = run(stage, ProcessGroup(job.rank, job.world_size), heart, stop)
     except BaseException as error:
         heart.beat("failed", error=error)
         raise
@@ -183,7 +183,7 @@ def steps(
                 heart.beat("sampling")
                 with trainer.state.averaged():
                     if first:
-                        report.picture(step, stage.picture(*loader.first(config.num_samples)))
+                        report.image(step, stage.picture(*loader.first(config.num_samples)))
             if stopping and not ending:
                 writer.join()
                 log.info(

@@ -285,7 +285,7 @@ def test_the_path_of_a_section_built_by_itself_is_in_its_errors() -> None:
     with pytest.raises(
         ConfigError, match=r"^stages\.sr256\.size: 48 is not a multiple of 32; write 32$"
     ):
-        build(LowResConfig, {"size": 48}, where="stages.sr256")
+        build(LowResConfig, {"size": 48}, path="stages.sr256")
 
 
 def test_overrides_are_yaml_and_make_the_sections_they_need() -> None:

@@ -7,13 +7,13 @@ import pytest
 
 from pipeline.errors import JobError
 from pipeline.runtime import (
-    PATIENCE,
+    COLLECTIVE_TIMEOUT,
     RankInfo,
-    address,
-    attempt,
-    job,
+    attempt_dir,
+    pin_cores,
     prepare_environment,
-    take_cores,
+    rank_info,
+    resolve_host,
 )
 
 MSRUN = {"MS_ROLE": "MS_WORKER", "MS_WORKER_NUM": "4", "RANK_ID": "3", "DEVICE_ID": "1"}
@@ -29,25 +29,25 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cores: None)
 
 
-def test_one_process_is_a_job() -> None:
-    assert job() == RankInfo(rank=0, world=1, local_rank=0, local_world=1)
+def test_one_process_is_a_rank_info() -> None:
+    assert rank_info() == RankInfo(rank=0, world_size=1, local_rank=0, local_world_size=1)
     os.environ |= {"RANK_ID": "5", "DEVICE_ID": "5"}  # left there by a cluster's machinery
-    assert job() == RankInfo()
+    assert rank_info() == RankInfo()
     os.environ |= {**MSRUN, "MS_WORKER_NUM": "1", "RANK_ID": "0"}
-    assert job() == RankInfo()
+    assert rank_info() == RankInfo()
 
 
 def test_msrun_says_who_we_are() -> None:
     os.environ |= MSRUN
-    assert job() == RankInfo(rank=3, world=4, local_rank=1, local_world=4)
+    assert rank_info() == RankInfo(rank=3, world_size=4, local_rank=1, local_world_size=4)
     os.environ["CASCADE_LOCAL_WORKERS"] = "2"
-    assert job() == RankInfo(rank=3, world=4, local_rank=1, local_world=2)
+    assert rank_info() == RankInfo(rank=3, world_size=4, local_rank=1, local_world_size=2)
 
 
 def test_mpirun_says_it_in_its_own_words() -> None:
     os.environ |= {f"OMPI_COMM_WORLD_{name}": value for name, value in MPIRUN.items()}
     prepare_environment()
-    assert job() == RankInfo(rank=3, world=4, local_rank=1, local_world=2)
+    assert rank_info() == RankInfo(rank=3, world_size=4, local_rank=1, local_world_size=2)
     assert {name: os.environ[name] for name in MSRUN} == MSRUN
     assert os.environ["MS_NODE_ID"] == "3"
 
@@ -63,7 +63,7 @@ def test_a_nodes_mpirun_numbers_its_own_ranks_only() -> None:
         "DEVICE_ID": "7",
     }
     prepare_environment()
-    assert job() == RankInfo(rank=3, world=4, local_rank=1, local_world=2)
+    assert rank_info() == RankInfo(rank=3, world_size=4, local_rank=1, local_world_size=2)
     assert os.environ["MS_NODE_ID"] == "3"
     assert not [
         name for name in os.environ if name.startswith("OMPI_")
@@ -76,7 +76,7 @@ def test_mpirun_of_one_is_no_job_of_many() -> None:
         for name, value in {**MPIRUN, "SIZE": "1", "RANK": "0"}.items()
     }
     prepare_environment()
-    assert job() == RankInfo()
+    assert rank_info() == RankInfo()
     assert "MS_ROLE" not in os.environ
 
 
@@ -93,14 +93,14 @@ def test_mpirun_of_one_is_no_job_of_many() -> None:
 def test_ranks_that_cannot_be(change: dict[str, str], message: str) -> None:
     os.environ |= {**MSRUN, **change}
     with pytest.raises(JobError) as error:
-        job()
+        rank_info()
     assert str(error.value).startswith(message)
     prepare_environment()  # is no place to fail
 
 
 def test_the_others_are_waited_for_unless_the_user_says_how_long() -> None:
     prepare_environment()
-    assert os.environ["MS_NODE_TIMEOUT"] == str(PATIENCE)
+    assert os.environ["MS_NODE_TIMEOUT"] == str(COLLECTIVE_TIMEOUT)
     os.environ["MS_NODE_TIMEOUT"] = "60"
     prepare_environment()
     assert os.environ["MS_NODE_TIMEOUT"] == "60"
@@ -126,22 +126,22 @@ def test_ranks_on_one_machine_have_cores_of_their_own(
             "sched_setaffinity",
             lambda pid, cores, rank=rank: taken.__setitem__(rank, list(cores)),
         )
-        take_cores(RankInfo(rank, world, rank, world))
+        pin_cores(RankInfo(rank, world, rank, world))
     assert taken == expected
 
 
 def test_the_attempts_folder_is_the_launchers() -> None:
-    assert attempt() is None
+    assert attempt_dir() is None
     os.environ["CASCADE_ATTEMPT"] = "runs/x/logs/attempt-0"
-    assert attempt() == Path("runs/x/logs/attempt-0")
+    assert attempt_dir() == Path("runs/x/logs/attempt-0")
 
 
 def test_a_host_name_is_looked_up() -> None:
-    assert [address(host) for host in ("10.0.0.1", "fd00::1", "localhost")] == [
+    assert [resolve_host(host) for host in ("10.0.0.1", "fd00::1", "localhost")] == [
         "10.0.0.1",
         "fd00::1",
         "127.0.0.1",
     ]
     with pytest.raises(JobError) as error:
-        address("no-such-host.invalid")
+        resolve_host("no-such-host.invalid")
     assert str(error.value).startswith("MS_SCHED_HOST=no-such-host.invalid: no such host (")

@@ -92,7 +92,7 @@ def test_equals_the_whole_compiled(monkeypatch):
         return tiling.tiled(net, *tensors)
 
     np.testing.assert_allclose(
-        runtime.compile(tiled)(*given).asnumpy(), net(*given).asnumpy(), atol=2e-5
+        runtime.jit(tiled)(*given).asnumpy(), net(*given).asnumpy(), atol=2e-5
     )
 
 
@@ -135,7 +135,7 @@ def test_sampling_is_in_bands_and_training_is_not(monkeypatch):
     def loss(*tensors):
         return stage.loss(*tensors)
 
-    trained = runtime.compile(loss)(*batch).asnumpy()
+    trained = runtime.jit(loss)(*batch).asnumpy()
 
     def sample():
         config = replace(stage.config.sample, steps=2, guidance=2.0)
@@ -151,4 +151,4 @@ def test_sampling_is_in_bands_and_training_is_not(monkeypatch):
 
     monkeypatch.setattr(tiling, "picture", zeros)
     assert np.abs(sample() - wanted).max() > 10
-    np.testing.assert_array_equal(runtime.compile(loss)(*batch).asnumpy(), trained)
+    np.testing.assert_array_equal(runtime.jit(loss)(*batch).asnumpy(), trained)
