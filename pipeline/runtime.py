@@ -181,8 +181,8 @@ def _read_int(name: str, default: int) -> int:
 
 
 def is_scheduler() -> bool:
-    """Whether this process is MindSpore's scheduler, which connects the ranks and does nothing else:
-    it ends within `start_communication`.
+    """Whether this process is MindSpore's scheduler, which only connects the ranks: it ends within
+    `start_communication`.
     """
     return os.environ.get("MS_ROLE") == "MS_SCHED"
 
