@@ -128,11 +128,11 @@ def run_edit(arguments: argparse.Namespace) -> int:
     from pipeline.generate.cascade_folder import read_cascade
     from pipeline.generate.edit import open_editing, strengths
     from pipeline.generate.output_folder import generate
-    from pipeline.imaging.user_images import pictures_in
+    from pipeline.imaging.user_images import list_images
     from pipeline.log import setup_logging
 
     setup_logging()
-    images = pictures_in(arguments.image)
+    images = list_images(arguments.image)
     num = max(len(images), len(prompts))
     if not {len(images), len(prompts)} <= {1, num}:
         raise UserError(
