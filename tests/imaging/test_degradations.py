@@ -1,4 +1,4 @@
-"""The four tasks: source and mask, their distributions, and that they depend on the generator only."""
+"""The four tasks: source and mask, their distributions, and that the generator determines them."""
 
 from collections.abc import Callable
 
@@ -125,8 +125,8 @@ class TestWithoutHole:
         assert abs(psnr(ours, COFFEE) - psnr(theirs, COFFEE)) < 0.05
 
     def test_qualities_have_their_distribution(self) -> None:
-        """A source's pixels identify its quality. Chi-square, 25 degrees of freedom: above 52.6 with
-        probability 0.001.
+        """A source's pixels identify its quality. Chi-square, 25 degrees of freedom: above 52.6
+        with probability 0.001.
         """
         small = COFFEE[:32, :32]
         quality_of = {compress_jpeg(small, q).tobytes(): q for q in JPEG_QUALITIES}
@@ -191,8 +191,8 @@ class TestHoles:
         assert {ndimage.label(mask)[1] for mask in masks} == {1, 2, 3, 4, 5}
 
     def test_strokes_are_round_and_as_wide_as_a_brush(self) -> None:
-        """A morphological opening by a disc of 11 pixels loses almost nothing: no stroke is thinner,
-        and no end is square.
+        """A morphological opening by a disc of 11 pixels loses almost nothing: no stroke is
+        thinner, and no end is square.
         """
         disc = np.hypot(*np.mgrid[-5:6, -5:6]) <= 5.5
         lost = 0
