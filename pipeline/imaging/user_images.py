@@ -48,7 +48,7 @@ def list_images(path: Path) -> list[Path]:
 
 
 def mask_path(image: Path, masks: Path) -> Path:
-    """The mask's file for an image: `masks`, or the PNG of the image's name in the folder `masks`."""
+    """The mask's file for an image: `masks`, or in the folder `masks` the PNG of its name."""
     return masks / f"{image.stem}.png" if masks.is_dir() else masks
 
 
