@@ -52,7 +52,7 @@ def run_check(arguments: argparse.Namespace) -> int:
 
 def run_train(arguments: argparse.Namespace) -> int:
     from launch.jobs.plan import NODE_LOCK, processes, rank_program, read_launch, remotes
-    from pipeline.files import holder
+    from pipeline.files import lock_holder
     from pipeline.stage.registry import read_stage_config
     from pipeline.train.resume import finished
 
@@ -66,7 +66,7 @@ def run_train(arguments: argparse.Namespace) -> int:
     ):  # in this process: what is simple stays easy to debug
         from launch.jobs.worker import train
 
-        if pid := holder(
+        if pid := lock_holder(
             Path(config.run), NODE_LOCK.format(0)
         ):  # of which no rank may run at this moment
             raise UserError(
@@ -134,11 +134,11 @@ def run_edit(arguments: argparse.Namespace) -> int:
     from pipeline.generate.cascade_folder import read_cascade
     from pipeline.generate.edit import open_edit_files, strengths
     from pipeline.generate.output_folder import generate
-    from pipeline.imaging.user_images import pictures_in
+    from pipeline.imaging.user_images import list_images
     from pipeline.log import setup_logging
 
     setup_logging()
-    images = pictures_in(arguments.image)
+    images = list_images(arguments.image)
     num = max(len(images), len(prompts))
     if not {len(images), len(prompts)} <= {1, num}:
         raise UserError(

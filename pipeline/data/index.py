@@ -205,7 +205,7 @@ def needs_rebuild(location: str, sources: Sources, cache: Path | None, outdated:
 def build_one(location: str, cache: Path | None, outdated: bool) -> bool:
     """False if another process is at it."""
     path, sources = index_path(location, cache), Sources()
-    with try_lock(path) as mine:
+    with try_lock(path, fix="name another folder in data.cache") as mine:
         if (
             mine
             and needs_rebuild(location, sources, cache, outdated)

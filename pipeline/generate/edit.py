@@ -35,7 +35,7 @@ from pipeline.data.image import downsample, to_float, to_uint8, upsample
 from pipeline.errors import UserError
 from pipeline.files import sha256_file
 from pipeline.imaging.compositing import composite
-from pipeline.imaging.user_images import hole, mask_for, read
+from pipeline.imaging.user_images import mask_for
 from pipeline.stage.request import Edit
 
 # Without a mask, unless given; diffusers' IF starts its super-resolution there, too.
@@ -143,7 +143,8 @@ def edits_of(
     for i, pixels in enumerate(images):
         check_square(pixels.shape, size, f"image {i}")
     holes = [
-        hole(pixels, (size, size), f"mask {i}", f"image {i}") for i, pixels in enumerate(masks)
+        mask_from_image(pixels, (size, size), f"mask {i}", f"image {i}")
+        for i, pixels in enumerate(masks)
     ]
 
     by_stage = strengths(strength, bool(masks), stage_names)
@@ -201,12 +202,13 @@ class EditFiles:
         return {**digests, "strength": self.strengths[stage], "edited_from": first_stage}
 
     def read(self, stage: str, image_ids: Sequence[int]) -> Edit:
-        images = np.stack([read(self.images[i]) for i in image_ids])
+        images = np.stack([read_image(self.images[i]) for i in image_ids])
         mask = None
         if self.masks:
             shape = images.shape[1:]
             holes = [
-                hole(read(self.masks[i]), shape, self.masks[i], self.images[i]) for i in image_ids
+                mask_from_image(read_image(self.masks[i]), shape, self.masks[i], self.images[i])
+                for i in image_ids
             ]
             mask = np.stack(holes)[:, None]
         return Edit(images=images, mask=mask, strength=self.strengths[stage])
@@ -228,11 +230,11 @@ def open_edit_files(
     """
     mask_paths = {image: mask_for(image, masks) for image in images} if masks else {}
     for image in dict.fromkeys(images):
-        pixels = read(image)
+        pixels = read_image(image)
         check_square(pixels.shape, size, image)
         if masks:
             path = mask_paths[image]
-            hole(read(path), pixels.shape, path, image)
+            mask_from_image(read_image(path), pixels.shape, path, image)
     chosen = [mask_paths[image] for image in images] if masks else []
     digests = {path: sha256_file(path) for path in {*images, *chosen}}
     return EditFiles(images=images, masks=chosen, strengths=strengths, digests=digests)

@@ -248,4 +248,4 @@ def compiled_step(
         return linear_step(coefficients, z, x, *terms), x
 
     shaped_by = (guided, num_terms, kind, quantile, masked)
-    return names, stage.compiled_steps.setdefault(shaped_by, runtime.compile(step))
+    return names, stage.compiled_steps.setdefault(shaped_by, runtime.jit(step))

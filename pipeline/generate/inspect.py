@@ -35,8 +35,8 @@ from pipeline.errors import UserError
 from pipeline.files import write_atomically
 from pipeline.generate.cascade import Cascade, advance
 from pipeline.generate.engine import OnStep, SampleStep, num_calls, sample
-from pipeline.imaging.contact_sheet import Row, sheet
-from pipeline.imaging.user_images import read
+from pipeline.imaging.contact_sheet import Row
+from pipeline.imaging.user_images import read_image
 from pipeline.rng import sampling_noise
 from pipeline.stage.inputs import Arrays
 from pipeline.stage.request import SampleRequest
@@ -230,7 +230,7 @@ class Inspector:
 
 def read_square(path: Path, size: int) -> np.ndarray:
     """An image file as uint8 (size, size, 3), its middle."""
-    pixels = read(path)
+    pixels = read_image(path)
     height, width = pixels.shape[:2]
     return crop_resize(Picture(pixels, height, width), size, 0.5, 0.5)
 
@@ -272,7 +272,7 @@ def inspect(
         )
         bar.total = inspector.total_calls(num_images)
         grid = inspector.grid(num_images)
-        first = grid[0].pictures[0] if image is None else image
+        first = grid[0].images[0] if image is None else image
         sheets = {
             "grid": lambda: grid,
             "path": inspector.path,

@@ -23,7 +23,7 @@ from pipeline.generate.engine import OnStep, num_calls, sample
 from pipeline.generate.output_folder import OutputFolder, sampling_recipe
 from pipeline.imaging.compositing import blend, composite, heat, least_certain, padded, seam, spread
 from pipeline.imaging.degradations import WITH_HOLE, Degraded, grey, whole, with_hole
-from pipeline.imaging.user_images import hole, mask_for, pictures_in, read
+from pipeline.imaging.user_images import mask_for, pictures_in
 from pipeline.rng import generator
 from pipeline.stage.inputs import Arrays
 from pipeline.stage.manifest import Manifest
@@ -98,13 +98,13 @@ def read_damaged(
 
     damaged = []
     for path in pictures_in(images):
-        image = read(path)
+        image = read_image(path)
         mask = np.ones(image.shape[:2], bool)
         if extend:
             image, mask = extend_image(image, extend)
         elif masks:
             source = mask_for(path, masks)
-            mask = hole(read(source), image.shape, source, path)
+            mask = mask_from_image(read_image(source), image.shape, source, path)
         damaged.append(DamagedImage(name=path.stem, image=image, mask=mask))
     return damaged
 

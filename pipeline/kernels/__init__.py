@@ -21,7 +21,7 @@ import mindspore
 from mindspore import Tensor, ops
 
 from pipeline import device, runtime
-from pipeline.files import replacing
+from pipeline.files import atomic_replace
 
 log = logging.getLogger("cascade")
 
@@ -48,7 +48,7 @@ def library() -> Path | None:
     here, onednn = Path(__file__).parent, Path(mindspore.__file__).parent / "lib" / "libdnnl.so.3"
     sources = sorted(here.glob("*.cc"))
     made_of = [path.read_bytes() for path in (*sources, *sorted(here.glob("*.h")))]
-    made_of += map(str.encode, (*FLAGS, str(onednn), mindspore.__version__, device.processor()))
+    made_of += map(str.encode, (*FLAGS, str(onednn), mindspore.__version__, device.cpu_model()))
     name = f"kernels-{blake2b(b' '.join(made_of), digest_size=8).hexdigest()}.so"
     inputs = [*map(str, sources), str(onednn), f"-Wl,-rpath,{onednn.parent}"]
     try:
@@ -87,7 +87,7 @@ def built(path: Path, inputs: list[str]) -> Path:
             ctypes.CDLL(str(path))
             return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as side:  # ranks may build at once: each its own, any may stay
+    with atomic_replace(path) as side:  # ranks may build at once: each its own, any may stay
         argv = ["g++", *FLAGS, *inputs, "-o", str(side)]
         subprocess.run(argv, check=True, capture_output=True, text=True, timeout=300)
     ctypes.CDLL(str(path))

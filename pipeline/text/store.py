@@ -160,7 +160,7 @@ class TextStore:
                 others = []
                 for shard, field in todo:
                     path = self.path(shard, field)
-                    with try_lock(path) as mine:
+                    with try_lock(path, fix="name another folder in data.cache") as mine:
                         if not mine:
                             others.append((shard, field))
                             continue

@@ -35,7 +35,7 @@ import numpy as np
 from mindspore import Tensor, ops
 from mindspore import dtype as mstype
 
-from pipeline.runtime import compile
+from pipeline.runtime import jit
 from pipeline.text.hugging_face import Stored, as_float32
 from pipeline.text.t5_folder import T5Config, encoder_tensors, layer_shapes
 
@@ -157,9 +157,9 @@ class T5Encoder:
             return rms_norm(x_TD, gain_D.astype(mstype.float32), config.layer_norm_epsilon)
 
         self.bias, self.layer, self.finish = (
-            compile(self.score_bias),
-            compile(layer),
-            compile(finish),
+            jit(self.score_bias),
+            jit(layer),
+            jit(finish),
         )
 
     def score_bias(self, mask_BL: Tensor, bias_NK: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class Graph(nn.Cell):
     ) -> None:
         super().__init__()
         self.function, self.held, self.folder = function, ParameterTuple(parameters), folder
-        self.graph = runtime.compile(type(self).construct)
+        self.graph = runtime.jit(type(self).construct)
 
     def construct(self, *tensors: Tensor) -> Any:
         return self.function(*tensors)
@@ -47,7 +47,7 @@ class Graph(nn.Cell):
         if self.folder is None:
             return self.graph(self, *tensors)
         folder, self.folder = self.folder, None
-        with runtime.keeping_graphs(folder):
+        with runtime.graph_cache(folder):
             return self.graph(self, *tensors)
 
 

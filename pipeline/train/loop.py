@@ -191,7 +191,7 @@ def steps(
                 heart.beat("sampling")
                 with trainer.state.averaged():
                     if first:
-                        report.picture(step, stage.sample_grid(*loader.first(config.num_samples)))
+                        report.image(step, stage.sample_grid(*loader.first(config.num_samples)))
             if stopping and not ending:
                 writer.join()
                 log.info(

@@ -23,10 +23,10 @@ def cast_matmuls(network: nn.Cell, precision: Precision) -> None:
     """Lets convolutions and dense layers of `network` compute in `precision`. ConfigError if the
     device does not.
     """
-    if precision not in device.precisions():
+    if precision not in device.supported_precisions():
         raise ConfigError(
             f"train.precision: {precision} is nothing that this device computes in; give one of "
-            f"{', '.join(device.precisions())}"
+            f"{', '.join(device.supported_precisions())}"
         )
     if precision != "float32":
         for _, cell in network.cells_and_names():

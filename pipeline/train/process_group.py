@@ -4,7 +4,7 @@ Every rank trains the same weights on its share of the batch. They begin alike (
 each step adds up their gradients (`sum`), so that they take the same step and stay alike, bit for
 bit: `mismatching_ranks` finds out whether they did. Where each keeps only a share of the optimizer they
 `gather` what they made of it. There is no barrier and no clock. A rank that has something else to
-do, rank 0 that saves or samples, is waited for in the next sum, for at most `runtime.PATIENCE`
+do, rank 0 that saves or samples, is waited for in the next sum, for at most `runtime.COLLECTIVE_TIMEOUT`
 seconds.
 
 What else the ranks have to agree on (the mean loss; whether one of them was asked to stop) rides

@@ -23,7 +23,6 @@ from pipeline.generate.restore import (
     restore,
 )
 from pipeline.imaging.compositing import least_certain, spread
-from pipeline.imaging.degradations import grey
 from pipeline.train.loop import train
 from tests.conftest import LENGTH
 from tests.helpers.palette import hole, make, random_image
@@ -198,7 +197,7 @@ def files(tmp_path: Path) -> Path:
             {"mask": "small.png"},
             "small.png: the mask has 16 x 8 pixels and {}/a.png 16 x 16; give",
         ),
-        ("inpainting", "a.png", {"mask": "none.png"}, "none.png: nothing in this mask is white"),
+        ("inpainting", "a.png", {"mask": "none.png"}, "none.png: no pixel is white"),
         (
             "inpainting",
             "a.png",
@@ -215,11 +214,11 @@ def files(tmp_path: Path) -> Path:
             "colorization",
             "broken.png",
             {},
-            "broken.png: is none of JPEG, PNG, WEBP, GIF, BMP; give a picture",
+            "broken.png: is none of JPEG, PNG, WEBP, GIF, BMP; give an image",
         ),
-        ("colorization", "gone.png", {}, "gone.png: No such file or directory; give a picture"),
-        ("colorization", "empty", {}, "empty: there is no picture in this folder"),
-        ("colorization", "twice", {}, "twice: two pictures have one name but for its ending"),
+        ("colorization", "gone.png", {}, "gone.png: No such file or directory; give an image"),
+        ("colorization", "empty", {}, "empty: no image in this folder"),
+        ("colorization", "twice", {}, "twice: two images have the same name"),
         (
             "uncropping",
             "a.png",

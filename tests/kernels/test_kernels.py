@@ -48,7 +48,7 @@ def answers(operator, arrays):
     def along(*inputs):
         return (operator(*inputs) * Tensor(direction.astype(np.float32))).sum()
 
-    _, gradients = runtime.compile(value_and_grad(along, tuple(range(len(tensors)))))(*tensors)
+    _, gradients = runtime.jit(value_and_grad(along, tuple(range(len(tensors)))))(*tensors)
     return operator(*tensors).asnumpy(), [gradient.asnumpy() for gradient in gradients], direction
 
 

@@ -151,7 +151,7 @@ def test_dropout(rate):
 
     found = layer(Tensor(x), Tensor(seeds)).asnumpy()
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
-    gradient = runtime.compile(grad(square))(Tensor(x), Tensor(seeds)).asnumpy()
+    gradient = runtime.jit(grad(square))(Tensor(x), Tensor(seeds)).asnumpy()
     np.testing.assert_allclose(gradient, wanted / (1 - rate), rtol=1e-6)
     np.testing.assert_array_equal(found[0] == 0, found[2] == 0)  # wherever in a batch
 
@@ -309,7 +309,7 @@ def test_attention_answers_some_queries_after_the_others(monkeypatch):
     np.testing.assert_allclose(lookup(q, k, v, bias).asnumpy(), wanted, atol=1e-6)
     assert seen == [4, 4, 3]
     lookup.scores = product
-    np.testing.assert_allclose(runtime.compile(lookup)(q, k, v, bias).asnumpy(), wanted, atol=1e-6)
+    np.testing.assert_allclose(runtime.jit(lookup)(q, k, v, bias).asnumpy(), wanted, atol=1e-6)
 
 
 def test_level_embedding():

@@ -105,7 +105,7 @@ def test_tiled_output_is_the_same_when_compiled() -> None:
     def call(x: Tensor, logsnr: Tensor, text: Tensor, mask: Tensor) -> Tensor:
         return tiled(net, x, logsnr, text, mask, limit=limit_for(rows=3, width=24))
 
-    output = runtime.compile(call)(*arguments).asnumpy()
+    output = runtime.jit(call)(*arguments).asnumpy()
     np.testing.assert_allclose(output, net(*arguments).asnumpy(), atol=2e-5)
 
 
@@ -155,7 +155,7 @@ def test_sampling_is_tiled_and_training_is_not(monkeypatch: pytest.MonkeyPatch) 
     def loss(*tensors: Tensor) -> Tensor:
         return stage.loss(*tensors)
 
-    trained = runtime.compile(loss)(*batch).asnumpy()
+    trained = runtime.jit(loss)(*batch).asnumpy()
 
     def sample(tile: Callable[..., Tensor]) -> np.ndarray:
         monkeypatch.setattr(stage_module, "tiled", tile)
@@ -172,4 +172,4 @@ def test_sampling_is_tiled_and_training_is_not(monkeypatch: pytest.MonkeyPatch) 
     expected = sample(tiling.tiled)
     assert np.abs(sample(small_tiles) - expected).max() <= 1
     assert np.abs(sample(zeros) - expected).max() > 10
-    np.testing.assert_array_equal(runtime.compile(loss)(*batch).asnumpy(), trained)
+    np.testing.assert_array_equal(runtime.jit(loss)(*batch).asnumpy(), trained)

@@ -52,7 +52,7 @@ def compiled(stage: Base) -> Any:
     def loss(*tensors: Tensor) -> Tensor:
         return stage.loss(*tensors)
 
-    return runtime.compile(loss)
+    return runtime.jit(loss)
 
 
 class OffsetBase(Base):

@@ -399,7 +399,7 @@ def test_too_many_in_a_row_end_the_job(shards_folder, t5_folder, tmp_path, monke
 def test_a_precision_that_the_device_lacks_leaves_no_folder(
     shards_folder, t5_folder, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("pipeline.device.precisions", lambda: ("float32",))
+    monkeypatch.setattr("pipeline.device.supported_precisions", lambda: ("float32",))
     cls, config = config_of(tmp_path / "run", shards_folder, t5_folder, precision="bfloat16")
     with pytest.raises(UserError, match=r"train\.precision: bfloat16"):
         train(cls(config))

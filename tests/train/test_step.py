@@ -432,7 +432,7 @@ def test_averaged_is_a_visit(seen: History, resumed: tuple[Quadratic, TrainStep,
     network, step, _ = resumed
     load(step, seen.states[HALF - 1])
     targets = batch(0)
-    look = runtime.compile(network.construct)
+    look = runtime.jit(network.construct)
     for number in range(HALF, STEPS):
         before = snapshot(step)
         with step.state.averaged():
