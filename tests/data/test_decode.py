@@ -362,4 +362,6 @@ class TestRefusedFiles:
         if width < 65_536:
             data = image_files.grey_jpeg()
             position = data.index(b"\xff\xc0") + 5
-            check_refused(data[:position] + struct.pack(">HH", height, width) + data[position + 4 :])
+            check_refused(
+                data[:position] + struct.pack(">HH", height, width) + data[position + 4 :]
+            )

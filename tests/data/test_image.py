@@ -14,9 +14,9 @@ from tests.helpers.image_files import decoded, encoded, psnr, smooth
 
 # fmt: off
 PHOTOGRAPHS = [
-    "astronaut", "brick", "camera", "cell", "chelsea", "clock_motion", "coffee", "coins", "grass", "gravel",
-    "hubble_deep_field", "ihc", "microaneurysms", "moon", "motorcycle_left", "motorcycle_right", "page",
-    "retina", "rocket", "text",
+    "astronaut", "brick", "camera", "cell", "chelsea", "clock_motion", "coffee", "coins", "grass",
+    "gravel", "hubble_deep_field", "ihc", "microaneurysms", "moon", "motorcycle_left",
+    "motorcycle_right", "page", "retina", "rocket", "text",
 ]
 # fmt: on
 

@@ -12,7 +12,8 @@ from pipeline.data.decode import DecodedImage
 
 def html() -> bytes:
     """What a server sends instead of an image that was removed."""
-    return b"<!DOCTYPE html>\n<html><head><title>404 Not Found</title></head><body>Not Found</body></html>\n"
+    head = b"<head><title>404 Not Found</title></head>"
+    return b"<!DOCTYPE html>\n<html>" + head + b"<body>Not Found</body></html>\n"
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
