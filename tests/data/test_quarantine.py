@@ -8,7 +8,6 @@ import pytest
 from pipeline.data.quarantine import Quarantine
 from pipeline.errors import UserError
 
-
 LAST = {"shard": "0.tar", "key": "last", "reason": "is broken"}
 
 

@@ -95,8 +95,9 @@ def test_too_much_damage_is_refused_before_the_run(folder: Path) -> None:
     with pytest.raises(UserError) as caught:
         opened(f"{folder}/b.tar", max_damage=0.3)
     assert str(caught.value) == (
-        "data.max_damage: 33.3% of the samples are damaged, more than 30.0%; left out: 1 damaged (the first: "
-        f"{folder}/b.tar:y, its jpg is none of JPEG, PNG, WEBP, GIF, BMP); repair the shards or raise it"
+        "data.max_damage: 33.3% of the samples are damaged, more than 30.0%; left out: 1 damaged "
+        f"(the first: {folder}/b.tar:y, its jpg is none of JPEG, PNG, WEBP, GIF, BMP); repair the "
+        "shards or raise it"
     )
     assert len(opened(f"{folder}/b.tar", max_damage=0.34)) == 2
 
