@@ -389,10 +389,8 @@ def test_a_server_that_keeps_failing_is_reported(
     server.fail = 99
     with caplog.at_level(logging.WARNING, "cascade"):
         message = error_of(lambda: make_sources().read(server.url("a.tar"), 0, 9), JobError)
-    assert re.match(
-        r"http://[\d.:]+/a\.tar: 4 attempts in \d+ s failed, the last with: 503 Service Unavailable; ",
-        message,
-    )
+    assert re.match(r"http://[\d.:]+/a\.tar: 4 attempts in \d+ s failed, the last with: ", message)
+    assert "503 Service Unavailable; " in message
     assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [
         "503 Service Unavailable; attempt 4 of 4 in 0 s"
     ]
