@@ -26,6 +26,8 @@ vocabulary, N buckets.
 """
 
 import math
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Self
 
@@ -110,6 +112,50 @@ def feed_forward(x_TD: Tensor, weights: tuple[Tensor, ...], eps: float, is_gated
     return x_TD + ops.matmul(hidden, weights[-1])
 
 
+@lru_cache
+def compiled_score_bias(num_buckets: int, max_distance: int) -> Callable[..., Tensor]:
+    """(mask_BL, bias_NK as stored) -> (B, K, L, L), added to the scores of all layers: the bias of
+    relative positions, and MASKED for padded tokens. Compiled once for all encoders.
+    """
+    bucket_of_distance = Tensor(buckets(num_buckets, max_distance))
+
+    def score_bias(mask_BL: Tensor, bias_NK: Tensor) -> Tensor:
+        position = ops.arange(mask_BL.shape[1])
+        distance_LL = ops.clamp(
+            position.reshape((1, -1)) - position.reshape((-1, 1)), -max_distance, max_distance
+        )
+        bucket_LL = bucket_of_distance[distance_LL + max_distance]
+        bias_KLL = bias_NK.astype(mstype.float32)[bucket_LL].transpose((2, 0, 1))
+
+        padding_BL = 1.0 - mask_BL.astype(mstype.float32)
+        padding_B11L = padding_BL.expand_dims(1).expand_dims(1) * MASKED
+        return bias_KLL.expand_dims(0) + padding_B11L
+
+    return compile(score_bias)
+
+
+@lru_cache
+def compiled_layer(eps: float, is_gated: bool) -> Callable[..., Tensor]:
+    """(x_TD, bias_BKLL, *weights as stored) -> (T, D), compiled once for all encoders."""
+
+    def layer(x_TD: Tensor, bias_BKLL: Tensor, *stored: Tensor) -> Tensor:
+        weights = to_float32(stored)
+        x_TD = attention(x_TD, bias_BKLL, weights[:5], eps)
+        return feed_forward(x_TD, weights[5:], eps, is_gated)
+
+    return compile(layer)
+
+
+@lru_cache
+def compiled_final_norm(eps: float) -> Callable[..., Tensor]:
+    """(x_TD, gain_D as stored) -> (T, D), compiled once for all encoders."""
+
+    def final_norm(x_TD: Tensor, gain_D: Tensor) -> Tensor:
+        return rms_norm(x_TD, gain_D.astype(mstype.float32), eps)
+
+    return compile(final_norm)
+
+
 def to_float32(weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple([weight.astype(mstype.float32) for weight in weights])
 
@@ -129,8 +175,6 @@ class T5Encoder:
         layers are (in, out).
         """
         self.config = config
-        self.max_distance = config.relative_attention_max_distance
-        self.buckets = Tensor(buckets(config.relative_attention_num_buckets, self.max_distance))
 
         # On the host: a graph would keep a copy of the table.
         self.embedding = weights["embedding"]
@@ -142,36 +186,11 @@ class T5Encoder:
         self.norm = to_tensor(weights["norm"])
 
         eps = config.layer_norm_epsilon
-        is_gated = config.feed_forward_proj == "gated-gelu"
-
-        def layer(x_TD: Tensor, bias_BKLL: Tensor, *stored: Tensor) -> Tensor:
-            weights = to_float32(stored)
-            x_TD = attention(x_TD, bias_BKLL, weights[:5], eps)
-            return feed_forward(x_TD, weights[5:], eps, is_gated)
-
-        def final_norm(x_TD: Tensor, gain_D: Tensor) -> Tensor:
-            return rms_norm(x_TD, gain_D.astype(mstype.float32), eps)
-
-        self._score_bias = compile(self.score_bias)
-        self._layer = compile(layer)
-        self._final_norm = compile(final_norm)
-
-    def score_bias(self, mask_BL: Tensor, bias_NK: Tensor) -> Tensor:
-        """(B, K, L, L), added to the scores of all layers: the bias of relative positions, and
-        MASKED for padded tokens.
-        """
-        position = ops.arange(mask_BL.shape[1])
-        distance_LL = ops.clamp(
-            position.reshape((1, -1)) - position.reshape((-1, 1)),
-            -self.max_distance,
-            self.max_distance,
+        self._score_bias = compiled_score_bias(
+            config.relative_attention_num_buckets, config.relative_attention_max_distance
         )
-        bucket_LL = self.buckets[distance_LL + self.max_distance]
-        bias_KLL = bias_NK.astype(mstype.float32)[bucket_LL].transpose((2, 0, 1))
-
-        padding_BL = 1.0 - mask_BL.astype(mstype.float32)
-        padding_B11L = padding_BL.expand_dims(1).expand_dims(1) * MASKED
-        return bias_KLL.expand_dims(0) + padding_B11L
+        self._layer = compiled_layer(eps, is_gated=config.feed_forward_proj == "gated-gelu")
+        self._final_norm = compiled_final_norm(eps)
 
     def __call__(self, ids_BL: np.ndarray, mask_BL: np.ndarray) -> np.ndarray:
         x_TD = Tensor.from_numpy(as_float32(self.embedding[ids_BL.reshape(-1)]))
