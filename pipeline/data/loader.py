@@ -24,7 +24,7 @@ from pipeline.data import image as images
 from pipeline.data.decode import BadImage, decode
 from pipeline.data.order import Order
 from pipeline.data.quarantine import Quarantine
-from pipeline.data.shards import Damaged, Shards
+from pipeline.data.shards import DamagedSample, Shards
 from pipeline.errors import UserError
 from pipeline.rng import Draws, generator
 from pipeline.stage.inputs import Arrays
@@ -112,7 +112,7 @@ class Loader:
         """A sample as uint8 (S, S, 3), cropped as `position` of `step` has it (None: the middle).
 
         Raises:
-            BadImage, Damaged: it cannot be used.
+            BadImage, DamagedSample: it cannot be used.
         """
         u = v = x = y = 0.5
         if step is not None and self.config.crop == "random":
@@ -122,7 +122,7 @@ class Loader:
 
         decoded = decode(self.shards.image(sample_id), self.size.side)
         square = images.crop_resize(decoded, self.size.side, u, v)
-        return images.window(square, self.size.used, x, y)
+        return images.crop(square, self.size.used, x, y)
 
     def usable_image(
         self, sample_id: int, step: int | None, position: int
@@ -136,7 +136,7 @@ class Loader:
         for attempt in range(MAX_REPLACEMENTS):
             try:
                 return candidate, self.image(candidate, step, position)
-            except (BadImage, Damaged) as error:
+            except (BadImage, DamagedSample) as error:
                 self.quarantine.add(*self.shards.name(candidate), str(error))
                 candidate = self.order.replacement(step or 0, position, attempt)
         raise UserError(
@@ -153,7 +153,7 @@ class Loader:
 
     def load_images(self, step: int | None, samples: Sequence[tuple[int, int]]) -> Piece:
         """The images of these samples, replaced where they cannot be used."""
-        self.quarantine.look(len(samples))
+        self.quarantine.count_drawn(len(samples))
         sample_ids = []
         batch = np.empty((len(samples), self.size.used, self.size.used, 3), np.uint8)
         for row, (sample_id, position) in enumerate(samples):

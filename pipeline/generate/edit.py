@@ -35,7 +35,7 @@ from pipeline.data.image import downsample, to_float, to_uint8, upsample
 from pipeline.errors import UserError
 from pipeline.files import sha256_file
 from pipeline.imaging.compositing import composite
-from pipeline.imaging.user_images import mask_for
+from pipeline.imaging.user_images import mask_from_image, mask_path, read_image
 from pipeline.stage.request import Edit
 
 # Without a mask, unless given; diffusers' IF starts its super-resolution there, too.
@@ -228,7 +228,7 @@ def open_edit_files(
     Raises:
         UserError: a file cannot be read or has another size.
     """
-    mask_paths = {image: mask_for(image, masks) for image in images} if masks else {}
+    mask_paths = {image: mask_path(image, masks) for image in images} if masks else {}
     for image in dict.fromkeys(images):
         pixels = read_image(image)
         check_square(pixels.shape, size, image)

@@ -26,7 +26,7 @@ import numpy as np
 from mindspore import Tensor
 from tqdm import tqdm
 
-from pipeline.data.decode import Picture
+from pipeline.data.decode import DecodedImage
 from pipeline.data.image import crop_resize
 from pipeline.diffusion.process import add_noise
 from pipeline.diffusion.schedule import SCHEDULES, ScheduleConfig
@@ -35,7 +35,7 @@ from pipeline.errors import UserError
 from pipeline.files import write_atomically
 from pipeline.generate.cascade import Cascade, advance
 from pipeline.generate.engine import OnStep, SampleStep, num_calls, sample
-from pipeline.imaging.contact_sheet import Row
+from pipeline.imaging.contact_sheet import Row, contact_sheet
 from pipeline.imaging.user_images import read_image
 from pipeline.rng import sampling_noise
 from pipeline.stage.inputs import Arrays
@@ -232,7 +232,7 @@ def read_square(path: Path, size: int) -> np.ndarray:
     """An image file as uint8 (size, size, 3), its middle."""
     pixels = read_image(path)
     height, width = pixels.shape[:2]
-    return crop_resize(Picture(pixels, height, width), size, 0.5, 0.5)
+    return crop_resize(DecodedImage(pixels, height, width), size, 0.5, 0.5)
 
 
 def inspect(
@@ -283,6 +283,6 @@ def inspect(
         for title, rows in sheets.items():
             bar.set_description(title)
             buffer = io.BytesIO()
-            sheet(rows()).save(buffer, "PNG", optimize=True)
+            contact_sheet(rows()).save(buffer, "PNG", optimize=True)
             write_atomically(folder / f"{title}.png", buffer.getvalue())
     return [f"{title}.png" for title in sheets]

@@ -21,9 +21,23 @@ from pipeline.files import lock
 from pipeline.generate.cascade import Cascade, advance
 from pipeline.generate.engine import OnStep, num_calls, sample
 from pipeline.generate.output_folder import OutputFolder, sampling_recipe
-from pipeline.imaging.compositing import blend, composite, heat, least_certain, padded, seam, spread
-from pipeline.imaging.degradations import WITH_HOLE, Degraded, grey, whole, with_hole
-from pipeline.imaging.user_images import mask_for, pictures_in
+from pipeline.imaging.compositing import (
+    blend,
+    composite,
+    heatmap,
+    most_uncertain,
+    pad_to_multiple,
+    sample_std,
+    seam,
+)
+from pipeline.imaging.degradations import (
+    HOLE_TASKS,
+    Degraded,
+    to_grayscale,
+    with_hole,
+    without_hole,
+)
+from pipeline.imaging.user_images import list_images, mask_from_image, mask_path, read_image
 from pipeline.rng import generator
 from pipeline.stage.inputs import Arrays
 from pipeline.stage.manifest import Manifest
@@ -90,20 +104,20 @@ def read_damaged(
     Raises:
         UserError: a file is missing, does not fit, or does not belong to the task.
     """
-    if task not in WITH_HOLE and (masks or extend):
+    if task not in HOLE_TASKS and (masks or extend):
         name = "mask" if masks else "extend"
         raise UserError(f"{name}: {task} samples every pixel; leave it out")
-    if task in WITH_HOLE and (masks is None) == (extend is None):
+    if task in HOLE_TASKS and (masks is None) == (extend is None):
         raise UserError(f"{task}: give the hole, either by a mask or by pixels to extend")
 
     damaged = []
-    for path in pictures_in(images):
+    for path in list_images(images):
         image = read_image(path)
         mask = np.ones(image.shape[:2], bool)
         if extend:
             image, mask = extend_image(image, extend)
         elif masks:
-            source = mask_for(path, masks)
+            source = mask_path(path, masks)
             mask = mask_from_image(read_image(source), image.shape, source, path)
         damaged.append(DamagedImage(name=path.stem, image=image, mask=mask))
     return damaged
@@ -286,11 +300,11 @@ class Restorer:
         parts = {}
         edits = {}
         for i, each in images.items():
-            std = spread(restored[i].samples)
-            parts[i] = least_certain(std, each.mask, self.options.repaint_share)
+            std = sample_std(restored[i].samples)
+            parts[i] = most_uncertain(std, each.mask, self.options.repaint_share)
             edits[i] = Edit(
-                images=padded(restored[i].image, stride)[None],
-                mask=padded(parts[i], stride)[None, None].astype(np.float32),
+                images=pad_to_multiple(restored[i].image, stride)[None],
+                mask=pad_to_multiple(parts[i], stride)[None, None].astype(np.float32),
             )
 
         again = self.sample(degraded, edits, [self.options.samples])
@@ -304,11 +318,11 @@ class Restorer:
     def degraded(self, image_id: int, each: DamagedImage) -> Degraded:
         """The network's input, padded to multiples of the stride."""
         stride = self.stage.network.stride
-        image = padded(each.image, stride)
-        if self.options.task in WITH_HOLE:
+        image = pad_to_multiple(each.image, stride)
+        if self.options.task in HOLE_TASKS:
             noise = generator(self.options.seed, "damage", image_id)
-            return with_hole(image, padded(each.mask, stride), noise)
-        return whole(grey(image) if self.options.task == "colorization" else image)
+            return with_hole(image, pad_to_multiple(each.mask, stride), noise)
+        return without_hole(to_grayscale(image) if self.options.task == "colorization" else image)
 
     def sample(
         self,
@@ -342,7 +356,7 @@ class Restorer:
 
     def composite(self, each: DamagedImage, sampled: np.ndarray) -> np.ndarray:
         """A sample within what is known."""
-        if self.options.task not in WITH_HOLE:
+        if self.options.task not in HOLE_TASKS:
             return sampled
         return composite(each.image, sampled, each.mask)
 
@@ -353,10 +367,10 @@ def write_restored(
     """Writes the files of one image, the result last: it stands for all."""
     fields = dict(recipe)
     if len(restored.samples) > 1:
-        std = spread(restored.samples)
+        std = sample_std(restored.samples)
         for i, image in enumerate(restored.samples):
             output.add(f"{each.name}.sample_{i}.png", image, {**recipe, "sample": i})
-        output.add(f"{each.name}.std.png", heat(std), recipe)
+        output.add(f"{each.name}.std.png", heatmap(std), recipe)
         fields["mean_std"] = float(std[each.mask].mean())
     if not each.mask.all():
         fields["seam"] = seam(restored.image, each.mask)._asdict()

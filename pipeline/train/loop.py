@@ -108,7 +108,7 @@ def run(stage: Stage, ranks: ProcessGroup, heart: Heartbeat, stop: Callable[[], 
                 num_parameters(stage.network) / 1e6,
                 len(shards),
                 len(shards.indexes),
-                shards.account(),
+                shards.exclusion_summary(),
             ),
             *(ranks.world, done, config.train.steps),
         )
@@ -173,7 +173,7 @@ def steps(
                         "grad_norm": outcome.norm,
                         "images_per_second": stage.config.data.global_batch / seconds,
                         "seconds": seconds,
-                        "quarantined": len(loader.quarantine.known),
+                        "quarantined": len(loader.quarantine.listed),
                         "skipped": skipped,
                     },
                 )

@@ -5,6 +5,7 @@ The stages were trained for four steps.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,8 @@ from pipeline.generate.restore import (
     read_damaged,
     restore,
 )
-from pipeline.imaging.compositing import least_certain, spread
+from pipeline.imaging.compositing import most_uncertain, sample_std
+from pipeline.imaging.degradations import to_grayscale
 from pipeline.train.loop import train
 from tests.conftest import LENGTH
 from tests.helpers.palette import hole, make, random_image
@@ -98,12 +100,12 @@ def test_samples_their_standard_deviation_and_their_blend(cascade: Cascade, tmp_
         tmp_path,
     )
     samples = np.stack([read(tmp_path / f"p.sample_{n}.png") for n in range(3)])
-    assert spread(samples)[~damaged.mask].max() == 0
-    assert spread(samples)[damaged.mask].min() > 0
+    assert sample_std(samples)[~damaged.mask].max() == 0
+    assert sample_std(samples)[damaged.mask].min() > 0
     np.testing.assert_allclose(read(tmp_path / "p.png"), samples[1:].mean(0), atol=0.51)
     entry = json.loads((tmp_path / "manifest.jsonl").read_text().splitlines()[-1])
     assert entry["file"] == "p.png"
-    assert entry["mean_std"] == pytest.approx(spread(samples)[damaged.mask].mean())
+    assert entry["mean_std"] == pytest.approx(sample_std(samples)[damaged.mask].mean())
     assert set(entry["seam"]) == {"across", "known", "painted"}
 
 
@@ -117,7 +119,7 @@ def test_the_most_uncertain_part_alone_is_repainted(
         options = RestoreOptions(task=task, samples=3, repaint_share=share)
         restore(cascade, [damaged], options, tmp_path / name)
     samples = np.stack([read(tmp_path / "with" / f"p.sample_{n}.png") for n in range(3)])
-    part = least_certain(spread(samples), mask, 0.25)
+    part = most_uncertain(sample_std(samples), mask, 0.25)
     before = read(tmp_path / "without" / "p.png")
     after = read(tmp_path / "with" / "p.png")
     assert (before[~part] == after[~part]).all()
@@ -139,7 +141,7 @@ def test_a_folder_goes_on_where_it_was(cascade: Cascade, tmp_path: Path) -> None
 def test_colour_starts_from_grey(cascade: Cascade, tmp_path: Path) -> None:
     """Of a coloured image only its grey is used."""
     image = random_image()
-    for name, seen in (("colour", image), ("grey", grey(image))):
+    for name, seen in (("colour", image), ("grey", to_grayscale(image))):
         restore(
             cascade,
             [DamagedImage(name="p", image=seen, mask=np.ones((16, 16), bool))],

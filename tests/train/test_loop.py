@@ -303,7 +303,7 @@ def test_data_that_are_too_damaged_end_the_run(shards_folder, t5_folder, tmp_pat
     (tmp_path / "0.tar").write_bytes(tar(members))
     cls = stage_class("base")
     with pytest.raises(
-        UserError, match=r"data\.max_damage: \d+ of about 24 samples looked at cannot be used"
+        UserError, match=r"data\.max_damage: \d+ of about 24 drawn samples are unusable"
     ):
         train(cls(build(cls.Config, raw)))
     assert len((tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()) >= 3
