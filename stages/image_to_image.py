@@ -27,7 +27,7 @@ from mindspore import dtype as mstype
 
 from pipeline.config import ConfigError
 from pipeline.data.image import to_uint8
-from pipeline.diffusion.objective import loss as diffusion_loss
+from pipeline.diffusion.objective import diffusion_loss
 from pipeline.diffusion.process import add_noise, expand_dims, gaussian_posterior
 from pipeline.diffusion.schedule import ScheduleConfig
 from pipeline.diffusion.solvers import SamplerConfig

@@ -17,7 +17,7 @@ from mindspore import Tensor, ops
 
 from pipeline import runtime
 from pipeline.diffusion.guidance import guide, threshold
-from pipeline.diffusion.process import add_noise, x_from
+from pipeline.diffusion.process import add_noise, x_from_prediction
 from pipeline.diffusion.solvers import (
     SOLVERS,
     Coefficients,
@@ -242,7 +242,7 @@ def compiled_step(
             output = predict_guided(z, logsnr_B, inputs, guidance)
         else:
             output = predict(z, logsnr_B, inputs)
-        x = clip(x_from(prediction, output, z, logsnr_B))
+        x = clip(x_from_prediction(prediction, output, z, logsnr_B))
         if masked:
             x = inputs["known"] + inputs["known_mask"] * (x - inputs["known"])
         return linear_step(coefficients, z, x, *terms), x

@@ -17,7 +17,7 @@ from mindspore import Tensor
 
 from pipeline.config import build
 from pipeline.data.image import to_float, to_uint8
-from pipeline.diffusion.objective import loss as diffusion_loss
+from pipeline.diffusion.objective import diffusion_loss
 from pipeline.diffusion.process import add_noise
 from pipeline.diffusion.schedule import ScheduleConfig
 from pipeline.diffusion.solvers import SamplerConfig

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from pipeline.diffusion.process import Prediction, eps_from_x, target, x_from
+from pipeline.diffusion.process import Prediction, eps_from_x, prediction_target, x_from_prediction
 from pipeline.diffusion.schedule import SCHEDULES, ScheduleConfig, ScheduleName
 from pipeline.diffusion.solvers import (
     SOLVERS,
@@ -180,8 +180,8 @@ def perfect(prediction: Prediction, x: Tensor) -> Denoiser:
 
     def denoiser(z: Any, logsnr: float) -> Any:
         logsnr_B = Tensor(np.full(len(x), logsnr, np.float32))
-        output = target(prediction, x, eps_from_x(z, x, logsnr_B), logsnr_B)
-        return x_from(prediction, output, z, logsnr_B)
+        output = prediction_target(prediction, x, eps_from_x(z, x, logsnr_B), logsnr_B)
+        return x_from_prediction(prediction, output, z, logsnr_B)
 
     return denoiser
 
