@@ -195,7 +195,7 @@ class Interrupted:
     whole: Path  # the run folder of one process
     pieces: Path  # that of a process that was killed, one that was stopped, and one that finished
     codes: list[int]  # the exit codes of these three
-    logs: list[str]  # their stderr
+    logs: list[str]  # what they printed
     graphs: list[list[str]]  # the folder of compiled graphs after each of them
 
 
@@ -222,23 +222,24 @@ def interrupted(
     graphs: list[list[str]] = []
     with leaving_nothing(folder) as start:
 
-        def launch(run: Path) -> Any:
+        def launch(run: Path, log: Path) -> Any:
             argv = [sys.executable, "-m", "launch", "train", str(run.with_suffix(".yaml"))]
             # At this level MindSpore logs that it loads a graph.
-            return start(argv, env={**os.environ, "GLOG_v": "2"})
+            environment = {**os.environ, "GLOG_v": "2"}
+            with log.open("w") as file:
+                return start(argv, env=environment, stdout=file, stderr=file)
 
-        uninterrupted = launch(whole)
+        uninterrupted = launch(whole, folder / "whole.log")
         for number, steps in ((signal.SIGKILL, 4), (signal.SIGTERM, 8), (None, 0)):
-            process = launch(pieces)
+            log = folder / f"pieces-{len(logs)}.log"
+            process = launch(pieces, log)
             if number is not None:
                 until_reported(pieces, steps, process.poll)
                 process.send_signal(number)
-            _, log = process.communicate(timeout=WAIT)
-            codes.append(process.returncode)
-            logs.append(log)
+            codes.append(process.wait(WAIT))
+            logs.append(log.read_text())
             graphs.append(sorted(path.name for path in (pieces / GRAPHS_FOLDER).iterdir()))
-        _, log = uninterrupted.communicate(timeout=WAIT)
-        assert uninterrupted.returncode == 0, log
+        assert uninterrupted.wait(WAIT) == 0, (folder / "whole.log").read_text()
 
     return Interrupted(whole=whole, pieces=pieces, codes=codes, logs=logs, graphs=graphs)
 
