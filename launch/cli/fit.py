@@ -23,10 +23,12 @@ def fit(network: Any, config: Any, side: int, world: int, device: int) -> dict[s
     """
 
     def total(change: Change) -> int:
-        from pipeline.train.memory import predict
+        from pipeline.train.memory import estimate_memory
 
         own = {key: value for key, value in change.items() if key != "ranks"}
-        return predict(network, changed(config, own), side, change.get("ranks", world))["total"]
+        return estimate_memory(network, changed(config, own), side, change.get("ranks", world))[
+            "total"
+        ]
 
     now = total({})
     if now <= device:
