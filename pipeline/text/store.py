@@ -102,7 +102,7 @@ class TextStore:
         if zlib.crc32(embedding.tobytes()) != stored.crc32[caption]:
             raise UserError(
                 f"{self.path(shard, field)} is damaged (caption {number} of sample {row} has another checksum); remove "
-                "it and run `python -m tools.cache_text CONFIG`"
+                "it and run `cascade cache-text CONFIG`"
             )
         return embedding
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from launch.cli.main import dispatch
 from pipeline.data import index as index_module
 from pipeline.data import tar as module
 from pipeline.data.index import (
@@ -39,7 +40,6 @@ from tests.helpers.tars import (
     tar,
     with_header,
 )
-from tools import index as tool
 
 
 def indexed(path: Path, data: bytes | Members) -> Index:
@@ -371,7 +371,7 @@ def crawl(tmp_path: Path) -> Path:
 
 
 def run_tool(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    tool.main(argv)
+    dispatch(["index", *argv])
     return capsys.readouterr().out
 
 
@@ -393,7 +393,7 @@ def test_the_report_in_numbers(crawl: Path, capsys: pytest.CaptureFixture[str]) 
 def test_the_report_in_words(
     crawl: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tool, "SHOWN", 2)
+    monkeypatch.setattr("launch.cli.index.MAX_FAULTS_SHOWN", 2)
     text = run_tool(capsys, f"{crawl}/*.tar")
     assert text.splitlines()[0].startswith("6 samples in 2 shards, 0.00 GiB")
     assert "KEY.txt, characters: min 0, median 12, max 12; 2 samples have none" in text
@@ -424,7 +424,7 @@ def test_nothing_but_damage_is_a_report_too(
 @pytest.mark.parametrize("weights", [["1"], ["1", "0"], ["1", "2", "3"]])
 def test_weights_that_do_not_fit(weights: list[str], crawl: Path) -> None:
     with pytest.raises(UserError, match=r"--weights: .* for 2 SHARDS; give one above 0 for each"):
-        tool.main([f"{crawl}/a.tar", f"{crawl}/b.tar", "--weights", *weights])
+        dispatch(["index", f"{crawl}/a.tar", f"{crawl}/b.tar", "--weights", *weights])
 
 
 SLOW = """

@@ -153,7 +153,7 @@ def test_an_index_that_no_longer_fits_is_refused_and_mended(
     with pytest.raises(UserError) as caught:
         opened(pattern)
     assert words in str(caught.value)
-    assert str(caught.value).endswith(f"run `python -m tools.index '{pattern}'`")
+    assert str(caught.value).endswith(f"run `cascade index '{pattern}'`")
     config = build(DataConfig, {"shards": pattern})
     indexed(config, config.sources(), outdated=True, progress=False)
     after = opened(pattern)

@@ -17,7 +17,7 @@ import yaml
 from PIL import Image
 from safetensors.numpy import load_file
 
-from launch.cli.main import answer
+from launch.cli.main import dispatch
 from pipeline.config import build
 from pipeline.data.shards import DataConfig, Shards
 from pipeline.errors import JobError, UserError
@@ -272,7 +272,7 @@ def test_what_is_finished_is_not_started_again(
         "launch.jobs.supervisor.supervise", lambda *_: pytest.fail("a job was started")
     )
     assert (
-        answer(["train", str(tmp_path / "base.yaml"), "launch.launcher=msrun", "launch.workers=2"])
+        dispatch(["train", str(tmp_path / "base.yaml"), "launch.launcher=msrun", "launch.workers=2"])
         == 0
     )
     assert capsys.readouterr().err == f"{run}: done before, the stage is in {run}/stage\n"
