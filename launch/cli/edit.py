@@ -22,7 +22,10 @@ def add_parser(commands: Subparsers) -> None:
         description="Generates the masked part of an image anew, or the whole of it from a noised "
         "copy, as the prompt says. The same command again writes only what is missing in --out.",
     )
-    add_sampling(parser, "first stage to run, on the image itself (default: the first of all)")
+    add_sampling(
+        parser,
+        start_help="first stage to run, on the image itself (default: the first of all)",
+    )
     parser.add_argument(
         "--image",
         metavar="PATH",

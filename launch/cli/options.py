@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from pipeline.errors import UserError
+from pipeline.terminal import positive
 
 if TYPE_CHECKING:
     from pipeline.stage.manifest import Manifest
@@ -42,11 +43,11 @@ def check_seed(seed: int) -> None:
 
 
 def add_sampling(
-    parser: argparse.ArgumentParser, start_help: str
-) -> argparse._MutuallyExclusiveGroup:
+    parser: argparse.ArgumentParser, *, start_help: str, num_help: str | None = None
+) -> None:
     """The arguments that `sample` and `edit` share.
 
-    Returns the group of mutually exclusive sources of prompts, to which a command may add.
+    With `num_help` there is also --num, in place of prompts.
     """
     parser.add_argument(
         "path",
@@ -67,6 +68,8 @@ def add_sampling(
         type=Path,
         help="a file of one prompt a line; blank lines are skipped",
     )
+    if num_help is not None:
+        prompts.add_argument("--num", metavar="N", type=positive, help=num_help)
     parser.add_argument(
         "--out",
         metavar="DIR",
@@ -106,7 +109,6 @@ def add_sampling(
     parser.add_argument(
         "--to", dest="stop", metavar="STAGE", help="last stage to run (default: the last of all)"
     )
-    return prompts
 
 
 def read_prompts(arguments: argparse.Namespace, *, required: bool = True) -> list[str]:

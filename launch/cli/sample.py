@@ -10,7 +10,6 @@ from launch.cli.options import (
     read_prompts,
     sampling_options,
 )
-from pipeline.terminal import positive
 
 
 def add_parser(commands: Subparsers) -> None:
@@ -20,14 +19,10 @@ def add_parser(commands: Subparsers) -> None:
         description="Generates one image a prompt, 0 upwards, and writes it with the outputs of "
         "all stages that run. The same command again writes only what is missing in --out.",
     )
-    prompts = add_sampling(
-        parser, "first stage to run, on the images in --out (default: the first of all)"
-    )
-    prompts.add_argument(
-        "--num",
-        metavar="N",
-        type=positive,
-        help="number of images of a stage without text, of its classes in turn",
+    add_sampling(
+        parser,
+        start_help="first stage to run, on the images in --out (default: the first of all)",
+        num_help="number of images of a stage without text, of its classes in turn",
     )
 
 

@@ -117,7 +117,7 @@ class LaunchConfig:
 
 
 def read_launch(raw: dict[str, Any]) -> LaunchConfig:
-    """The `launch` section of a configuration; the cluster's scheduler supplies what is left out."""
+    """The `launch` section; the cluster's scheduler supplies what it leaves out."""
     from_cluster = cluster() if raw.get("launcher", "none") != "none" else {}
     return build(LaunchConfig, {**from_cluster, **raw}, "launch")
 

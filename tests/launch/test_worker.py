@@ -16,7 +16,7 @@ def train(config: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
-def test_a_run_under_a_supervisor(shards_folder, t5_folder, tmp_path):
+def test_a_run_under_a_supervisor(shards_folder: Path, t5_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text(
         yaml.safe_dump(stage_yaml("base", tmp_path / "run", shards_folder, t5_folder))
     )
@@ -29,7 +29,7 @@ def test_a_run_under_a_supervisor(shards_folder, t5_folder, tmp_path):
     assert json.loads((attempt / "rank_0.end.json").read_text())["code"] == 0
 
 
-def test_a_mistake_is_one_line_and_no_reason_to_try_again(tmp_path):
+def test_a_users_mistake_is_one_line_and_no_restart(tmp_path: Path) -> None:
     done = train(
         Path("configs/tiny/base64.yaml"), f"run={tmp_path}/run", "data.shards=/nowhere/*.tar"
     )
