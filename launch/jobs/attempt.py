@@ -43,6 +43,8 @@ class Limits:
     leave: float = 30.0
     # From SIGTERM to SIGKILL, for processes that should have ended.
     end: float = 5.0
+    # The same for the guard, which ends the processes of a supervisor that was killed.
+    guard: float = 10.0
     # For the other nodes to start.
     meet: float = RENDEZVOUS_TIMEOUT
     # Without a sign of another node: network file systems show changes late.

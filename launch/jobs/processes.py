@@ -5,11 +5,11 @@ outliving it. Two things remain: the environment that it was started with, which
 and its line of ancestors, which the kernel continues at the nearest "subreaper" when a parent dies.
 A process with either belongs to the job. Processes are ended by pid, never by name.
 
-    python -m launch.jobs.processes JOB_ID
+    python -m launch.jobs.processes JOB_ID GRACE
 
 is the guard of a job: it waits until its standard input closes, which the kernel does however the
-process at the other end dies, and then ends all processes with that job id. A supervisor that is
-killed by SIGKILL so leaves no ranks behind.
+process at the other end dies, and then ends all processes with that job id, as `end_processes`
+does. A supervisor that is killed by SIGKILL so leaves no ranks behind.
 """
 
 import contextlib
@@ -150,4 +150,4 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     while os.read(0, 1):
         pass
-    end_processes(sys.argv[1], 10)
+    end_processes(sys.argv[1], grace=float(sys.argv[2]))

@@ -53,10 +53,11 @@ def supervise(
     """
     job_id = secrets.token_hex(8)
     signals: list[int] = []
+    limits = limits or Limits()
     with (
         lock(run_dir, NODE_LOCK.format(config.node_rank)),
         recording_signals(signals),
-        guarded(job_id) as guard_pid,
+        guarded(job_id, limits.guard) as guard_pid,
     ):
         processes.adopt_orphans()
         (run_dir / "logs").mkdir(exist_ok=True)
@@ -68,7 +69,7 @@ def supervise(
             config=config,
             run_dir=run_dir,
             plan=plan,
-            limits=limits or Limits(),
+            limits=limits,
             job_id=job_id,
             signals=signals,
             remotes=nodes,
@@ -101,13 +102,13 @@ def recording_signals(signals: list[int]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def guarded(job_id: str) -> Iterator[int]:
+def guarded(job_id: str, grace: float) -> Iterator[int]:
     """Runs the job's guard (`launch.jobs.processes`); its pid.
 
     When this process ends, even by SIGKILL, the guard's input closes and it ends the job's
-    processes.
+    processes: SIGTERM, and SIGKILL after `grace` seconds.
     """
-    argv = [sys.executable, "-m", "launch.jobs.processes", job_id]
+    argv = [sys.executable, "-m", "launch.jobs.processes", job_id, str(grace)]
     with subprocess.Popen(
         argv, stdin=subprocess.PIPE, env=child_environment({}), start_new_session=True
     ) as guard:

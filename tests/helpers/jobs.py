@@ -1,7 +1,9 @@
 """Jobs of real processes: how a test starts them, waits for them, and checks that none is left."""
 
+import json
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +25,7 @@ QUICK = {
     "settle": 1.0,
     "stop": 3.0,
     "end": 1.0,
+    "guard": 1.0,
     "backoff": 0.2,
     "meet": 60.0,
 }
@@ -102,6 +105,12 @@ def leaving_nothing(folder: Path) -> Iterator[Callable[..., Process]]:
         processes.send_signal(remaining_processes(folder), signal.SIGKILL)
         for process in started:
             print(*process.communicate(timeout=WAIT), sep="\n")
+
+
+def supervisor_argv(run: Path, *faults: str, **options: object) -> list[str]:
+    """A supervisor of the run folder `run` over `tests.helpers.fake_ranks` with these faults."""
+    options_json = json.dumps(QUICK | options)
+    return [sys.executable, "-m", "tests.helpers.supervised", str(run), options_json, *faults]
 
 
 @dataclass

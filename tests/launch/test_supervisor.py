@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,9 @@ from tests.helpers.jobs import (
     Running,
     Supervise,
     beat_of,
+    leaving_nothing,
     remaining_processes,
+    supervisor_argv,
     until,
 )
 
@@ -73,17 +76,44 @@ FAULTS = {
 }
 
 
+AT_ONCE = 3  # jobs that mostly wait
+
+
+@dataclass
+class Ended:
+    attempt: Path
+    code: int
+    err: str
+
+
+@pytest.fixture(scope="module")
+def ended_jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+    """A job with each of FAULTS, after its end."""
+    folder = tmp_path_factory.mktemp("faults")
+    names = list(FAULTS)
+    ended = {}
+    with leaving_nothing(folder) as start:
+        for first in range(0, len(names), AT_ONCE):
+            jobs = {}
+            for name in names[first : first + AT_ONCE]:
+                run = folder / name.replace(" ", "_")
+                jobs[name] = Running(run, start(supervisor_argv(run, *FAULTS[name][0])))
+            for name, running in jobs.items():
+                code, err = running.end()
+                ended[name] = Ended(running.attempt, code, err)
+    return ended
+
+
 @pytest.mark.parametrize("name", FAULTS)
-def test_the_first_rank_to_fail_is_named(supervise: Supervise, name: str) -> None:
-    faults, message = FAULTS[name]
-    running = supervise(*faults)
-    code, err = running.end()
+def test_the_first_rank_to_fail_is_named(ended_jobs: dict[str, Ended], name: str) -> None:
+    job = ended_jobs[name]
+    message = FAULTS[name][1]
     if message.startswith("rank"):
-        beat = beat_of(running.attempt, int(message.split()[1]))
+        beat = beat_of(job.attempt, int(message.split()[1]))
         message = message.replace("PID", str(beat.pid)).replace("HOST", beat.host)
-    assert code == 1
-    assert err.startswith(message)
-    assert err.endswith(f"logs: {running.attempt}\n")
+    assert job.code == 1
+    assert job.err.startswith(message)
+    assert job.err.endswith(f"logs: {job.attempt}\n")
 
 
 def test_a_rank_that_waits_for_another_does_not_hang(supervise: Supervise) -> None:
