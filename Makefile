@@ -21,11 +21,11 @@ install: .venv/installed
 demo: .venv/installed
 	$(BIN)/python -m tools.shapes $(DEMO)/shards --num 1024 --size 1024 --seed 0
 	test -e $(DEMO)/t5 || $(BIN)/python -m tools.tiny_t5 $(DEMO)/t5 --captions $(DEMO)/shards/*.tar
-	$(BIN)/python -m tools.cache_text configs/tiny/base64.yaml
+	$(BIN)/cascade cache-text configs/tiny/base64.yaml
 	$(BIN)/cascade train configs/tiny/base64.yaml
 	$(BIN)/cascade train configs/tiny/sr256.yaml
 	$(BIN)/cascade train configs/tiny/sr1024.yaml
-	$(BIN)/python -m tools.export configs/tiny/cascade.yaml
+	$(BIN)/cascade export configs/tiny/cascade.yaml
 	$(BIN)/cascade sample $(DEMO)/cascade --prompts configs/tiny/prompts.txt --out $(DEMO)/images --seed 0
 	$(BIN)/python -m tools.overview $(DEMO)/images $(DEMO)/overview.png
 	$(BIN)/cascade sample $(DEMO)/cascade --prompts configs/tiny/captions.txt --out $(DEMO)/agreement --seed 0 --to base

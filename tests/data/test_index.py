@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from launch.cli.main import dispatch
 from pipeline.data import index as index_module
 from pipeline.data.index import (
     FILES,
@@ -38,7 +39,6 @@ from tests.helpers.tars import (
     tar,
     with_header,
 )
-from tools import index as tool
 
 
 def write_and_index(path: Path, data: bytes | Members) -> Index:
@@ -362,7 +362,7 @@ def crawl(tmp_path: Path) -> Path:
 
 
 def run_tool(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    tool.main(argv)
+    dispatch(["index", *argv])
     return capsys.readouterr().out
 
 
@@ -384,7 +384,7 @@ def test_the_report_in_json(crawl: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_the_report_as_text(
     crawl: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tool, "SHOWN", 2)
+    monkeypatch.setattr("launch.cli.index.MAX_FAULTS_SHOWN", 2)
     text = run_tool(capsys, f"{crawl}/*.tar")
     assert text.splitlines()[0].startswith("6 samples in 2 shards, 0.00 GiB")
     assert "KEY.txt, characters: min 0, median 12, max 12; 2 samples have none" in text
@@ -415,7 +415,7 @@ def test_a_report_without_samples(tmp_path: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize("weights", [["1"], ["1", "0"], ["1", "2", "3"]])
 def test_weights_that_do_not_match_the_shards(weights: list[str], crawl: Path) -> None:
     with pytest.raises(UserError, match=r"--weights: .* for 2 SHARDS; give one above 0 for each"):
-        tool.main([f"{crawl}/a.tar", f"{crawl}/b.tar", "--weights", *weights])
+        dispatch(["index", f"{crawl}/a.tar", f"{crawl}/b.tar", "--weights", *weights])
 
 
 # Seconds that each scan is delayed, and shards.

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tools.export
 import yaml
 from PIL import Image
 
-import tools.export
 import tools.tiny_t5
 from pipeline import Cascade
 from pipeline.config import ConfigError, build

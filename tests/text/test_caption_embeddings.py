@@ -80,7 +80,7 @@ def test_without_a_store_a_word_of_warning(
     with caplog.at_level(logging.WARNING, "cascade"):
         open_text(TextConfig(encoder=str(t5_folder), width=16, length=LENGTH), opened(folder))
     assert (
-        "captions are encoded while training, which slows it; run `python -m tools.cache_text CONFIG`"
+        "captions are encoded while training, which slows it; run `cascade cache-text CONFIG`"
         in caplog.text
     )
 

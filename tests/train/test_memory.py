@@ -11,7 +11,8 @@ import pytest
 from mindspore import Tensor, nn
 from mindspore.nn.utils import no_init_parameters
 
-from launch.cli.fit import GIB, allowed, as_lines, changed, changes, fit
+from launch.cli.check import fit_as_lines
+from launch.cli.check_report import GIB, allowed, changed, changes, fit
 from pipeline.config import build
 from pipeline.nn.attention import Attention, ScaledDotProductAttention
 from pipeline.nn.layers import Conv, Conv1x1, Norm
@@ -149,6 +150,6 @@ def test_what_is_not_enough_alone_is_proposed_together() -> None:
     *alone, together = found["instead"]
     assert len(together["set"]) > 1
     assert together["total"] < min(each["total"] for each in alone)
-    assert as_lines(found)[0] == "no, 0.01 GiB are not enough; with"
-    assert as_lines(found)[1].startswith("train.grad_accum_steps=64: ")
-    assert as_lines(found)[1].endswith(" GiB, not enough")
+    assert fit_as_lines(found)[0] == "no, 0.01 GiB are not enough; with"
+    assert fit_as_lines(found)[1].startswith("train.grad_accum_steps=64: ")
+    assert fit_as_lines(found)[1].endswith(" GiB, not enough")

@@ -89,7 +89,7 @@ def prepare(folder: Path, config: Path) -> None:
     tool(folder, "tools.shapes", folder / "shards", "--num", 256, "--size", 64, "--seed", 0)
     captions, width = sorted((folder / "shards").glob("*.tar")), read_yaml(config)["text"]["width"]
     tool(folder, "tools.tiny_t5", folder / "t5", "--width", width, "--captions", *captions)
-    tool(folder, "tools.cache_text", config, *common(folder, 1))
+    tool(folder, "launch", "cache-text", config, *common(folder, 1))
 
 
 def tool(folder: Path, module: str, *arguments: object) -> None:

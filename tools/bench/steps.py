@@ -26,7 +26,9 @@ PROMPTS = Path(__file__).parent.parent.parent / "configs" / "tiny" / "captions.t
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("cascade", type=Path, metavar="CASCADE", help="folder made by tools.export")
+    parser.add_argument(
+        "cascade", type=Path, metavar="CASCADE", help="folder made by `cascade export`"
+    )
     parser.add_argument(
         "--images", type=positive, default=32, metavar="N", help="of the first stage (%(default)s)"
     )
