@@ -1,9 +1,9 @@
-"""One picture of generated images: a row a prompt, a column a stage, and what super-resolution
-added, enlarged.
+"""One sheet of generated images: a row per prompt, a column per stage, and a detail of the last
+stage enlarged.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -11,58 +11,86 @@ from PIL import Image, ImageDraw, ImageFont
 from pipeline.errors import UserError
 from pipeline.terminal import Parser, run
 
-TILE, GAP, LINE = 256, 8, 24  # pixels: a picture's side, the space between, a line of text
-DETAIL = 8  # the last column is the centre of the last picture, 1/8 of its side
+# In pixels.
+TILE = 256  # side of an image on the sheet
+GAP = 8  # between images
+LINE = 24  # height of a line of text
+
+DETAIL = 8  # the last column is the centre of the last stage's image, 1/8 of its side
+
+Row = dict[str, dict[str, str]]  # the manifest's entries for one prompt, by stage
 
 
 def overview(folder: Path) -> Image.Image:
-    """The pictures that `folder`/manifest.jsonl lists, all shown at one size: small ones in visible
-    pixels.
+    """The images that `folder`/manifest.jsonl lists, all shown at one size by nearest pixels.
+
+    Raises:
+        UserError: there is no manifest, or an image of some stage is missing.
     """
     path = folder / "manifest.jsonl"
     if not path.exists():
         raise UserError(f"{path}: no such file; give the --out of `cascade sample`")
-    entries = [json.loads(line) for line in path.read_text().splitlines()]
-    stages = list(dict.fromkeys(entry["stage"] for entry in entries))
-    rows: dict[int, dict[str, dict[str, str]]] = {}
-    for entry in entries:
-        rows.setdefault(entry["number"], {})[entry["stage"]] = entry
-    columns = [*stages, f"{stages[-1]}, 1/{DETAIL} of it"]
-    sheet = Image.new(
-        "RGB", (GAP + len(columns) * (TILE + GAP), LINE + len(rows) * (LINE + TILE)), "white"
-    )
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
-    for row, number in enumerate(sorted(rows)):
+
+    rows = read_rows(path)
+    stages = list(dict.fromkeys(stage for row in rows.values() for stage in row))
+    titles = [*stages, f"{stages[-1]}, 1/{DETAIL} of it"]
+
+    size = (GAP + len(titles) * (TILE + GAP), LINE + len(rows) * (LINE + TILE))
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=14)
+
+    for row, image_id in enumerate(sorted(rows)):
         top = LINE + row * (LINE + TILE)
-        pictures = []
-        for stage in stages:
-            if stage not in rows[number]:
-                raise UserError(
-                    f"{path}: picture {number} has no {stage}; run the same `cascade sample` again"
-                )
-            pictures.append(Image.open(folder / rows[number][stage]["file"]).convert("RGB"))
-        side = pictures[-1].width
-        begin, end = side * (DETAIL - 1) // (2 * DETAIL), side * (DETAIL + 1) // (2 * DETAIL)
-        pictures.append(pictures[-1].crop((begin, begin, end, end)))
-        draw.text((GAP, top + 4), rows[number][stages[0]]["prompt"], "black", font)
-        for column, picture in enumerate(pictures):
+        images = read_images(folder, rows[image_id], stages, image_id)
+        draw.text((GAP, top + 4), rows[image_id][stages[0]]["prompt"], "black", font)
+
+        for column, image in enumerate(images):
             left = GAP + column * (TILE + GAP)
-            sheet.paste(picture.resize((TILE, TILE), Image.Resampling.BOX), (left, top + LINE))
+            tile = image.resize((TILE, TILE), Image.Resampling.BOX)
+            sheet.paste(tile, (left, top + LINE))
+
             if row == 0:
-                title = (
-                    columns[column]
-                    if column == len(stages)
-                    else f"{columns[column]}: {picture.width} px"
-                )
-                draw.text((left, 4), title, "black", font)
+                size_text = f": {image.width} px" if column < len(stages) else ""
+                draw.text((left, 4), titles[column] + size_text, "black", font)
+
     return sheet
+
+
+def read_rows(manifest: Path) -> dict[int, Row]:
+    """The manifest's entries by image id and stage."""
+    rows: dict[int, Row] = {}
+    for line in manifest.read_text().splitlines():
+        entry = json.loads(line)
+        rows.setdefault(entry["number"], {})[entry["stage"]] = entry
+    return rows
+
+
+def read_images(
+    folder: Path, row: Mapping[str, Mapping[str, str]], stages: Sequence[str], image_id: int
+) -> list[Image.Image]:
+    """The image of each stage, and the detail of the last one."""
+    images = []
+    for stage in stages:
+        if stage not in row:
+            raise UserError(
+                f"{folder / 'manifest.jsonl'}: image {image_id} has no stage {stage}; "
+                "run the same `cascade sample` again"
+            )
+        images.append(Image.open(folder / row[stage]["file"]).convert("RGB"))
+
+    side = images[-1].width
+    begin = side * (DETAIL - 1) // (2 * DETAIL)
+    end = side * (DETAIL + 1) // (2 * DETAIL)
+    return [*images, images[-1].crop((begin, begin, end, end))]
 
 
 def main(argv: Sequence[str]) -> None:
     parser = Parser(prog="python -m tools.overview", description=__doc__)
     parser.add_argument("folder", type=Path, metavar="IMAGES", help="the --out of `cascade sample`")
-    parser.add_argument("out", type=Path, metavar="PNG", help="the picture to write")
+    parser.add_argument("out", type=Path, metavar="PNG", help="the image to write")
     arguments = parser.parse_args(argv)
+
     sheet = overview(arguments.folder)
     sheet.save(arguments.out, "PNG")
     print(f"{arguments.out}: {sheet.width} x {sheet.height} pixels")

@@ -1,22 +1,24 @@
-"""Cut squares from photographs into WebDataset tars: a data set to restore, small, real, and
+"""Crop squares from photographs into WebDataset tars: a small real data set for restoration,
 without a download.
 
     python -m tools.photographs runs/restore/photographs --size 64 --num 4096
 
-The photographs are those in colour that come inside scikit-image. The middle third of each is held
-out: no pixel of OUT/held_out is in OUT/train. Eight photographs teach edges and textures and their
-own colours, not what the world looks like: of scenes held out whole a network that had seen six
-others coloured the cat well and the rocket's blue sky not at all. Squares to train on are turned
-and mirrored too. Square i of a folder depends on the seed and i alone: which third of which
-photograph, a side from a quarter to all of its shorter one (evenly in log scale, at least `size`),
-where, and which way up.
+The photographs are the colour ones that scikit-image ships. The middle third of each is held out:
+no pixel of OUT/held_out is in OUT/train. Eight photographs teach edges, textures and their own
+colours, not what the world looks like: when whole scenes were held out, a network that was trained
+on the six others coloured the cat well and the rocket's blue sky not at all.
+
+Square i of a folder depends on the seed and i alone, which draw the photograph and its third, the
+side (log-uniform, from a quarter of the shorter side, but at least `size`, to all of it), the place
+and, for training only, one of the eight flips and rotations.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -25,10 +27,17 @@ from pipeline.data.decode import MAX_SIDE, DecodedImage, decode
 from pipeline.data.image import crop, crop_resize
 from pipeline.errors import UserError
 from pipeline.rng import generator
-from pipeline.terminal import Parser, positive, run
-from tools.dataset import Sample, write_tar, writing, written
+from pipeline.terminal import run
+from tools.dataset import (
+    CaptionedImage,
+    DatasetSize,
+    add_options,
+    dataset_parser,
+    write_captioned_tar,
+    write_once,
+)
 
-# The file, and what it shows. (motorcycle_right.png is motorcycle_left.png seen from beside it.)
+# File and subject. motorcycle_right.png is left out: it shows the scene of motorcycle_left.png.
 PHOTOGRAPHS = {
     "astronaut.png": "an astronaut",
     "chelsea.png": "a cat",
@@ -40,7 +49,15 @@ PHOTOGRAPHS = {
     "rocket.jpg": "a rocket",
 }
 FOLDERS = ("train", "held_out")
-CLOSEST = 4  # a square is at least this part of the shorter side
+SMALLEST = 1 / 4  # a square's least side, as a fraction of the shorter side
+NUM_ORIENTATIONS = 8  # of Exif; 1 is upright
+
+
+class Region(NamedTuple):
+    """The part of a photograph that one folder may show."""
+
+    name: str  # the photograph's file
+    pixels: np.ndarray  # uint8 (H, W, 3)
 
 
 def read(name: str) -> np.ndarray:
@@ -48,111 +65,131 @@ def read(name: str) -> np.ndarray:
     package = find_spec("skimage")
     if package is None or package.origin is None:
         raise UserError(
-            "photographs come with scikit-image, which is not here; pip install 'imagen-cascade[restoration]'"
+            "skimage: not installed, and the photographs are part of it; "
+            "pip install 'imagen-cascade[restoration]'"
         )
-    return decode((Path(package.origin).parent / "data" / name).read_bytes(), size=MAX_SIDE).pixels
+
+    path = Path(package.origin).parent / "data" / name
+    return decode(path.read_bytes(), size=MAX_SIDE).pixels
 
 
-def parts(pixels: np.ndarray, folder: str) -> list[np.ndarray]:
-    """What the folder shows of (H, W, 3): the left and the right third, or the middle one."""
-    first, last = pixels.shape[1] // 3, pixels.shape[1] * 2 // 3
+def split(pixels: np.ndarray, folder: str) -> list[np.ndarray]:
+    """The thirds of (H, W, 3) that belong to the folder: left and right to train, middle to hold
+    out.
+    """
+    width = pixels.shape[1]
+    first = width // 3
+    last = width * 2 // 3
     return [pixels[:, :first], pixels[:, last:]] if folder == "train" else [pixels[:, first:last]]
 
 
-def square(
+def crop_square(
     pixels: np.ndarray, size: int, rng: np.random.Generator, orientation: int = 1
 ) -> np.ndarray:
-    """uint8 (size, size, 3): a random square of (H, W, 3), shrunk, and laid in one of Exif's eight
+    """uint8 (size, size, 3): a random square of (H, W, 3), shrunk, in one of Exif's eight
     orientations.
     """
-    short = min(pixels.shape[:2])
-    side = round(np.exp(rng.uniform(np.log(max(size, short / CLOSEST)), np.log(short))))
-    return crop_resize(
-        DecodedImage(crop(pixels, side, *rng.random(2)), side, side, orientation), size, 0.5, 0.5
-    )
+    longest = min(pixels.shape[:2])
+    shortest = max(size, longest * SMALLEST)
+    side = round(np.exp(rng.uniform(np.log(shortest), np.log(longest))))
+
+    square = crop(pixels, side, *rng.random(2))
+    return crop_resize(DecodedImage(square, side, side, orientation), size, 0.5, 0.5)
 
 
 def samples(
-    photographs: Sequence[tuple[str, np.ndarray]], size: int, seed: int, folder: str
-) -> Iterator[Sample]:
-    """Squares of these files' pixels, without end; the folders' draws are not the same."""
-    for number in count():
-        rng = generator(seed, "photographs", FOLDERS.index(folder), number)
-        name, pixels = photographs[rng.integers(len(photographs))]
-        orientation = int(rng.integers(1, 9)) if folder == "train" else 1
-        yield (
-            square(pixels, size, rng, orientation),
-            f"a photograph of {PHOTOGRAPHS[name]}",
-            {"photograph": name},
+    regions: Sequence[Region], size: int, seed: int, folder: str
+) -> Iterator[CaptionedImage]:
+    """Squares of these regions, without end; the two folders draw from separate streams."""
+    for index in count():
+        rng = generator(seed, "photographs", FOLDERS.index(folder), index)
+        region = regions[rng.integers(len(regions))]
+        orientation = int(rng.integers(1, NUM_ORIENTATIONS + 1)) if folder == "train" else 1
+
+        yield CaptionedImage(
+            crop_square(region.pixels, size, rng, orientation),
+            f"a photograph of {PHOTOGRAPHS[region.name]}",
+            {"photograph": region.name},
         )
 
 
-def write(out: Path, *, num: int, held_out: int, size: int, seed: int, shard_size: int) -> str:
-    """Write the data set into the folder `out`, all or nothing; a line that says what is there now.
+def read_regions(size: int) -> dict[str, list[Region]]:
+    """The regions of each folder. UserError if one is smaller than `size`."""
+    photographs = {name: read(name) for name in PHOTOGRAPHS}
+    regions = {
+        folder: [
+            Region(name, part)
+            for name, pixels in photographs.items()
+            for part in split(pixels, folder)
+        ]
+        for folder in FOLDERS
+    }
 
-    If `out` holds the same data set already, nothing is done. Raises UserError if it holds anything
-    else, or if a photograph is smaller than `size`.
+    smallest = min(min(region.pixels.shape[:2]) for each in regions.values() for region in each)
+    if size > smallest:
+        raise UserError(
+            f"size: {size} px does not fit into the smallest third of a photograph; "
+            f"take at most {smallest}"
+        )
+    return regions
+
+
+def write_squares(
+    target: Path, *, counts: Mapping[str, int], size: int, seed: int, shard_size: int
+) -> DatasetSize:
+    """Writes `counts` squares into each folder of `target`."""
+    regions = read_regions(size)
+    total = DatasetSize(0, 0)
+
+    with tqdm(total=sum(counts.values()), unit=" images") as bar:
+        for folder, num in counts.items():
+            (target / folder).mkdir()
+            squares = samples(regions[folder], size, seed, folder)
+
+            for shard, first in enumerate(range(0, num, shard_size)):
+                shard_num = min(shard_size, num - first)
+                path = target / folder / f"{shard:05d}.tar"
+                size_bytes = write_captioned_tar(path, first, islice(squares, shard_num))
+
+                total = DatasetSize(total.shards + 1, total.bytes + size_bytes)
+                bar.update(shard_num)
+
+    return total
+
+
+def write(out: Path, *, num: int, held_out: int, size: int, seed: int, shard_size: int) -> str:
+    """Writes the data set into the folder `out`, unless it is there; a line that says which.
+
+    Raises:
+        UserError: `out` holds anything else or cannot be written, scikit-image is not installed,
+            or a photograph is smaller than `size`.
     """
-    arguments: dict[str, Any] = {
+    arguments = {
         "num": num,
         "held_out": held_out,
         "size": size,
         "seed": seed,
         "shard_size": shard_size,
+        "split": "thirds",  # a folder that an older version split by scenes is another data set
     }
-    arguments["split"] = (
-        "thirds"  # a folder that an older version split in another way is not this data set
+    counts = dict(zip(FOLDERS, (num, held_out), strict=True))
+
+    return write_once(
+        out,
+        "photographs.json",
+        arguments,
+        description=f"{num:,} + {held_out:,} squares of {size} px, seed {seed}",
+        write=partial(write_squares, counts=counts, size=size, seed=seed, shard_size=shard_size),
     )
-    if not 0 <= seed < 2**64:
-        raise UserError(f"--seed {seed}: outside [0, 2**64)")
-    if written(out, "photographs.json", arguments):
-        return f"{out}: already there, {num:,} + {held_out:,} squares of {size} px with seed {seed}"
-    whole = {name: read(name) for name in PHOTOGRAPHS}
-    photographs = {
-        folder: [(name, part) for name, pixels in whole.items() for part in parts(pixels, folder)]
-        for folder in FOLDERS
-    }
-    smallest = min(min(pixels.shape[:2]) for some in photographs.values() for _, pixels in some)
-    if size > smallest:
-        raise UserError(
-            f"--size {size}: of a photograph only {smallest} pixels are held out; take at most that"
-        )
-    total = 0
-    with (
-        writing(out, "photographs.json", arguments) as target,
-        tqdm(total=num + held_out, unit=" images") as bar,
-    ):
-        for folder, wanted in zip(FOLDERS, (num, held_out), strict=True):
-            (target / folder).mkdir()
-            squares = samples(photographs[folder], size, seed, folder)
-            for shard, first in enumerate(range(0, wanted, shard_size)):
-                some = min(shard_size, wanted - first)
-                total += write_tar(
-                    target / folder / f"{shard:05d}.tar", first, islice(squares, some)
-                )
-                bar.update(some)
-    return f"{out}: {num:,} squares of {size} px to train, {held_out:,} held out, {total:,} bytes"
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = Parser(
-        prog="python -m tools.photographs", description="Cut squares from photographs into tars."
+    parser = dataset_parser(
+        "photographs",
+        "Crop squares from photographs into WebDataset tars.",
+        contents="train/00000.tar ..., held_out/ and photographs.json",
     )
-    parser.add_argument(
-        "out",
-        type=Path,
-        metavar="OUT",
-        help="folder to make, for train/00000.tar ... and held_out/",
-    )
-    parser.add_argument("--size", type=positive, required=True, help="width and height in pixels")
-    parser.add_argument("--num", type=positive, required=True, help="number of squares to train on")
-    parser.add_argument(
-        "--held-out", type=positive, default=128, help="number of squares held out (%(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="which data set (%(default)s)")
-    parser.add_argument(
-        "--shard-size", type=positive, default=128, help="squares a tar (%(default)s)"
-    )
+    add_options(parser, size=None, num=None, held_out=128, seed=0, shard_size=128)
     print(write(**vars(parser.parse_args(argv))))
 
 

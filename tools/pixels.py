@@ -1,16 +1,16 @@
-"""Measure the pixels of data sets: the mean and the standard deviation of each channel, as a
-stage's `pixels:` wants.
+"""Measure the pixels of data sets: the mean and the standard deviation of each channel, for a
+stage's `pixels`.
 
     python -m tools.pixels 'runs/classic/shapes/*.tar'
 
-In [-1, 1], over all pixels of the pictures as they lie there; shrinking them for a stage leaves the
-mean and takes a little from the deviation. What is summed is how often each of 256 values occurs,
-in whole numbers: so the answer is exact, and does not depend on the order.
+In [-1, 1], over all pixels at the size at which they are stored; resizing for a stage keeps the
+mean and lowers the deviation a little. The statistics come from integer histograms, so they are
+exact and do not depend on the order of the images.
 """
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -21,37 +21,49 @@ from pipeline.terminal import Parser, run
 if TYPE_CHECKING:
     from pipeline.data.shards import Shards
 
-VALUES = 256
+LEVELS = 256
 
 
-def histogram(shards: "Shards") -> tuple[np.ndarray, Counter[str]]:
-    """How often each value occurs in each channel, int64 (3, 256), and why pictures were left out."""
+class Histogram(NamedTuple):
+    """What the images of a data set hold."""
+
+    counts_CL: np.ndarray  # int64 (3, LEVELS): how often each level occurs in each channel
+    skipped: Counter[str]  # images that cannot be decoded, by reason
+
+
+def histogram(shards: "Shards") -> Histogram:
+    """Decodes every image."""
     from pipeline.data.decode import MAX_SIDE, BadImage, decode
     from pipeline.data.shards import DamagedSample
 
-    counts_CV, out = np.zeros((3, VALUES), np.int64), Counter[str]()
-    for number in tqdm(range(len(shards)), unit=" images"):
+    counts_CL = np.zeros((3, LEVELS), np.int64)
+    skipped: Counter[str] = Counter()
+
+    for sample in tqdm(range(len(shards)), unit=" images"):
         try:
-            pixels = decode(shards.image(number), size=MAX_SIDE).pixels
+            pixels = decode(shards.image(sample), size=MAX_SIDE).pixels
         except (BadImage, DamagedSample) as error:
-            out[str(error)] += 1
+            skipped[str(error)] += 1
             continue
+
         for channel in range(3):
-            counts_CV[channel] += np.bincount(pixels[..., channel].ravel(), minlength=VALUES)
-    return counts_CV, out
+            counts_CL[channel] += np.bincount(pixels[..., channel].ravel(), minlength=LEVELS)
+
+    return Histogram(counts_CL, skipped)
 
 
-def moments(counts_CV: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation (3,) in [-1, 1], float64."""
-    values = np.arange(VALUES) / 127.5 - 1
-    mean = counts_CV @ values / counts_CV.sum(axis=1)
-    return mean, np.sqrt(
-        (counts_CV * (values - mean[:, None]) ** 2).sum(axis=1) / counts_CV.sum(axis=1)
-    )
+def moments(counts_CL: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation, float64 (3,) each, in [-1, 1]."""
+    values_L = np.arange(LEVELS) / 127.5 - 1
+    num_C = counts_CL.sum(axis=1)
+
+    mean_C = counts_CL @ values_L / num_C
+    variance_C = (counts_CL * (values_L - mean_C[:, None]) ** 2).sum(axis=1) / num_C
+    return mean_C, np.sqrt(variance_C)
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = Parser(prog="python -m tools.pixels", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="python -m tools.pixels", description=__doc__.partition("\n\n")[0])
     parser.add_argument(
         "shards",
         nargs="+",
@@ -65,14 +77,15 @@ def main(argv: Sequence[str]) -> None:
 
     setup_logging()
     shards = Shards.open(DataConfig(shards=tuple(arguments.shards), captions={}, max_damage=1.0))
-    counts, out = histogram(shards)
-    if not counts.any():
+    result = histogram(shards)
+    if not result.counts_CL.any():
         raise UserError(
-            f"{' '.join(arguments.shards)}: no picture can be decoded ({', '.join(out)})"
+            f"{' '.join(arguments.shards)}: no image can be decoded ({', '.join(result.skipped)})"
         )
-    mean, std = ([round(number, 4) for number in each.tolist()] for each in moments(counts))
-    for reason, number in out.most_common():
-        print(f"# left out: {number:,} that {reason}")
+
+    mean, std = ([round(value, 4) for value in each.tolist()] for each in moments(result.counts_CL))
+    for reason, num in result.skipped.most_common():
+        print(f"# skipped {num:,}: {reason}")
     print(f"pixels: {{mean: {mean}, std: {std}}}")
 
 

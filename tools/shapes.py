@@ -1,16 +1,14 @@
-"""Draw captioned scenes into WebDataset tars: a data set small enough for a laptop, whose truth is
-known.
+"""Draw captioned scenes into WebDataset tars: a small data set with known ground truth.
 
     python -m tools.shapes runs/demo/shards --num 4096 --size 128 --seed 0
 
-A scene is one shape on a plain background, and its caption says all that matters in a fixed
-grammar,
+A scene is one shape on a plain background. Its caption describes it in a fixed grammar,
 
     a {size} {colour} {shape} on {background}[, at the left | right | top | bottom]
 
-so that a program can read a caption (`parse`), draw what it says (`draw`) and judge whether a
-generated picture shows it (tools/agreement.py). Scene i depends on the seed and i alone, and the
-same command writes the same bytes, whatever the number of workers.
+so that a program can read a caption (`parse`), draw the scene (`draw`) and judge whether a
+generated image shows it (tools/agreement.py). Scene i depends on the seed and i alone, and the same
+command writes the same bytes, whatever the number of workers.
 """
 
 import re
@@ -24,10 +22,19 @@ from PIL import Image, ImageDraw
 
 from pipeline.errors import UserError
 from pipeline.rng import generator
-from pipeline.terminal import Parser, positive, run
-from tools.dataset import write_shards, write_tar, writing, written
+from pipeline.terminal import run
+from tools.dataset import (
+    CaptionedImage,
+    DatasetSize,
+    add_options,
+    dataset_parser,
+    write_captioned_tar,
+    write_once,
+    write_shards,
+)
 
-SIZES = {"small": 0.25, "large": 0.5}  # width of the shape, as a share of the picture's
+# The words of a caption, in their order.
+SIZES = {"small": 0.25, "large": 0.5}  # width of the shape, as a fraction of the image's
 COLOURS = {
     "red": (220, 20, 30),
     "green": (0, 150, 50),
@@ -45,18 +52,20 @@ POSITIONS = {
     "top": (0.5, 0.29),
     "bottom": (0.5, 0.71),
 }
-JITTER = 0.03  # how far a shape strays from its position, as a share of the picture's width
+
+JITTER = 0.03  # largest offset of a shape from its position, as a fraction of the image's width
 SUPERSAMPLING = 4  # a shape is drawn this much larger, then averaged, for smooth edges
 
-PLACES = [name for name in POSITIONS if name != "center"]  # the centre goes without saying
-WORDS = ", ".join("|".join(names) for names in (SIZES, COLOURS, SHAPES, BACKGROUNDS, PLACES))
-GRAMMAR = re.compile("a ({}) ({}) ({}) on ({})(?:, at the ({}))?".format(*WORDS.split(", ")))
+# "center" is not written in a caption: it is the default.
+NAMED_POSITIONS = [name for name in POSITIONS if name != "center"]
+VOCABULARY = ["|".join(names) for names in (SIZES, COLOURS, SHAPES, BACKGROUNDS, NAMED_POSITIONS)]
+GRAMMAR = re.compile("a ({}) ({}) ({}) on ({})(?:, at the ({}))?".format(*VOCABULARY))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What a picture shows. Scenes are equal if their captions are: the jitter is a detail that no
-    caption tells.
+    """What an image shows. Two scenes are equal if their captions are: no caption describes the
+    jitter.
     """
 
     size: str
@@ -64,19 +73,19 @@ class Scene:
     shape: str
     background: str
     position: str = "center"
-    jitter: tuple[float, float] = field(
-        default=(0.0, 0.0), compare=False
-    )  # right, down; each in [-1, 1] of JITTER
+    # To the right and down, each in [-1, 1] times JITTER.
+    jitter: tuple[float, float] = field(default=(0.0, 0.0), compare=False)
 
 
-def random_scene(seed: int, number: int) -> Scene:
-    """Scene `number` of the data set `seed`; each choice is uniform and independent of the others."""
-    rng = generator(seed, "shapes", number)
+def random_scene(seed: int, index: int) -> Scene:
+    """Scene `index` of the data set `seed`; its choices are uniform and independent."""
+    rng = generator(seed, "shapes", index)
     size, colour, shape, background, position = (
         list(names)[rng.integers(len(names))]
         for names in (SIZES, COLOURS, SHAPES, BACKGROUNDS, POSITIONS)
     )
     right, down = rng.uniform(-1, 1, 2).tolist()
+
     return Scene(
         size=size,
         colour=colour,
@@ -88,20 +97,24 @@ def random_scene(seed: int, number: int) -> Scene:
 
 
 def caption(scene: Scene) -> str:
-    """The scene in words."""
-    where = "" if scene.position == "center" else f", at the {scene.position}"
-    return f"a {scene.size} {scene.colour} {scene.shape} on {scene.background}{where}"
+    """The scene's caption."""
+    suffix = "" if scene.position == "center" else f", at the {scene.position}"
+    return f"a {scene.size} {scene.colour} {scene.shape} on {scene.background}{suffix}"
 
 
 def parse(text: str) -> Scene:
-    """The scene of a caption, without jitter: `caption(parse(text)) == text`. UserError for
-    anything else.
+    """The scene of a caption, without jitter: `caption(parse(text)) == text`.
+
+    Raises:
+        UserError: the text is no caption of the grammar.
     """
     match = GRAMMAR.fullmatch(text)
     if not match:
         raise UserError(
-            f"caption {text!r}: not like 'a small red circle on white, at the left'; the words: {WORDS}"
+            f"caption {text!r}: not in the grammar 'a small red circle on white, at the left'; "
+            f"its words are {', '.join(VOCABULARY)}"
         )
+
     size, colour, shape, background, position = match.groups()
     return Scene(
         size=size, colour=colour, shape=shape, background=background, position=position or "center"
@@ -109,12 +122,15 @@ def parse(text: str) -> Scene:
 
 
 def draw(scene: Scene, pixels: int) -> Image.Image:
-    """The scene as an RGB picture of `pixels` x `pixels`."""
+    """The scene as an RGB image of `pixels` x `pixels`."""
     x, y = (p + JITTER * j for p, j in zip(POSITIONS[scene.position], scene.jitter, strict=True))
     radius = SIZES[scene.size] / 2
+
+    # The shape as an antialiased mask.
     side = pixels * SUPERSAMPLING
     mask = Image.new("L", (side, side))
-    _fill(ImageDraw.Draw(mask), scene.shape, x * side, y * side, radius * side)
+    _fill(ImageDraw.Draw(mask), scene.shape, x=x * side, y=y * side, r=radius * side)
+
     return Image.composite(
         Image.new("RGB", (pixels, pixels), COLOURS[scene.colour]),
         Image.new("RGB", (pixels, pixels), BACKGROUNDS[scene.background]),
@@ -122,8 +138,8 @@ def draw(scene: Scene, pixels: int) -> Image.Image:
     )
 
 
-def _fill(canvas: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float) -> None:
-    """Fill `shape` around (x, y); each is 2r wide and high."""
+def _fill(canvas: ImageDraw.ImageDraw, shape: str, *, x: float, y: float, r: float) -> None:
+    """Fills a shape centred at (x, y), 2r wide and high."""
     if shape == "circle":
         canvas.ellipse((x - r, y - r, x + r, y + r), fill=255)
     elif shape == "square":
@@ -135,48 +151,50 @@ def _fill(canvas: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float)
         canvas.rectangle((x - r / 3, y - r, x + r / 3, y + r), fill=255)
 
 
-def write_shard(seed: int, pixels: int, path: Path, numbers: range) -> int:
-    """Write the scenes `numbers` into one tar; how many bytes it has."""
-    scenes = (random_scene(seed, number) for number in numbers)
-    return write_tar(
-        path,
-        numbers.start,
-        ((np.asarray(draw(scene, pixels)), caption(scene), asdict(scene)) for scene in scenes),
-    )
+def sample(seed: int, pixels: int, index: int) -> CaptionedImage:
+    """Sample `index` of the data set `seed`."""
+    scene = random_scene(seed, index)
+    return CaptionedImage(np.asarray(draw(scene, pixels)), caption(scene), asdict(scene))
+
+
+def write_shard(seed: int, pixels: int, path: Path, indices: range) -> int:
+    """Writes the scenes `indices` into one tar; its size in bytes."""
+    samples = (sample(seed, pixels, index) for index in indices)
+    return write_captioned_tar(path, indices.start, samples)
 
 
 def write(out: Path, *, num: int, size: int, seed: int, shard_size: int, workers: int) -> str:
-    """Write the data set into the folder `out`, all or nothing; a line that says what is there now.
+    """Writes the data set into the folder `out`, unless it is there; a line that says which.
 
-    If `out` holds the same data set already, nothing is done. Raises UserError if it holds anything
-    else.
+    Raises:
+        UserError: `out` holds anything else, or cannot be written.
     """
-    arguments = {"num": num, "size": size, "seed": seed, "shard_size": shard_size}
-    if not 0 <= seed < 2**64:
-        raise UserError(f"--seed {seed}: outside [0, 2**64)")
-    if written(out, "shapes.json", arguments):
-        return f"{out}: already there, {num:,} images of {size} px with seed {seed}"
-    with writing(out, "shapes.json", arguments) as folder:
-        tars, total = write_shards(
-            folder, num, shard_size, workers, partial(write_shard, seed, size)
+
+    def write_scenes(folder: Path) -> DatasetSize:
+        return write_shards(
+            folder,
+            num,
+            shard_size=shard_size,
+            workers=workers,
+            write=partial(write_shard, seed, size),
         )
-    return f"{out}: {num:,} images of {size} px in {tars:,} shards, {total:,} bytes"
+
+    return write_once(
+        out,
+        "shapes.json",
+        {"num": num, "size": size, "seed": seed, "shard_size": shard_size},
+        description=f"{num:,} images of {size} px, seed {seed}",
+        write=write_scenes,
+    )
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = Parser(
-        prog="python -m tools.shapes", description="Draw captioned scenes into WebDataset tars."
+    parser = dataset_parser(
+        "shapes",
+        "Draw captioned scenes into WebDataset tars.",
+        contents="00000.tar ... and shapes.json",
     )
-    parser.add_argument(
-        "out", type=Path, metavar="OUT", help="folder to make, for 00000.tar ... and shapes.json"
-    )
-    parser.add_argument("--num", type=positive, required=True, help="number of images")
-    parser.add_argument("--size", type=positive, required=True, help="width and height in pixels")
-    parser.add_argument("--seed", type=int, required=True, help="which data set")
-    parser.add_argument(
-        "--shard-size", type=positive, default=128, help="images a tar (%(default)s)"
-    )
-    parser.add_argument("--workers", type=positive, default=2, help="processes (%(default)s)")
+    add_options(parser, num=None, size=None, seed=None, shard_size=128, workers=2)
     print(write(**vars(parser.parse_args(argv))))
 
 

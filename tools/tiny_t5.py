@@ -1,33 +1,38 @@
-"""A T5 small enough for a laptop, with a tokenizer of its own: `python -m tools.tiny_t5 OUT
---captions SHARDS...`.
+"""A T5 small enough for a laptop, with a tokenizer of its own.
 
-The demo and the tests need a text encoder that runs in milliseconds and never touches the network.
-Its tokenizer is trained on the captions (SentencePiece's unigram model with T5's conventions: 0
-pads, 1 ends, 2 is unknown). Its encoder, a v1.1, is not trained: random weights at a scale where a
-token's own embedding dominates its hidden state and attention mixes in where it stands and what
-stands around it. A stage learns such embeddings as it would T5-XXL's. OUT is a Hugging Face folder,
-encoder and tokenizer in one.
+    python -m tools.tiny_t5 OUT --captions SHARDS...
+
+The demo and the tests need a text encoder that runs in milliseconds and needs no network. Its
+tokenizer is trained on the captions: SentencePiece's unigram model with T5's conventions (0 pads, 1
+ends, 2 is unknown). Its encoder, a T5 v1.1, has random weights, scaled so that a token's own
+embedding dominates its hidden state while attention adds its position and neighbours. A stage
+learns from such embeddings as it would from T5-XXL's. OUT is a Hugging Face folder of both encoder
+and tokenizer.
 """
 
+import io
 import json
 import secrets
 import shutil
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+import numpy as np
 
 from pipeline.errors import UserError
+from pipeline.rng import generator
 from pipeline.terminal import Parser, positive, run
+from tools.dataset import add_options
 
-if TYPE_CHECKING:
-    import numpy as np
-
-LONGEST, CANDIDATES = (
-    16,
-    100_000,
-)  # letters of a token, and tokens that the tokenizer's training starts from
-MIXING = 0.5  # standard deviation of what a sub-layer adds, where a token's embedding has 1
+MAX_TOKEN_LENGTH = 16  # characters
+MAX_CANDIDATES = 100_000  # candidate tokens with which the tokenizer's training starts
+SUBLAYER_STD = 0.5  # standard deviation of a sublayer's output, where a token's embedding has 1
+SPECIAL_TOKENS = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -41,40 +46,67 @@ def main(argv: Sequence[str]) -> None:
         required=True,
         type=Path,
         metavar="FILE",
-        help="what the tokenizer learns from: tars with .txt members, or text files with a caption a line",
+        help="the tokenizer's training data: tars with .txt members, or text files of one caption "
+        "per line",
     )
     parser.add_argument(
-        "--width", type=positive, default=64, help="of the embeddings (%(default)s)"
+        "--width", type=positive, default=64, help="width of the embeddings (%(default)s)"
     )
-    parser.add_argument("--layers", type=positive, default=2, help="of the encoder (%(default)s)")
-    parser.add_argument("--heads", type=positive, default=4, help="of its attention (%(default)s)")
-    parser.add_argument("--vocab", type=positive, default=256, help="tokens at most (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights (%(default)s)")
-    print(make(**vars(parser.parse_args(argv))))
+    parser.add_argument("--layers", type=positive, default=2, help="encoder layers (%(default)s)")
+    parser.add_argument("--heads", type=positive, default=4, help="attention heads (%(default)s)")
+    parser.add_argument(
+        "--vocab", type=positive, default=256, help="largest number of tokens (%(default)s)"
+    )
+    add_options(parser, seed=0)
+
+    options = vars(parser.parse_args(argv))
+    print(make(options.pop("out"), options.pop("captions"), **options))
 
 
 def make(
     out: Path,
     captions: list[Path],
+    *,
     width: int = 64,
     layers: int = 2,
     heads: int = 4,
     vocab: int = 256,
     seed: int = 0,
 ) -> str:
-    """Writes the folder `out` whole or not at all, and says what it is; the same arguments give the
-    same bytes.
+    """Writes the folder `out`, whole or not at all; a line that describes it.
+
+    The same arguments give the same bytes.
+
+    Raises:
+        UserError: the sizes do not fit together, the captions cannot be read, or `out` exists.
     """
     if width % heads:
-        raise UserError(f"--width {width}: not a multiple of --heads {heads}")
+        raise UserError(f"width: {width} is not a multiple of heads, {heads}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists already; remove it or name another folder")
+
     from safetensors.numpy import save_file
 
-    vocabulary, vocab_size = train_tokenizer(
-        [caption for path in captions for caption in read_captions(path)], vocab
-    )
-    config = {
+    texts = [caption for path in captions for caption in read_captions(path)]
+    spiece_model, vocab_size = train_tokenizer(texts, vocab)
+    config = encoder_config(width=width, layers=layers, heads=heads, vocab_size=vocab_size)
+
+    with _new_folder(out) as folder:
+        _write_json(folder / "config.json", config)
+        _write_json(folder / "tokenizer_config.json", tokenizer_config())
+        _write_json(folder / "special_tokens_map.json", SPECIAL_TOKENS)
+        (folder / "spiece.model").write_bytes(spiece_model)
+
+        weights = folder / "model.safetensors"
+        save_file(random_weights(config, seed), weights, metadata={"format": "pt"})
+        weights.chmod(0o644)  # save_file lets only the owner read
+
+    return f"{out}: {vocab_size} tokens, {layers} layers of width {width}"
+
+
+def encoder_config(*, width: int, layers: int, heads: int, vocab_size: int) -> dict[str, Any]:
+    """config.json of a T5 v1.1 encoder."""
+    return {
         "model_type": "t5",
         "architectures": ["T5EncoderModel"],
         "vocab_size": vocab_size,
@@ -94,87 +126,73 @@ def make(
         "pad_token_id": 0,
         "eos_token_id": 1,
     }
-    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    tokenizer = {
+
+
+def tokenizer_config() -> dict[str, Any]:
+    """tokenizer_config.json."""
+    return {
         "tokenizer_class": "T5Tokenizer",
         "extra_ids": 0,
         "legacy": True,
         "model_max_length": 512,
-        **special,
+        **SPECIAL_TOKENS,
     }
 
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A folder that becomes `out` if the body succeeds, and is removed if not."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    side = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
-    side.mkdir()
+    temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
+    temporary.mkdir()
     try:
-        for name, content in {
-            "config": config,
-            "tokenizer_config": tokenizer,
-            "special_tokens_map": special,
-        }.items():
-            (side / f"{name}.json").write_text(
-                json.dumps(content, indent=2) + "\n", encoding="utf-8"
-            )
-        (side / "spiece.model").write_bytes(vocabulary)
-        save_file(
-            random_weights(config, seed), side / "model.safetensors", metadata={"format": "pt"}
-        )
-        (side / "model.safetensors").chmod(0o644)
-        side.rename(out)
+        yield temporary
+        temporary.rename(out)
     finally:
-        shutil.rmtree(side, ignore_errors=True)
-    return f"{out}: {vocab_size} tokens, {layers} layers of width {width}"
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def read_captions(path: Path) -> Iterator[str]:
-    """The .txt members of a tar, or the lines of another file."""
+    """The .txt members of a tar, or the non-empty lines of another file."""
     try:
         if path.suffix != ".tar":
-            yield from (
-                line.strip()
-                for line in path.read_text(encoding="utf-8").splitlines()
-                if line.strip()
-            )
+            lines = map(str.strip, path.read_text(encoding="utf-8").splitlines())
+            yield from (line for line in lines if line)
             return
+
         with tarfile.open(path, "r|") as tar:
             for member in tar:
                 if member.name.endswith(".txt") and (file := tar.extractfile(member)):
                     yield file.read().decode("utf-8", errors="replace").strip()
     except (OSError, ValueError, tarfile.TarError) as error:
         raise UserError(
-            f"{path}: captions cannot be read ({error}); give tars with .txt members or a text"
+            f"{path}: captions cannot be read ({error}); give tars with .txt members or a text file"
         ) from error
 
 
 def train_tokenizer(captions: list[str], vocab: int) -> tuple[bytes, int]:
-    """spiece.model and its number of tokens, which is below `vocab` where the captions have no more
-    to tell apart.
+    """spiece.model and its number of tokens, at most `vocab`: captions of few words give fewer.
 
-    SentencePiece looks for candidate tokens in the list of different words, so that in captions of
-    few words, each of them in every second caption, it finds letters only. The candidates are
-    therefore counted here: all parts of words.
+    SentencePiece takes its candidate tokens from the list of distinct words. Captions of few words,
+    each in every second caption, then give single letters only. So the candidates are counted here:
+    all substrings of all words.
     """
-    import io
-    from collections import Counter
-    from tempfile import NamedTemporaryFile
-
+    # Imported here because sentencepiece_model_pb2 must not be imported before MindSpore.
     import sentencepiece
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-    words = Counter(f"\u2581{word}" for caption in captions for word in caption.split())
-    parts: Counter[str] = Counter()
-    for word, count in words.items():
-        for start in range(len(word)):
-            for stop in range(start + 2, min(len(word), start + LONGEST) + 1):
-                parts[word[start:stop]] += count
-    if not words:
-        raise UserError(
-            "--captions: no caption in what is given; give tars with .txt members or a text file"
-        )
+    candidates = count_substrings(captions)
     model = io.BytesIO()
+
     with NamedTemporaryFile("w", suffix=".tsv", encoding="utf-8") as seeds:
-        seeds.writelines(f"{part}\t{count}\n" for part, count in parts.most_common(CANDIDATES))
+        most_common = candidates.most_common(MAX_CANDIDATES)
+        seeds.writelines(f"{token}\t{count}\n" for token, count in most_common)
         seeds.flush()
+
         try:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=(caption for caption in captions if caption),
@@ -190,52 +208,65 @@ def train_tokenizer(captions: list[str], vocab: int) -> tuple[bytes, int]:
                 num_threads=1,  # the order of sums, and so the model, depends on it
                 minloglevel=2,
             )
-        except RuntimeError as error:  # for one, fewer tokens than letters
+        except RuntimeError as error:  # for example, fewer tokens than letters
             reason = str(error).rsplit("] ", 1)[-1]
-            raise UserError(
-                f"--vocab {vocab}: SentencePiece answers '{reason}'; give another number"
-            ) from error
+            raise UserError(f"vocab: {vocab} is refused by SentencePiece ({reason})") from error
+
     trained = ModelProto.FromString(model.getvalue())
-    trained.trainer_spec.ClearField("seed_sentencepieces_file")  # a path, different at every run
+    trained.trainer_spec.ClearField("seed_sentencepieces_file")  # a path, different in every run
     return trained.SerializeToString(deterministic=True), len(trained.pieces)
 
 
-def random_weights(config: dict[str, Any], seed: int) -> "dict[str, np.ndarray]":
-    """The encoder's parameters under their Hugging Face names; each layer keeps the variance of
-    what it reads.
+def count_substrings(captions: list[str]) -> Counter[str]:
+    """How often each substring of 2 to MAX_TOKEN_LENGTH characters occurs within a word.
+
+    A word starts with SentencePiece's mark for a space, U+2581.
     """
-    import numpy as np
+    words = Counter(f"\u2581{word}" for caption in captions for word in caption.split())
+    if not words:
+        raise UserError("captions: all files are empty; give tars with .txt members or a text file")
 
-    from pipeline.rng import generator
+    substrings: Counter[str] = Counter()
+    for word, count in words.items():
+        for start in range(len(word)):
+            for stop in range(start + 2, min(len(word), start + MAX_TOKEN_LENGTH) + 1):
+                substrings[word[start:stop]] += count
 
+    return substrings
+
+
+def random_weights(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
+    """The encoder's parameters under their Hugging Face names, float32.
+
+    Each projection keeps the variance of its input.
+    """
     rng = generator(seed, "init")
-    width, head, hidden, heads = (
-        config["d_model"],
-        config["d_kv"],
-        config["d_ff"],
-        config["num_heads"],
-    )
-    inner = heads * head
+    width = config["d_model"]
+    head_width = config["d_kv"]
+    hidden = config["d_ff"]
+    heads = config["num_heads"]
+    inner = heads * head_width
 
     def dense(rows: int, columns: int, gain: float = 1.0) -> np.ndarray:
         return (gain * columns**-0.5 * rng.standard_normal((rows, columns))).astype(np.float32)
 
-    weights = {
-        "shared.weight": rng.standard_normal((config["vocab_size"], width)).astype(np.float32)
-    }
+    embeddings = rng.standard_normal((config["vocab_size"], width)).astype(np.float32)
+    weights = {"shared.weight": embeddings}
+
     for block in range(config["num_layers"]):
         attention, ff = (f"encoder.block.{block}.layer.{layer}" for layer in (0, 1))
         weights |= {
-            f"{attention}.SelfAttention.q.weight": dense(inner, width, head**-0.5),
+            f"{attention}.SelfAttention.q.weight": dense(inner, width, head_width**-0.5),
             f"{attention}.SelfAttention.k.weight": dense(inner, width),
             f"{attention}.SelfAttention.v.weight": dense(inner, width),
-            f"{attention}.SelfAttention.o.weight": dense(width, inner, MIXING),
+            f"{attention}.SelfAttention.o.weight": dense(width, inner, SUBLAYER_STD),
             f"{attention}.layer_norm.weight": np.ones(width, np.float32),
             f"{ff}.DenseReluDense.wi_0.weight": dense(hidden, width),
             f"{ff}.DenseReluDense.wi_1.weight": dense(hidden, width),
-            f"{ff}.DenseReluDense.wo.weight": dense(width, hidden, MIXING),
+            f"{ff}.DenseReluDense.wo.weight": dense(width, hidden, SUBLAYER_STD),
             f"{ff}.layer_norm.weight": np.ones(width, np.float32),
         }
+
     bias = rng.standard_normal((config["relative_attention_num_buckets"], heads)).astype(np.float32)
     weights["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = bias
     weights["encoder.final_layer_norm.weight"] = np.ones(width, np.float32)

@@ -32,7 +32,7 @@ from pipeline.nn.tiling import tiled
 from pipeline.rng import sampling_noise
 from pipeline.stage.inputs import Inputs
 from pipeline.stage.request import SampleRequest
-from pipeline.stage.stage import Stage
+from pipeline.stage.stage import Network, Stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,53 +199,72 @@ def compiled_step(
     """
     guided = config.guidance != 1.0
     num_terms = len(SOLVERS[config.sampler].terms)
-    kind = config.threshold
-    quantile = config.quantile
     prediction = stage.config.diffusion.prediction
-    pixels = (Tensor(stage.mean), Tensor(stage.std)) if stage.config.pixels else ()
     leading = ("known", "known_mask") if masked else ()
     names = Inputs(leading=leading, prompt=stage.inputs.prompt, others=stage.inputs.others)
-
-    def network(*tensors: Any) -> Tensor:
-        """Large images in tiles: sampling keeps no activations, so its memory can be bounded."""
-        return tiled(stage.network, *tensors)
-
-    def predict(z: Tensor, logsnr_B: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-        return stage.predict(network, z, logsnr_B, inputs)
-
-    def predict_guided(
-        z: Tensor, logsnr_B: Tensor, inputs: dict[str, Tensor], guidance: Tensor
-    ) -> Tensor:
-        """With the prompt and without it, in one call of the network."""
-        doubled = {}
-        for name in stage.inputs.names:
-            tensor = inputs[name]
-            without = ops.zeros_like(tensor) if name in stage.inputs.prompt else tensor
-            doubled[name] = ops.cat((tensor, without))
-        output = predict(ops.cat((z, z)), ops.cat((logsnr_B, logsnr_B)), doubled)
-        conditional, unconditional = ops.chunk(output, 2)
-        return guide(conditional, unconditional, guidance)
-
-    def clip(x: Tensor) -> Tensor:
-        """Thresholding, which is of pixels in [-1, 1]."""
-        if not pixels:
-            return threshold(x, kind, quantile)
-        mean, std = pixels
-        return (threshold(x * std + mean, kind, quantile) - mean) / std
+    predict = predictor(stage, tiled_network(stage), guided=guided)
+    clip = clipper(stage, config)
 
     def step(
         guidance: Tensor, coefficients: Tensor, logsnr_B: Tensor, z: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, Tensor]:
         terms = tensors[:num_terms]
         inputs = names.unpack(tensors[num_terms:])
-        if guided:
-            output = predict_guided(z, logsnr_B, inputs, guidance)
-        else:
-            output = predict(z, logsnr_B, inputs)
+        output = predict(z, logsnr_B, inputs, guidance)
         x = clip(x_from_prediction(prediction, output, z, logsnr_B))
         if masked:
             x = inputs["known"] + inputs["known_mask"] * (x - inputs["known"])
         return linear_step(coefficients, z, x, *terms), x
 
-    shaped_by = (guided, num_terms, kind, quantile, masked)
+    shaped_by = (guided, num_terms, config.threshold, config.quantile, masked)
     return names, stage.compiled_steps.setdefault(shaped_by, runtime.jit(step))
+
+
+def tiled_network(stage: Stage) -> Network:
+    """The stage's network, large images in tiles: sampling keeps no activations for a gradient, so
+    its memory can be bounded.
+    """
+
+    def network(*tensors: Any) -> Tensor:
+        return tiled(stage.network, *tensors)
+
+    return network
+
+
+def predictor(stage: Stage, network: Network, *, guided: bool) -> Callable[..., Tensor]:
+    """(z, logsnr_B, inputs, guidance) -> the prediction, by classifier-free guidance if `guided`:
+    with the prompt and without it, in one call of the network. For a compiled function.
+    """
+
+    def predict(z: Tensor, logsnr_B: Tensor, inputs: dict[str, Tensor], guidance: Tensor) -> Tensor:
+        return stage.predict(network, z, logsnr_B, inputs)
+
+    def predict_guided(
+        z: Tensor, logsnr_B: Tensor, inputs: dict[str, Tensor], guidance: Tensor
+    ) -> Tensor:
+        doubled = {}
+        for name in stage.inputs.names:
+            tensor = inputs[name]
+            without = ops.zeros_like(tensor) if name in stage.inputs.prompt else tensor
+            doubled[name] = ops.cat((tensor, without))
+        output = stage.predict(network, ops.cat((z, z)), ops.cat((logsnr_B, logsnr_B)), doubled)
+        conditional, unconditional = ops.chunk(output, 2)
+        return guide(conditional, unconditional, guidance)
+
+    return predict_guided if guided else predict
+
+
+def clipper(stage: Stage, config: SamplerConfig) -> Callable[[Tensor], Tensor]:
+    """Thresholding of x, which is of pixels in [-1, 1]. For a compiled function."""
+    kind = config.threshold
+    quantile = config.quantile
+    mean = Tensor(stage.mean)
+    std = Tensor(stage.std)
+
+    def clip(x: Tensor) -> Tensor:
+        return threshold(x, kind, quantile)
+
+    def clip_normalized(x: Tensor) -> Tensor:
+        return (threshold(x * std + mean, kind, quantile) - mean) / std
+
+    return clip_normalized if stage.config.pixels else clip

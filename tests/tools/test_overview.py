@@ -1,4 +1,4 @@
-"""The picture of all stages side by side."""
+"""The sheet of all stages side by side."""
 
 import json
 from pathlib import Path
@@ -15,45 +15,45 @@ COLOURS = {"base": (255, 0, 0), "sr32": (0, 255, 0)}
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two prompts through two stages; each stage's pictures have one colour."""
+    """Two prompts through two stages; each stage's images have one colour."""
     lines = []
     for stage, colour in COLOURS.items():
         (tmp_path / stage).mkdir()
-        for number in (0, 1):
-            file = f"{stage}/{number:05d}.png"
-            Image.new("RGB", (16, 16) if stage == "base" else (32, 32), colour).save(
-                tmp_path / file
-            )
+        side = 16 if stage == "base" else 32
+        for image_id in (0, 1):
+            file = f"{stage}/{image_id:05d}.png"
+            Image.new("RGB", (side, side), colour).save(tmp_path / file)
             lines.append(
-                {"number": number, "stage": stage, "file": file, "prompt": f"prompt {number}"}
+                {"number": image_id, "stage": stage, "file": file, "prompt": f"prompt {image_id}"}
             )
     (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return tmp_path
 
 
-def test_a_row_a_prompt_and_a_column_a_stage(folder):
+def test_a_row_per_prompt_and_a_column_per_stage(folder: Path) -> None:
     main([str(folder), str(folder / "overview.png")])
     with Image.open(folder / "overview.png") as image:
         sheet = np.asarray(image)
     assert sheet.shape == (LINE + 2 * (LINE + TILE), GAP + 3 * (TILE + GAP), 3)
+
+    detail = COLOURS["sr32"]
     for row in (0, 1):
-        for column, colour in enumerate(
-            [*COLOURS.values(), COLOURS["sr32"]]
-        ):  # the last is a detail
-            top, left = LINE + row * (LINE + TILE) + LINE, GAP + column * (TILE + GAP)
+        for column, colour in enumerate([*COLOURS.values(), detail]):
+            top = LINE + row * (LINE + TILE) + LINE
+            left = GAP + column * (TILE + GAP)
             assert (sheet[top : top + TILE, left : left + TILE] == colour).all()
 
 
-def test_a_missing_picture_is_named(folder):
+def test_a_missing_image_is_named(folder: Path) -> None:
     lines = (folder / "manifest.jsonl").read_text().splitlines(keepends=True)
     (folder / "manifest.jsonl").write_text("".join(lines[:3]))
     with pytest.raises(UserError) as error:
         overview(folder)
     assert str(error.value) == (
-        f"{folder}/manifest.jsonl: picture 1 has no sr32; run the same `cascade sample` again"
+        f"{folder}/manifest.jsonl: image 1 has no stage sr32; run the same `cascade sample` again"
     )
 
 
-def test_a_folder_without_pictures_is_refused(tmp_path):
+def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="give the --out of `cascade sample`"):
         overview(tmp_path)

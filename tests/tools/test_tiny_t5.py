@@ -1,8 +1,6 @@
 """The tiny T5 that the demo and the tests use."""
 
 import hashlib
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from pipeline.errors import UserError
+from tests.helpers.tools import run_tool
 from tools import tiny_t5
 
 LINES = [
@@ -34,6 +33,7 @@ def digests(folder: Path) -> dict[str, str]:
 def test_the_same_arguments_give_the_same_bytes(captions: Path, tmp_path: Path) -> None:
     for name, seed in {"a": 0, "b": 0, "c": 1}.items():
         tiny_t5.make(tmp_path / name, [captions], width=16, heads=2, seed=seed)
+
     a, b, c = (digests(tmp_path / name) for name in "abc")
     assert a == b
     assert set(a) == {
@@ -58,7 +58,7 @@ def test_tokens_are_words_under_t5_conventions(captions: Path, tmp_path: Path) -
     )
 
 
-def test_tars_and_texts_are_read(shards_folder: Path, captions: Path) -> None:
+def test_captions_come_from_tars_and_text_files(shards_folder: Path, captions: Path) -> None:
     scenes = [
         caption
         for path in sorted(shards_folder.glob("*.tar"))
@@ -69,50 +69,65 @@ def test_tars_and_texts_are_read(shards_folder: Path, captions: Path) -> None:
     assert list(tiny_t5.read_captions(captions)) == [*LINES, "a café"]
 
 
-def test_weights_keep_the_scale(captions: Path, tmp_path: Path) -> None:
+def test_projections_keep_the_variance(captions: Path, tmp_path: Path) -> None:
     tiny_t5.make(tmp_path / "t5", [captions], width=64)
     weights = load_file(tmp_path / "t5" / "model.safetensors")
     assert weights["shared.weight"].std() == pytest.approx(1, rel=0.1)
-    value = weights["encoder.block.0.layer.0.SelfAttention.v.weight"]
-    assert np.std(value @ np.random.default_rng(0).standard_normal((64, 500))) == pytest.approx(
-        1, rel=0.1
-    )
+
+    values = weights["encoder.block.0.layer.0.SelfAttention.v.weight"]
+    outputs = values @ np.random.default_rng(0).standard_normal((64, 500))
+    assert outputs.std() == pytest.approx(1, rel=0.1)
 
 
-def test_mistakes_are_named(captions: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--width 10: not a multiple of --heads 4"):
-        tiny_t5.make(tmp_path / "t5", [captions], width=10)
-    with pytest.raises(UserError, match=r"--vocab 5: .*Vocabulary size is smaller"):
-        tiny_t5.make(tmp_path / "t5", [captions], vocab=5)
-    with pytest.raises(UserError, match=r"absent\.tar: captions cannot be read"):
-        tiny_t5.make(tmp_path / "t5", [tmp_path / "absent.tar"])
-    (tmp_path / "degrade.tar").write_bytes(b"no tar" * 1000)
-    with pytest.raises(UserError, match=r"degrade\.tar: captions cannot be read"):
-        tiny_t5.make(tmp_path / "t5", [tmp_path / "degrade.tar"])
-    (tmp_path / "empty.txt").write_text("\n\n")
-    with pytest.raises(UserError, match="no caption"):
-        tiny_t5.make(tmp_path / "t5", [tmp_path / "empty.txt"])
-    with pytest.raises(UserError, match="exists already"):
-        tiny_t5.make(tmp_path, [captions])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"width": 10}, "width: 10 is not a multiple of heads, 4"),
+        ({"vocab": 5}, "vocab: 5 is refused by SentencePiece .*Vocabulary size is smaller"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(
+    captions: Path, tmp_path: Path, changes: dict[str, int], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        tiny_t5.make(tmp_path / "t5", [captions], **changes)
     assert not (tmp_path / "t5").exists()
 
 
-def run(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "tools.tiny_t5", *args],
-        cwd=Path(tiny_t5.__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("absent.tar", None, r"absent\.tar: captions cannot be read"),
+        ("damaged.tar", b"no tar" * 1000, r"damaged\.tar: captions cannot be read"),
+        ("empty.txt", b"\n\n", "captions: all files are empty"),
+    ],
+)
+def test_files_without_captions_are_refused(
+    tmp_path: Path, name: str, content: bytes | None, message: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        tiny_t5.make(tmp_path / "t5", [tmp_path / name])
+    assert not (tmp_path / "t5").exists()
+
+
+def test_an_existing_folder_is_not_replaced(captions: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="exists already"):
+        tiny_t5.make(tmp_path, [captions])
+    assert captions.exists()
 
 
 def test_the_command(captions: Path, tmp_path: Path) -> None:
-    done = run(str(tmp_path / "t5"), "--captions", str(captions), "--width", "16")
+    done = run_tool("tiny_t5", tmp_path / "t5", "--captions", captions, "--width", 16)
     assert (done.returncode, done.stderr) == (0, "")  # SentencePiece is silent
-    again = run(str(tmp_path / "t5"), "--captions", str(captions))
+
+    again = run_tool("tiny_t5", tmp_path / "t5", "--captions", captions)
     assert again.returncode == 2
     assert again.stderr.count("\n") == 1
+
+
+def test_help_does_not_import_mindspore() -> None:
     start = time.perf_counter()
-    assert run("--help").returncode == 0
-    assert time.perf_counter() - start < 2  # about 0.1 s; far below what MindSpore's import takes
+    assert run_tool("tiny_t5", "--help").returncode == 0
+    assert time.perf_counter() - start < 2  # about 0.2 s; MindSpore's import alone takes as long

@@ -1,6 +1,7 @@
-"""Measurements beside other libraries, on one machine, taken in turns: `python -m tools.bench
-NAME`.
+"""Benchmarks beside other libraries, on one machine: `python -m tools.bench NAME`.
 
-Each of them says what it measured, on what machine and with which versions. The figures in the docs
-come from here.
+A bench compares implementations: ours, and those of peers. Each measurement is a process of its own
+(`workers/`), and the implementations take turns, so that a change of the machine's load affects all
+of them. A report names what was measured, the machine and the versions. The figures in docs/ come
+from here.
 """

@@ -1,123 +1,154 @@
-"""Peak memory of a training against its prediction by `cascade check` and against its time, by what
-saves memory.
+"""Peak memory of a training against the prediction of `cascade check`, and seconds per step.
 
-Each row is a stage trained as `cascade train` does it, on scenes that are drawn for it: once, so
-that its graphs are compiled and kept, and again in a process of its own, which is the one that is
-told. No pictures are sampled meanwhile.
+Each row is a stage trained as `cascade train` does it, on scenes that are drawn for it: once to
+fill the compile cache, and again in a process that loads from it, which is the one that is
+measured. Nothing is sampled meanwhile.
 """
 
 import argparse
 import json
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pipeline.terminal import positive
-from tools.bench import turns
+from tools.bench.options import add_count
+from tools.bench.process import run_worker
+from tools.bench.report import Answer, Rows, environment, footer, gibibytes, markdown, millions
 from tools.bench.train import CASES
 
-FOLDER = Path(__file__).parent.parent.parent / "configs" / "tiny"
+CONFIGS = Path(__file__).parents[2] / "configs" / "tiny"
 TEXT: dict[str, Any] = {"width": 64, "length": 16}  # as in the demo
-# By name: a network of `bench train` or a stage of the demo, and what is changed.
-ROWS: dict[str, tuple[str, dict[str, Any]]] = {
-    "base64": ("base64", {}),
-    "base64, batch 4": ("base64", {"data.global_batch": 4}),
-    "base64, grad_accum_steps 4": ("base64", {"train.grad_accum_steps": 4}),
-    "base64, recompute": ("base64", {"unet.recompute": True}),
-    "base64, grad_accum_steps 8 and recompute": (
-        "base64",
-        {"train.grad_accum_steps": 8, "unet.recompute": True},
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """A network of `bench train` (`base64`), or a stage of the demo (`tiny/base64`), and what its
+    configuration changes.
+    """
+
+    network: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+
+ADAFACTOR = {"optimizer.kind": "adafactor"}
+FLOAT16 = {"train.precision": "float16"}
+RECOMPUTE = {"unet.recompute": True}
+TRAININGS: dict[str, Training] = {
+    "base64": Training(network="base64"),
+    "base64, batch 4": Training(network="base64", changes={"data.global_batch": 4}),
+    "base64, grad_accum_steps 4": Training(network="base64", changes={"train.grad_accum_steps": 4}),
+    "base64, recompute": Training(network="base64", changes=RECOMPUTE),
+    "base64, grad_accum_steps 8 and recompute": Training(
+        network="base64", changes={"train.grad_accum_steps": 8, **RECOMPUTE}
     ),
-    "base64, float16": ("base64", {"train.precision": "float16"}),
-    "base64, Adafactor": ("base64", {"optimizer.kind": "adafactor"}),
-    "base64, batch 1, Adafactor": (
-        "base64",
-        {"optimizer.kind": "adafactor", "data.global_batch": 1},
+    "base64, float16": Training(network="base64", changes=FLOAT16),
+    "base64, Adafactor": Training(network="base64", changes=ADAFACTOR),
+    "base64, batch 1, Adafactor": Training(
+        network="base64", changes={**ADAFACTOR, "data.global_batch": 1}
     ),
-    "sr256": ("sr256", {}),
-    "sr256, float16": ("sr256", {"train.precision": "float16"}),
-    "sr256, recompute": ("sr256", {"unet.recompute": True}),
-    "the demo's base": ("tiny/base64", {}),
-    "the demo's sr256": ("tiny/sr256", {}),
-    "the demo's sr1024": ("tiny/sr1024", {}),
+    "sr256": Training(network="sr256"),
+    "sr256, float16": Training(network="sr256", changes=FLOAT16),
+    "sr256, recompute": Training(network="sr256", changes=RECOMPUTE),
+    "the demo's base": Training(network="tiny/base64"),
+    "the demo's sr256": Training(network="tiny/sr256"),
+    "the demo's sr1024": Training(network="tiny/sr1024"),
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_count(parser, "--steps", 5, "steps of each process")
     parser.add_argument(
-        "--steps", type=positive, default=5, metavar="N", help="of each process (%(default)s)"
-    )
-    parser.add_argument(
-        "--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="these alone"
+        "--rows",
+        nargs="+",
+        choices=TRAININGS,
+        default=list(TRAININGS),
+        metavar="ROW",
+        help="only these rows of the table (default: all)",
     )
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    return measure(arguments.steps, {name: ROWS[name] for name in arguments.rows})
+    return measure(arguments.steps, {name: TRAININGS[name] for name in arguments.rows})
 
 
-def measure(steps: int, rows: dict[str, tuple[str, dict[str, Any]]] = ROWS) -> dict[str, Any]:
-    """`rows`: what each training took, under memory/NAME."""
+def measure(steps: int, trainings: Mapping[str, Training] = TRAININGS) -> dict[str, Any]:
+    """`rows`: the measured process of each training, under memory/NAME."""
     from tqdm import tqdm
 
-    found: turns.Rows = {}
-    with TemporaryDirectory() as name, tqdm(total=2 * len(rows), unit="process") as bar:
-        folder = Path(name)
+    rows: Rows = {}
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         write_data(folder)
-        for row, (case, changes) in rows.items():
-            bar.set_description(row)
-            config, overrides = folder / "stage.yaml", as_overrides(folder, steps, changes)
-            config.write_text(json.dumps(stage(case)))  # which is YAML too
-            for _ in range(2):
-                for kept in ("checkpoints", "stage", "metrics.jsonl"):
-                    path = folder / "run" / kept
-                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-                answer = turns.ours("tools.bench.memory_side", config, *overrides)
-                bar.update()
-            found[f"memory/{row}"] = [answer]
-            shutil.rmtree(folder / "run")
-    return {**turns.about("mindspore"), "rows": found, "steps": steps}
+
+        for name, training in (bar := tqdm(trainings.items(), unit="training")):
+            bar.set_description(name)
+            rows[f"memory/{name}"] = [measure_training(folder, training, steps)]
+
+    return {**environment("mindspore"), "rows": rows, "steps": steps}
 
 
-def stage(case: str) -> dict[str, Any]:
-    """A stage's configuration around a network of `bench train`, or one of the demo's."""
+def measure_training(folder: Path, training: Training, steps: int) -> Answer:
+    """The second of two runs in one run folder, of which the first leaves its compile cache."""
+    config = folder / "stage.yaml"
+    config.write_text(json.dumps(stage_config(training.network)))  # JSON is YAML
+    run_dir = folder / "run"
+    words = overrides(folder, run_dir, steps=steps, changes=training.changes)
+
+    run_worker("memory", config, *words)
+    for path in (run_dir / "checkpoints", run_dir / "stage"):
+        shutil.rmtree(path)
+    (run_dir / "metrics.jsonl").unlink()
+
+    answer = run_worker("memory", config, *words)
+    shutil.rmtree(run_dir)
+    return answer
+
+
+def stage_config(network: str) -> dict[str, Any]:
+    """The configuration of a stage around a network of `bench train`, or of the demo's stage."""
     from pipeline.config import read_yaml
 
-    if case.startswith("tiny/"):
-        return read_yaml(FOLDER / f"{case.removeprefix('tiny/')}.yaml")
-    known = CASES[case]
-    low = {"kind": "super_resolution", "low_res": {"size": known["size"] // 4}}
+    if network.startswith("tiny/"):
+        return read_yaml(CONFIGS / f"{network.removeprefix('tiny/')}.yaml")
+
+    case = CASES[network]
+    base: dict[str, Any] = {"kind": "base"}
+    super_resolution = {"kind": "super_resolution", "low_res": {"size": case["size"] // 4}}
     return {
-        **({"kind": "base"} if known["num_levels"] == 1 else low),
+        **(base if case["num_levels"] == 1 else super_resolution),
         "run": "",
-        "size": known["size"],
+        "size": case["size"],
         "text": {"encoder": "", **TEXT},
-        "unet": known["unet"],
-        "data": {"shards": "", "global_batch": known["batch"]},
+        "unet": case["unet"],
+        "data": {"shards": "", "global_batch": case["batch"]},
         "train": {},
     }
 
 
-def as_overrides(folder: Path, steps: int, changes: dict[str, Any]) -> list[str]:
-    every = {
-        "run": folder / "run",
+def overrides(folder: Path, run_dir: Path, *, steps: int, changes: Mapping[str, Any]) -> list[str]:
+    """`key=value` words of a training on the data of `folder`."""
+    settings = {
+        "run": run_dir,
         "data.shards": folder / "shards" / "*.tar",
         "text.encoder": folder / "t5",
         "train.steps": steps,
         "train.checkpoint_every": 3,
         "train.report_every": 1,
         "train.sample_every": 0,
+        **changes,
     }
     return [
         f"{key}={json.dumps(value) if isinstance(value, bool) else value}"
-        for key, value in {**every, **changes}.items()
+        for key, value in settings.items()
     ]
 
 
 def write_data(folder: Path) -> None:
-    """Scenes, and their captions' embeddings, so that no encoder is part of a training."""
+    """Scenes, and the embeddings of their captions, so that no encoder is part of a training."""
     from pipeline.data.shards import DataConfig, Shards
     from pipeline.text.caption_embeddings import load_encoder, recipe
     from pipeline.text.encoder import TextConfig
@@ -127,24 +158,28 @@ def write_data(folder: Path) -> None:
     shapes.write(folder / "shards", num=32, size=1024, seed=0, shard_size=32, workers=1)
     tars = sorted((folder / "shards").glob("*.tar"))
     tiny_t5.make(folder / "t5", tars, width=TEXT["width"], layers=1, heads=2, vocab=64, seed=0)
+
     text = TextConfig(encoder=str(folder / "t5"), **TEXT)
     shards = Shards.open(DataConfig(shards=f"{folder}/shards/*.tar"), progress=False)
     TextStore(shards, recipe(text)).build(partial(load_encoder, text), progress=False)
 
 
 def table(report: dict[str, Any]) -> str:
-    """The figures as Markdown."""
-    lines = [
-        "| | parameters | predicted | measured | predicted / measured | s a step |",
-        "|---" * 6 + "|",
+    """Predicted and measured peaks, and seconds."""
+    headings = ("", "parameters", "predicted", "measured", "predicted / measured", "s per step")
+    rows = [
+        [
+            row.removeprefix("memory/"),
+            millions(answer["parameters"]),
+            gibibytes(answer["predicted"]),
+            gibibytes(answer["peak"]),
+            f"{answer['predicted'] / answer['peak']:.2f}",
+            f"{answer['seconds']:.2f}",
+        ]
+        for row, (answer,) in report["rows"].items()
     ]
-    for row, (answer,) in report["rows"].items():
-        predicted, peak = answer["predicted"], answer["peak"]
-        cells = (
-            *(row.removeprefix("memory/"), f"{answer['parameters'] / 1e6:.1f}M"),
-            *(f"{predicted / 2**30:.2f} GiB", f"{peak / 2**30:.2f} GiB"),
-            *(f"{predicted / peak:.2f}", f"{answer['seconds']:.2f}"),
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    measured = f"Peaks of processes that load their graphs, medians of the steps after the second of {report['steps']}"
-    return "\n".join([*lines, "", turns.footer(report, measured)])
+    measured = (
+        "Peaks of processes that load their graphs, "
+        f"medians of the steps after the second of {report['steps']}"
+    )
+    return "\n".join([*markdown(headings, rows), "", footer(report, measured)])

@@ -1,9 +1,8 @@
-"""The other libraries, in an environment of their own: made once in the user's cache, by pip, with
-these versions.
+"""The other libraries, in an environment of their own: made once in the user's cache, by pip.
 
-A peer that does not install or does not run is told as such, in one line, and what is measured goes
-on without it. The environment is named by its pins, so that new ones make a new one; each part's
-marker comes last, so that half a part is never taken for a whole one.
+A peer that cannot be installed or does not run is reported in one line, and the bench goes on
+without it. The environment's name is a digest of the pinned versions, so that other pins make
+another one. A peer's marker file is written last, so that a half-installed one is installed again.
 """
 
 import hashlib
@@ -17,88 +16,107 @@ from typing import Any
 from pipeline import runtime
 from pipeline.errors import JobError, UserError
 from pipeline.files import lock
-from tools.bench import turns
+from tools.bench.process import run_json
 
-LIMIT = 1800  # seconds for pip
+ROOT = Path(__file__).parents[2]
+PIP_TIMEOUT = 1800  # seconds
 
 TORCH = ("torch==2.13.0", "numpy==2.4.6")
 TRANSFORMERS = (*TORCH, "transformers==4.57.1", "sentencepiece==0.2.3", "protobuf==7.36.2")
-NEEDS = {
+REQUIREMENTS = {
     "twin": TORCH,
     "transformers": TRANSFORMERS,
     "if": (*TRANSFORMERS, "diffusers==0.35.2"),
     "imagen_pytorch": (
-        *(
-            *TRANSFORMERS,
-            "accelerate==1.15.0",
-            "beartype==0.23.1",
-            "click==8.5.1",
-            "datasets==5.0.1",
-            "einops==0.8.2",
-        ),
-        *("ema-pytorch==0.8.3", "kornia==0.9.0", "pydantic==2.14.3", "pytorch-warmup==0.2.0"),
+        *TRANSFORMERS,
+        "accelerate==1.15.0",
+        "beartype==0.23.1",
+        "click==8.5.1",
+        "datasets==5.0.1",
+        "einops==0.8.2",
+        "ema-pytorch==0.8.3",
+        "kornia==0.9.0",
+        "pydantic==2.14.3",
+        "pytorch-warmup==0.2.0",
     ),
 }
-# Without what it asks for: torchvision, whose wheels go with one build of PyTorch alone, and break
+
+# Installed without dependencies: its torchvision fits one build of PyTorch only, and breaks
 # `transformers` too.
-ALONE = {"imagen_pytorch": "imagen-pytorch==2.1.0"}
+WITHOUT_DEPENDENCIES = {"imagen_pytorch": "imagen-pytorch==2.1.0"}
+
+# Runs a worker where this project is not installed: its root comes last on the path, so that the
+# environment's own packages win.
+RUN_WORKER = f"""
+import runpy, sys
+sys.path.append({str(ROOT)!r})
+runpy.run_module("tools.bench.workers." + sys.argv.pop(1), run_name="__main__", alter_sys=True)
+"""
 
 
-def folder() -> Path:
-    pins = json.dumps([NEEDS, ALONE, sys.version_info[:2]])
+def environment_folder() -> Path:
+    pins = json.dumps([REQUIREMENTS, WITHOUT_DEPENDENCIES, sys.version_info[:2]])
     return runtime.cache_folder() / f"peers-{hashlib.sha256(pins.encode()).hexdigest()[:12]}"
 
 
-def python(peer: str) -> Path:
-    """The interpreter that has this peer, installed if it is not. JobError with the reason if it
-    cannot be.
+def interpreter(peer: str) -> Path:
+    """The Python that has this peer, which is installed if it is not there.
+
+    Raises:
+        JobError: it cannot be installed; with the reason.
     """
-    place = folder()
-    interpreter = place / "bin" / "python"
-    with lock(place.parent, f".{place.name}"):
-        if not (place / "made").exists():
-            venv.create(place, clear=True, symlinks=True, with_pip=True)
-            (place / "made").touch()
-        if not (place / peer).exists():
-            print(f"{peer}: installed once, in {place}", file=sys.stderr)
-            pip(interpreter, *NEEDS[peer])
-            if peer in ALONE:
-                pip(interpreter, "--no-deps", ALONE[peer])
-            (place / peer).touch()
-    return interpreter
+    folder = environment_folder()
+    python = folder / "bin" / "python"
+
+    with lock(folder.parent, f".{folder.name}"):
+        created = folder / "created"
+        if not created.exists():
+            venv.create(folder, clear=True, symlinks=True, with_pip=True)
+            created.touch()
+
+        installed = folder / peer
+        if not installed.exists():
+            print(f"{peer}: installed once, in {folder}", file=sys.stderr)
+            pip_install(python, *REQUIREMENTS[peer])
+            if peer in WITHOUT_DEPENDENCIES:
+                pip_install(python, "--no-deps", WITHOUT_DEPENDENCIES[peer])
+            installed.touch()
+
+    return python
 
 
-def pip(interpreter: Path, *arguments: str) -> None:
-    words = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input")
-    argv = [str(interpreter), *words, *arguments]
+def pip_install(python: Path, *arguments: str) -> None:
+    options = ("--quiet", "--disable-pip-version-check", "--no-input")
+    argv = [str(python), "-m", "pip", "install", *options, *arguments]
     try:
         done = subprocess.run(
             argv,
             capture_output=True,
             text=True,
-            timeout=LIMIT,
+            timeout=PIP_TIMEOUT,
             check=False,
             env=runtime.initial_environment(),
         )
     except subprocess.TimeoutExpired:
-        raise JobError(f"not installed: pip was not done in {LIMIT} s") from None
+        raise JobError(f"not installed: pip was not done in {PIP_TIMEOUT} s") from None
+
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [
-            f"pip ended with {done.returncode}"
-        ]
-        raise JobError(f"not installed: {said[-1]}")
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        reason = errors[-1] if errors else f"pip ended with {done.returncode}"
+        raise JobError(f"not installed: {reason}")
 
 
-def ask(
-    failed: dict[str, str], name: str, peer: str, side: str, *arguments: object
+def run_peer(
+    failed: dict[str, str], row: str, peer: str, worker: str, *arguments: object
 ) -> dict[str, Any] | None:
-    """What this side of a bench, a file here, answers under the peer's interpreter; None if it did
-    not run, now or in an earlier round, and then `failed[name]` is the reason.
+    """The answer of `workers/WORKER.py` under the peer's interpreter.
+
+    None if it failed, now or in an earlier round; then `failed[row]` is the reason.
     """
-    if name in failed:
+    if row in failed:
         return None
     try:
-        return turns.ask(python(peer), "-I", Path(__file__).with_name(side), *arguments)
+        return run_json(interpreter(peer), "-I", "-c", RUN_WORKER, worker, *arguments)
     except (
         JobError,
         OSError,
@@ -107,5 +125,5 @@ def ask(
         UserError,
         ValueError,
     ) as error:
-        failed[name] = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        failed[row] = (str(error).strip() or type(error).__name__).splitlines()[-1]
         return None

@@ -1,133 +1,156 @@
-"""Pictures a second of the demo's stages and of larger ones, beside the network's calls that they
-take.
+"""Images per second of the demo's stages and of larger ones, beside their networks' calls alone.
 
-Each stage makes a batch by the orchestrator, to the picture's bytes, the first from the prompt, the
-others from its text, already encoded, with the sampler, the steps, the guidance and the batch of
-its file. Then it calls its network as often and does nothing else: what is over is the
-orchestrator's. The larger ones have the networks of `tools.bench train`, in 8 steps without
-guidance. The weights are those that a training starts from, as speed does not depend on values.
-Also told: seconds to the end of the first batch, in which the graph is compiled, and peak memory up
-to that stage.
+Each stage samples a batch by the orchestrator, up to uint8 images, the first stage from the prompt
+and the others from its embeddings, with the sampler, steps, guidance and batch of its file. Then
+its network is called as often and nothing else: what the orchestrator takes beyond that is its
+overhead. The larger stages have the networks of `bench train`, in 8 steps without guidance. The
+weights are those with which a training starts, as speed does not depend on values. The report also
+has the seconds of the first batch, with its compilation, and the peak memory up to that stage.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pipeline.terminal import positive
-from tools.bench import train, turns
+from tools.bench import train
+from tools.bench.options import add_count
+from tools.bench.process import run_worker
+from tools.bench.report import Answer, Rows, footer, gibibytes, markdown, millions, summarize
 
-FOLDER = Path(__file__).parent.parent.parent / "configs" / "tiny"
-CONFIGS = tuple(FOLDER / f"{name}.yaml" for name in ("base64", "sr256", "sr1024"))
-WHOLE = "sample_cascade"
-LARGER = {"base64": {"steps": 8, "batch": 8}, "sr256": {"steps": 8, "batch": 2}}
+CONFIGS = Path(__file__).parents[2] / "configs" / "tiny"
+DEMO = tuple(CONFIGS / f"{name}.yaml" for name in ("base64", "sr256", "sr1024"))
+LARGER = {"base64": {"steps": 8, "batch_size": 8}, "sr256": {"steps": 8, "batch_size": 2}}
+CASCADE = "sample_cascade"  # the row of one image through all stages
+CAPTIONS = "a small red circle on white\na large blue square on grey\n"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--rounds", type=positive, default=3, metavar="N", help="processes (%(default)s)"
-    )
-    parser.add_argument(
-        "--batches", type=positive, default=3, metavar="N", help="of each stage (%(default)s)"
-    )
+    add_count(parser, "--rounds", 3, "processes")
+    add_count(parser, "--batches", 3, "batches of each stage")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    return measure(arguments.rounds, arguments.batches)
+    with TemporaryDirectory() as folder:
+        larger = write_larger_stages(Path(folder))
+        return measure(arguments.rounds, arguments.batches, single=larger)
 
 
-def measure(rounds: int, batches: int, configs: tuple[Path, ...] = CONFIGS) -> dict[str, Any]:
-    """`rows`: what each stage and side took, by round; `sample_cascade` is one picture through all
-    stages.
+def measure(
+    rounds: int,
+    batches: int,
+    *,
+    chain: Sequence[Path] = DEMO,
+    single: Sequence[Path] = (),
+) -> dict[str, Any]:
+    """`rows`: by stage and implementation; `sample_cascade` is one image through the chain.
+
+    Args:
+        rounds: processes for the chain and for each single stage.
+        batches: of each stage in a process.
+        chain: configurations of a cascade's stages.
+        single: configurations of stages that are measured by themselves.
     """
     from tqdm import tqdm
 
+    chains = [tuple(chain)] * rounds + [(path,) for path in single] * rounds
+    rows: Rows = {}
+
+    with TemporaryDirectory() as folder:
+        encoder = write_encoder(Path(folder), chain[0])
+
+        for index, configs in enumerate(tqdm(chains, unit="process")):
+            answers = run_worker("sample", batches, encoder, *configs)
+            for name, answer in answers.items():
+                rows.setdefault(f"sample_{name}", []).append(answer)
+
+            if index < rounds:
+                for side in ("ours", "network"):
+                    stages = [answers[f"{path.stem}/{side}"] for path in chain]
+                    rows.setdefault(f"{CASCADE}/{side}", []).append(through_all(stages))
+
+    return {**summarize(rows, seconds_per_image, packages=["mindspore"]), "batches": batches}
+
+
+def write_encoder(folder: Path, config: Path) -> Path:
+    """A tiny T5 of the width that a stage's configuration wants."""
     from pipeline.config import read_yaml
     from tools import tiny_t5
 
-    rows: turns.Rows = {}
-    with TemporaryDirectory() as folder:
-        apart: list[tuple[Path, ...]] = (
-            [(path,) for path in larger(Path(folder))] if configs == CONFIGS else []
-        )
-        words, encoder = Path(folder, "captions.txt"), Path(folder, "t5")
-        words.write_text("a small red circle on white\na large blue square on grey\n")
-        tiny_t5.make(encoder, [words], width=read_yaml(configs[0])["text"]["width"])
-        for chain in tqdm([configs] * rounds + apart * rounds, unit="process"):
-            found = turns.ours("tools.bench.sample_side", batches, encoder, *chain)
-            for name, answer in found.items():
-                rows.setdefault(f"sample_{name}", []).append(answer)
-            for side in ("ours", "network") if chain == configs else ():
-                stages = [answer for name, answer in found.items() if name.endswith(f"/{side}")]
-                rows.setdefault(f"{WHOLE}/{side}", []).append(through(stages))
-    return {**turns.report(rows, speed, {}, "mindspore"), "batches": batches}
+    captions = folder / "captions.txt"
+    captions.write_text(CAPTIONS)
+    tiny_t5.make(folder / "t5", [captions], width=read_yaml(config)["text"]["width"])
+    return folder / "t5"
 
 
-def larger(folder: Path) -> list[Path]:
-    """Files of the demo's stages with the networks of `tools.bench train`."""
+def write_larger_stages(folder: Path) -> list[Path]:
+    """Configurations of the demo's stages with the networks of `bench train`."""
     import yaml
 
     from pipeline.config import read_yaml
 
     paths = []
-    for name, sample in LARGER.items():
-        raw = read_yaml(FOLDER / f"{name}.yaml")
-        paths.append(folder / f"{name}-{train.CASES[name]['unet']['channels']}.yaml")
-        paths[-1].write_text(
-            yaml.safe_dump({**raw, "unet": train.CASES[name]["unet"], "sample": sample})
-        )
+    for name, sampling in LARGER.items():
+        unet = train.CASES[name]["unet"]
+        config = {**read_yaml(CONFIGS / f"{name}.yaml"), "unet": unet, "sample": sampling}
+        path = folder / f"{name}-{unet['channels']}.yaml"
+        path.write_text(yaml.safe_dump(config))
+        paths.append(path)
     return paths
 
 
-def through(stages: list[dict[str, Any]]) -> dict[str, Any]:
-    """What a picture takes through all stages."""
-    each = zip(
-        *([taken / stage["batch"] for taken in stage["seconds"]] for stage in stages), strict=True
-    )
+def through_all(stages: Sequence[Answer]) -> Answer:
+    """One image through all stages, from the answers of each."""
+    seconds = [[taken / stage["batch"] for taken in stage["seconds"]] for stage in stages]
     return {
-        "seconds": [sum(taken) for taken in each],
+        "seconds": [sum(batch) for batch in zip(*seconds, strict=True)],
         "batch": 1,
         **{name: sum(stage[name] for stage in stages) for name in ("first", "steps", "parameters")},
         "peak": max(stage["peak"] for stage in stages),
     }
 
 
-def speed(rounds: list[dict[str, Any]]) -> float:
-    """Median seconds of a picture."""
+def seconds_per_image(rounds: Sequence[Answer]) -> float:
+    """The median."""
     return median(seconds / answer["batch"] for answer in rounds for seconds in answer["seconds"])
 
 
 def table(report: dict[str, Any]) -> str:
-    """The medians as Markdown."""
+    """A row per stage."""
     headings = (
         "",
         "parameters",
         "steps",
         "batch",
-        "pictures/s",
+        "images/s",
         "of them network",
-        "over its calls",
+        "overhead",
         "first",
         "peak",
     )
-    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
-    rows = report["rows"]
-    for row in (row for row in rows if row.endswith("/ours")):
-        name, one = row.removesuffix("/ours"), rows[row][0]
-        over = report["ratios"][f"{name}/network"]
-        cells = (
-            *(
+    rows = []
+    for row, answers in report["rows"].items():
+        name, _, side = row.rpartition("/")
+        if side != "ours":
+            continue
+
+        ratio = report["ratios"][f"{name}/network"]
+        rows.append(
+            [
                 name.removeprefix("sample_"),
-                f"{one['parameters'] / 1e6:.2f}M",
-                str(one["steps"]),
-                str(one["batch"]),
-            ),
-            *(f"{1 / speed(rows[row]):.2f}", f"{1 / over:.0%}", f"{over - 1:+.1%}"),
-            f"{median(answer['first'] for answer in rows[row]):.0f} s",
-            f"{median(answer['peak'] for answer in rows[row]) / 2**30:.2f} GiB",
+                millions(answers[0]["parameters"], digits=2),
+                str(answers[0]["steps"]),
+                str(answers[0]["batch"]),
+                f"{1 / seconds_per_image(answers):.2f}",
+                f"{1 / ratio:.0%}",
+                f"{ratio - 1:+.1%}",
+                f"{median(answer['first'] for answer in answers):.0f} s",
+                gibibytes(median(answer["peak"] for answer in answers)),
+            ]
         )
-        lines.append(f"| {' | '.join(cells)} |")
-    measured = f"Medians of {len(next(iter(rows.values())))} processes with {report['batches']} batches of each stage"
-    return "\n".join([*lines, "", turns.footer(report, measured)])
+
+    rounds = len(next(iter(report["rows"].values())))
+    measured = f"Medians of {rounds} processes with {report['batches']} batches of each stage"
+    return "\n".join([*markdown(headings, rows), "", footer(report, measured)])

@@ -1,40 +1,47 @@
-"""How many steps each sampler wants: distance to 1,000 steps of DDIM from the same noise, and what
-the pictures show.
+"""How many steps each sampler needs: distance to 1,000 steps of DDIM, and agreement with captions.
 
 Every stage of a cascade that was trained on the scenes of tools/shapes.py, such as the demo's,
-samples the same pictures by each sampler in several numbers of steps; a super-resolution stage
-enlarges what the reference made of the stage before. Distance is the root of the mean squared
-difference, in percent of the range of values. The ancestral sampler draws noise on its way and ends
-elsewhere: its distance says nothing, its agreement (tools/agreement.py) does.
+samples the same images by each sampler in several numbers of steps; a super-resolution stage
+enlarges the reference's images of the stage before. Distance is the root mean squared difference
+from the reference, from the same noise, in percent of the range of values. The ancestral sampler
+draws noise in every step and ends elsewhere: of it only the agreement counts (tools/agreement.py).
 """
 
 import argparse
-import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from pipeline.terminal import positive
-from tools.bench import turns
+from tools.bench.options import add_count
+from tools.bench.report import Answer, Rows, environment, footer, markdown
 
-REFERENCE = ("ddim", 1000)
-TRIED = {
+PROMPTS = Path(__file__).parents[2] / "configs" / "tiny" / "captions.txt"
+ATTRIBUTES = ("colour", "shape", "background")
+
+
+class Solver(NamedTuple):
+    """A sampler with a number of steps."""
+
+    sampler: str
+    steps: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.sampler}_{self.steps}"
+
+
+REFERENCE = Solver("ddim", 1000)
+TRIED: dict[str, tuple[int, ...]] = {
     "dpm_solver++": (4, 6, 8, 10, 15, 20, 25, 50),
     "ddim": (8, 15, 25, 50, 100, 250),
     "ddpm": (25, 50, 100, 250),
 }
-PROMPTS = Path(__file__).parent.parent.parent / "configs" / "tiny" / "captions.txt"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "cascade", type=Path, metavar="CASCADE", help="folder made by `cascade export`"
-    )
-    parser.add_argument(
-        "--images", type=positive, default=32, metavar="N", help="of the first stage (%(default)s)"
-    )
-    parser.add_argument(
-        "--large", type=positive, default=4, metavar="N", help="of the others (%(default)s)"
-    )
+    parser.add_argument("cascade", type=Path, metavar="CASCADE", help="a cascade folder")
+    add_count(parser, "--images", 32, "images of the first stage")
+    add_count(parser, "--large", 4, "images of the other stages")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -45,63 +52,83 @@ def measure(
     folder: Path,
     images: int,
     large: int,
-    tried: dict[str, tuple[int, ...]] = TRIED,
-    best: tuple[str, int] = REFERENCE,
+    tried: Mapping[str, Sequence[int]] = TRIED,
+    reference: Solver = REFERENCE,
 ) -> dict[str, Any]:
-    """`rows`: by stage, sampler and steps, `distance` in percent, the shares that agree and seconds
-    a picture.
+    """`rows`: by stage, sampler and steps: `distance` in percent, shares that agree, seconds per
+    image.
     """
-    import numpy as np
     from tqdm import tqdm
 
     from pipeline.generate.cascade import Cascade
-    from tools.agreement import agreement
 
     cascade = Cascade.load(folder)
     prompts = PROMPTS.read_text().splitlines()
-    ways = [best, *((sampler, steps) for sampler, numbers in tried.items() for steps in numbers)]
-    rows: turns.Rows = {}
-    low: Any = None
-    with tqdm(total=len(cascade.stages) * len(ways), unit="way") as bar:
+    solvers = [Solver(sampler, steps) for sampler, counts in tried.items() for steps in counts]
+    rows: Rows = {}
+    low_res: Any = None
+
+    with tqdm(total=len(cascade.stages) * (1 + len(solvers)), unit="solver") as bar:
         for name in cascade.stages:
-            said = prompts[: images if low is None else min(images, large)]
-            exact: Any = None
-            for sampler, steps in ways:
-                bar.set_description(f"{name} {sampler} {steps}")
-                options = {name: {"sampler": sampler, "steps": steps}}
-                start = time.perf_counter()
-                made = cascade.run(
-                    name, cascade.prompt(name, said), 0, range(len(said)), low, options
-                )
-                taken = time.perf_counter() - start
-                exact = made if exact is None else exact
-                shown: Any = agreement(zip(said, made, strict=True))
-                difference = (made.astype(np.float64) - exact) / 255
-                rows[f"steps_{name}/{sampler}_{steps}"] = [
-                    {
-                        "distance": 100 * float(np.sqrt((difference**2).mean())),
-                        "seconds": taken / len(said),
-                        "images": len(said),
-                        **{
-                            what: shown[what]["share"] for what in ("colour", "shape", "background")
-                        },
-                    }
-                ]
+            captions = prompts[: images if low_res is None else min(images, large)]
+            reference_images: Any = None
+
+            for solver in (reference, *solvers):
+                bar.set_description(f"{name} {solver.name}")
+                seconds, outputs = sample_images(cascade, name, solver, captions, low_res)
+                if reference_images is None:
+                    reference_images = outputs
+
+                answer = compare(outputs, reference_images, captions)
+                answer["seconds"] = seconds / len(captions)
+                rows[f"steps_{name}/{solver.name}"] = [answer]
                 bar.update()
-            low = exact[: min(images, large)]
-    return {**turns.about("mindspore"), "rows": rows, "ratios": {}}
+
+            low_res = reference_images[: min(images, large)]
+
+    return {**environment("mindspore"), "rows": rows, "ratios": {}}
+
+
+def sample_images(
+    cascade: Any, name: str, solver: Solver, captions: Sequence[str], low_res: Any
+) -> tuple[float, Any]:
+    """Seconds, and images uint8 (N, S, S, 3) of stage `name`."""
+    from tools.bench.workers.timing import timed
+
+    options = {name: solver._asdict()}
+    prompt = cascade.prompt(name, captions)
+    return timed(lambda: cascade.run(name, prompt, 0, range(len(captions)), low_res, options))
+
+
+def compare(outputs: Any, reference: Any, captions: Sequence[str]) -> Answer:
+    """Distance to the reference, and agreement with the captions."""
+    import numpy as np
+
+    from tools.agreement import agreement
+
+    difference = (outputs.astype(np.float64) - reference) / 255
+    scores: Any = agreement(zip(captions, outputs, strict=True))
+    return {
+        "distance": 100 * float(np.sqrt((difference**2).mean())),
+        "images": len(captions),
+        **{attribute: scores[attribute]["share"] for attribute in ATTRIBUTES},
+    }
 
 
 def table(report: dict[str, Any]) -> str:
-    """The figures as Markdown."""
-    lines = ["| | distance | colour | shape | background | s a picture |", "|---" * 6 + "|"]
-    for row, (found,) in report["rows"].items():
-        cells = (
-            *(row.removeprefix("steps_"), f"{found['distance']:.2f} %"),
-            *(f"{found[what]:.0%}" for what in ("colour", "shape", "background")),
-            f"{found['seconds']:.3f}",
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    counts = sorted({found["images"] for (found,) in report["rows"].values()}, reverse=True)
-    measured = f"{' and '.join(map(str, counts))} pictures; the first of a sampler includes its compilation"
-    return "\n".join([*lines, "", turns.footer(report, measured)])
+    """A row per stage and solver."""
+    headings = ("", "distance", *ATTRIBUTES, "s per image")
+    rows = [
+        [
+            row.removeprefix("steps_"),
+            f"{answer['distance']:.2f} %",
+            *(f"{answer[attribute]:.0%}" for attribute in ATTRIBUTES),
+            f"{answer['seconds']:.3f}",
+        ]
+        for row, (answer,) in report["rows"].items()
+    ]
+    counts = sorted({answer["images"] for (answer,) in report["rows"].values()}, reverse=True)
+    measured = (
+        f"{' and '.join(map(str, counts))} images; the first of a sampler includes its compilation"
+    )
+    return "\n".join([*markdown(headings, rows), "", footer(report, measured)])

@@ -1,28 +1,41 @@
-"""Seconds of a training step beside the PyTorch twin, imagen-pytorch's `Unet` and diffusers' U-Net
-of DeepFloyd IF.
+"""Seconds per training step, beside the PyTorch twin, imagen-pytorch and diffusers' DeepFloyd IF.
 
-A step is loss, gradient, max_grad_norm, AdamW and EMA, in float32, from a batch that is in memory. The twin
-(tools/twin.py) has the same networks and arithmetic in PyTorch's own operators: what it takes is
-the limit that the machine shows. The other two have about our number of parameters, by their width,
-and attend to the text at the same sizes. Also told: seconds to the first step, peak memory,
-multiplications and additions as PyTorch counts them, and which share of the machine's matrix
-products they are. Each measurement is a process of its own, the sides in turns.
+A step is loss, gradient, clipping, AdamW and EMA, in float32, from a batch in memory. The twin
+(tools/twin.py) has the same networks and arithmetic in PyTorch's own operators: its time is the
+limit that the machine sets. imagen-pytorch's `Unet` and diffusers' U-Net of IF have about our
+number of parameters, by their width, and attend to the text at the same sizes. The report also has
+the seconds of the first step, peak memory, operations as PyTorch counts them, and which share of
+the machine's matrix products they reach.
 
 PyTorch and the other libraries are installed apart, once, in the user's cache; a peer that does not
-run is told so.
+run is reported with the reason.
 """
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pipeline.terminal import positive
-from tools.bench import peers, turns
+from tools.bench.options import add_count
+from tools.bench.peers import run_peer
+from tools.bench.process import run_worker
+from tools.bench.report import (
+    Answer,
+    Rows,
+    failed_rows,
+    footer,
+    gibibytes,
+    markdown,
+    millions,
+    summarize,
+)
 
 TEXT = {"text_width": 512, "length": 32}
+
+# Networks and batches; the last two keys hold the sizes of the peers' networks.
 CASES: dict[str, dict[str, Any]] = {
     "base64": {
         "unet": {
@@ -59,16 +72,12 @@ CASES: dict[str, dict[str, Any]] = {
         "if": {"channels": 24},
     },
 }
-SIDES = ("ours", "twin", "imagen_pytorch", "if")
+IMPLEMENTATIONS = ("ours", "twin", "imagen_pytorch", "if")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--steps", type=positive, default=5, metavar="N", help="of each process (%(default)s)"
-    )
-    parser.add_argument(
-        "--rounds", type=positive, default=3, metavar="N", help="of all sides (%(default)s)"
-    )
+    add_count(parser, "--steps", 5, "steps of each process")
+    add_count(parser, "--rounds", 3, "rounds of all implementations")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -78,42 +87,44 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def measure(
     steps: int,
     rounds: int,
-    cases: dict[str, dict[str, Any]] = CASES,
-    sides: tuple[str, ...] = SIDES,
+    cases: Mapping[str, Mapping[str, Any]] = CASES,
+    implementations: Sequence[str] = IMPLEMENTATIONS,
 ) -> dict[str, Any]:
-    """`rows`: what each side of each case answered, by round; `failed`: why a peer did not."""
+    """`rows`: by case and implementation; `failed`: why a peer did not run."""
     from tqdm import tqdm
 
-    rows: turns.Rows = {f"train_{case}/{side}": [] for case in cases for side in sides}
+    plan = [(name, side) for name in cases for side in implementations]
+    rows: Rows = {f"train_{name}/{side}": [] for name, side in plan}
     failed: dict[str, str] = {}
-    with TemporaryDirectory() as folder, tqdm(total=rounds * len(rows), unit="process") as bar:
+
+    with TemporaryDirectory() as folder:
+        files = {name: Path(folder, f"{name}.json") for name in cases}
         for name, case in cases.items():
-            Path(folder, f"train_{name}").write_text(json.dumps({**TEXT, **case, "steps": steps}))
-        for _ in range(rounds):
-            for row, found in rows.items():
-                bar.set_description(row)
-                case_name, side = row.split("/")
-                file = Path(folder, case_name)
-                if side == "ours":
-                    found.append(turns.ours("tools.bench.train_side", side, file))
-                elif answer := peers.ask(failed, row, side, "train_side.py", side, file):
-                    found.append(answer)
-                bar.update()
-    return {**turns.report(rows, speed, failed, "mindspore"), "steps": steps}
+            files[name].write_text(json.dumps({**TEXT, **case, "steps": steps}))
+
+        for name, side in (bar := tqdm(plan * rounds, unit="process")):
+            row = f"train_{name}/{side}"
+            bar.set_description(row)
+            if side == "ours":
+                rows[row].append(run_worker("train", side, files[name]))
+            elif answer := run_peer(failed, row, side, "train", side, files[name]):
+                rows[row].append(answer)
+
+    report = summarize(rows, median_seconds, packages=["mindspore"], failed=failed)
+    return {**report, "steps": steps}
 
 
-def speed(rounds: list[dict[str, Any]]) -> float:
-    """Median seconds of a step."""
+def median_seconds(rounds: Sequence[Answer]) -> float:
+    """Of a step."""
     return median(seconds for answer in rounds for seconds in answer["seconds"])
 
 
 def table(report: dict[str, Any]) -> str:
-    """The medians as Markdown; our operations are the twin's."""
-    rows = report["rows"]
+    """A row per case and implementation; our operations are the twin's."""
     headings = (
         "",
         "parameters",
-        "s a step",
+        "s per step",
         "lowest to highest",
         "ours takes",
         "10^9 operations",
@@ -121,30 +132,39 @@ def table(report: dict[str, Any]) -> str:
         "first after",
         "peak",
     )
-    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
-    peak = max(
-        (answer["matmul"] for rounds in rows.values() for answer in rounds if "matmul" in answer),
+    rows = report["rows"]
+    peak_rate = max(
+        (answer["matmul"] for answers in rows.values() for answer in answers if "matmul" in answer),
         default=0,
     )
-    for row, rounds in rows.items():
+
+    cells = []
+    for row, answers in rows.items():
         counted = rows.get(row.replace("/ours", "/twin"), [{}])[0].get("flops")
-        seconds = [each for answer in rounds for each in answer["seconds"]]
-        cells = (
-            row,
-            f"{rounds[0]['parameters'] / 1e6:.1f}M",
-            f"{speed(rounds):.2f}",
-            f"{min(seconds):.2f} to {max(seconds):.2f}",
-            f"{report['ratios'].get(row, 1):.2f} x",
-            f"{counted / 1e9:.0f}" if counted else "not counted",
-            f"{counted / speed(rounds) / peak:.0%}" if counted else "not counted",
-            f"{median(answer['first'] for answer in rounds):.0f} s",
-            f"{median(answer['peak'] for answer in rounds) / 2**30:.2f} GiB",
+        operations = "not counted"
+        share = "not counted"
+        if counted:
+            operations = f"{counted / 1e9:.0f}"
+            share = f"{counted / median_seconds(answers) / peak_rate:.0%}"
+
+        seconds = [each for answer in answers for each in answer["seconds"]]
+        cells.append(
+            [
+                row,
+                millions(answers[0]["parameters"]),
+                f"{median_seconds(answers):.2f}",
+                f"{min(seconds):.2f} to {max(seconds):.2f}",
+                f"{report['ratios'].get(row, 1):.2f} x",
+                operations,
+                share,
+                f"{median(answer['first'] for answer in answers):.0f} s",
+                gibibytes(median(answer["peak"] for answer in answers)),
+            ]
         )
-        lines.append(f"| {' | '.join(cells)} |")
+    cells += failed_rows(report, len(headings))
+
     measured = (
-        f"Medians of {max(map(len, rows.values()))} rounds of {report['steps']} steps after the first; matrix products "
-        f"of {peak / 1e9:.0f} x 10^9 operations a second"
+        f"Medians of {max(map(len, rows.values()))} rounds of {report['steps']} steps after the "
+        f"first; matrix products of {peak_rate / 1e9:.0f} x 10^9 operations a second"
     )
-    return "\n".join(
-        [*lines, *turns.missing(report, len(headings)), "", turns.footer(report, measured)]
-    )
+    return "\n".join([*markdown(headings, cells), "", footer(report, measured)])

@@ -1,18 +1,17 @@
-"""One side of `python -m tools.bench text`: seconds to encode the captions, as JSON on the last
-line of stdout.
+"""`IMPLEMENTATION FOLDER CAPTIONS LENGTH`: encodes the captions of a file with the T5 of FOLDER.
 
-PyTorch's side runs where this project is not installed, see peers.py.
+`transformers` runs under the interpreter of the peers.
 """
 
-import json
 import sys
-import time
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-BATCH = 8  # of `transformers`: of 8, 16, 32 and 64 the fastest on two cores, as it has the least padding
+from tools.bench.workers.timing import print_answer, timed
+
+# Of `transformers`: of 8, 16, 32 and 64 the fastest on two cores, as it pads least.
+BATCH = 8
 
 
 def ours(folder: str, captions: list[str], length: int) -> dict[str, Any]:
@@ -24,14 +23,13 @@ def ours(folder: str, captions: list[str], length: int) -> dict[str, Any]:
     return {"seconds": {"ours": seconds}, "tokens": int(counts_N.sum()), "versions": {}}
 
 
-def theirs(folder: str, captions: list[str], length: int) -> dict[str, Any]:
+def transformers(folder: str, captions: list[str], length: int) -> dict[str, Any]:
     import torch
     from transformers import AutoTokenizer, T5EncoderModel
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = T5EncoderModel.from_pretrained(
-        folder, local_files_only=True, dtype=torch.float32
-    ).eval()
+    model = T5EncoderModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+    model.eval()
 
     def encode(padding: str | bool) -> int:
         tokens = 0
@@ -48,23 +46,19 @@ def theirs(folder: str, captions: list[str], length: int) -> dict[str, Any]:
                 tokens += int(inputs["attention_mask"].sum())
         return tokens
 
-    encode(True)
-    longest, tokens = timed(lambda: encode(True))
-    whole, _ = timed(lambda: encode("max_length"))
+    encode(True)  # warm-up
+    to_longest, tokens = timed(lambda: encode(True))
+    to_length, _ = timed(lambda: encode("max_length"))
     return {
-        "seconds": {"transformers": longest, "transformers_padded": whole},
+        "seconds": {"transformers": to_longest, "transformers_padded": to_length},
         "tokens": tokens,
         "versions": {name: version(name) for name in ("transformers", "torch")},
     }
 
 
-def timed(run: Callable[[], Any]) -> tuple[float, Any]:
-    start = time.perf_counter()
-    answer = run()
-    return time.perf_counter() - start, answer
-
+IMPLEMENTATIONS = {"ours": ours, "transformers": transformers}
 
 if __name__ == "__main__":
-    side, folder, words, length = sys.argv[1:]
-    run = {"ours": ours, "transformers": theirs}[side]
-    print(json.dumps(run(folder, Path(words).read_text().splitlines(), int(length))))
+    implementation, folder, path, length = sys.argv[1:]
+    captions = Path(path).read_text().splitlines()
+    print_answer(IMPLEMENTATIONS[implementation](folder, captions, int(length)))
