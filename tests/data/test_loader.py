@@ -5,7 +5,7 @@ and listed, never lost without a line.
 import json
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.lib.stride_tricks import sliding_window_view
 
 from pipeline.config import build
 from pipeline.data.decode import decode
@@ -230,7 +231,7 @@ def run_ranks(
 
 
 def test_killed_and_resumed_on_another_number_of_ranks(crawl: Path, tmp_path: Path) -> None:
-    """The state is one integer, the step: the batches after it are those of an uninterrupted run."""
+    """The state is one integer, the step: later batches are those of a run without a stop."""
     before = run_ranks(2, 0, 7, crawl, tmp_path)
     after = run_ranks(3, 7, 9, crawl, tmp_path)
     assert list(before) == list(range(7))
@@ -262,8 +263,7 @@ def test_windows_are_drawn_for_step_and_position(shards_folder: Path, tmp_path: 
     side = 3
     whole = make_loader(shards_folder, tmp_path, crop="center").image(0, 0, 0)
     loader = make_loader(shards_folder, tmp_path, crop="center", window=side)
-    windows = np.lib.stride_tricks.sliding_window_view(whole, (side, side), axis=(0, 1))
-    windows = windows.transpose(0, 1, 3, 4, 2)
+    windows = sliding_window_view(whole, (side, side, 3))[:, :, 0]  # (y, x, side, side, 3)
 
     corners = set()
     for step in range(60):
@@ -377,6 +377,7 @@ def test_a_loop_that_ends_early_leaves_no_threads(crawl: Path, tmp_path: Path) -
     batches = make_loader(crawl, tmp_path, make_inputs=count).batches(0, 10_000)
     next(batches)
     assert loader_threads()
+    assert isinstance(batches, Generator)
     batches.close()
     assert loader_threads() == []
     assert max(steps) <= 3  # the one taken, and those ahead of it

@@ -72,10 +72,10 @@ def test_an_image_does_not_depend_on_its_batch(cascade: Cascade, result: Result)
 
 
 def test_prompts_are_cleaned_if_captions_were(cascade: Cascade, result: Result) -> None:
-    manifests = {
-        name: replace(manifest, text=replace(manifest.text, clean=True))
-        for name, manifest in cascade.manifests.items()
-    }
+    manifests = {}
+    for name, manifest in cascade.manifests.items():
+        assert manifest.text
+        manifests[name] = replace(manifest, text=replace(manifest.text, clean=True))
     cleaning = Cascade(manifests, cascade.stages, cascade.text_encoder)
     prompt = "A small  <b>RED</b> circle on white"
     cleaned = cleaning([prompt], seed=7, stop="base").images
@@ -200,8 +200,8 @@ def test_the_export_command_writes_the_folder_that_was_loaded(
         for folder in (trained / "cascade", tmp_path / "cascade")
     )
     assert exported.keys() == expected.keys()
-    for name, path in exported.items():
-        assert path.read_bytes() == expected[name].read_bytes(), name
+    for file, path in exported.items():
+        assert path.read_bytes() == expected[file].read_bytes(), file
 
 
 @pytest.mark.parametrize(

@@ -256,9 +256,7 @@ def edit_files(files: Path) -> EditFiles:
 
 
 @pytest.fixture(scope="module")
-def out(
-    cascade: Cascade, edit_files: EditFiles, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def out(cascade: Cascade, edit_files: EditFiles, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The edited images of all stages. Read only: all tests share it."""
     out = tmp_path_factory.mktemp("edited") / "out"
     assert generate(cascade, PROMPTS, out, SEED, edit_files=edit_files) == 6
@@ -278,7 +276,7 @@ def test_the_folder_has_the_images_of_the_cascade_and_what_they_are_edits_of(
         expected = np.asarray(inpainted.stages[entry["stage"]][entry["number"]])
         assert (read_pixels(out / file) == expected).all()
         with Image.open(out / file) as image:
-            assert image.text["image_sha256"] == entry["image_sha256"]
+            assert image.info["image_sha256"] == entry["image_sha256"]
 
     mask_sha256 = hashlib.sha256((files / "mask.png").read_bytes()).hexdigest()
     expected_fields = {
@@ -403,7 +401,7 @@ def test_the_command_and_then_the_other_stages_write_the_same_folder(
     [
         (
             ["--mask", "{files}/small.png"],
-            "{files}/small.png: the mask has 32 x 32 pixels and {files}/images/a.png 64 x 64; give ",
+            "{files}/small.png: the mask has 32 x 32 pixels and {files}/images/a.png 64 x 64; ",
         ),
         (
             ["--image", "{files}/wide.png"],

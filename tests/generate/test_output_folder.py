@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from launch.cli import main as cli
 from pipeline import Cascade
@@ -56,6 +57,7 @@ def test_files_and_manifest_agree(folder: Path) -> None:
 def test_the_recipe_is_in_the_manifest_and_in_the_png(folder: Path) -> None:
     for entry in entries(folder):
         with Image.open(folder / entry["file"]) as image:
+            assert isinstance(image, PngImageFile)
             chunks = image.text
         recipe = {
             key: value if key in STRING_FIELDS else json.loads(value)

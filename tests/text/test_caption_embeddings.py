@@ -126,16 +126,12 @@ def test_only_fields_that_the_sample_has_are_drawn(folder: Path) -> None:
     assert choice == CaptionChoice(shard=0, row=4, field="title", caption=0)
 
 
-def test_a_partial_store_is_refused(
-    folder: Path, t5_folder: Path, encoder: TextEncoder
-) -> None:
+def test_a_partial_store_is_refused(folder: Path, t5_folder: Path, encoder: TextEncoder) -> None:
     config = text_config(t5_folder)
     (folder / "1.tar").write_bytes((folder / "0.tar").read_bytes())
     first_shard = Shards.open(build(DataConfig, {"shards": f"{folder}/0.tar"}), progress=False)
     build_store(config, first_shard, encoder)
-    with pytest.raises(
-        UserError, match=r"1\.text-.* is missing; run `cascade cache-text CONFIG`$"
-    ):
+    with pytest.raises(UserError, match=r"1\.text-.* is missing; run `cascade cache-text CONFIG`$"):
         open_caption_embeddings(config, open_shards(folder))
 
 
