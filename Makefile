@@ -1,4 +1,4 @@
-# install, demo, test, test-launchers, test-parity, lint: each builds .venv if it is missing.
+# install, demo, test, test-launchers, test-parity, lint, docs: each builds .venv if it is missing.
 PYTHON ?= python3.11
 BIN := .venv/bin
 DEMO := runs/demo
@@ -10,6 +10,14 @@ install: .venv/installed
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	touch $@
+
+.venv/dev: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test,dev]'
+	touch $@
+
+.venv/docs: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	touch $@
 
 .venv/parity: .venv/installed
@@ -44,7 +52,13 @@ test-parity: .venv/parity
 	$(BIN)/pytest -m parity
 
 .PHONY: lint
-lint: .venv/installed
+lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The documentation site, from docs/ and the docstrings, into site/. A broken link, or anything that a page
+# would fetch from another host, is an error (docs/hooks.py).
+.PHONY: docs
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
