@@ -1,4 +1,4 @@
-"""The base of a cascade: text to a small image (Imagen, arXiv 2205.11487, section 2.2; 64 px there).
+"""The base of a cascade: text to a small image, of 64 px in Imagen (arXiv 2205.11487, section 2.2).
 
 By itself, conditioned on a class or on nothing, it is the classic small diffusion model (DDPM,
 arXiv 2006.11239).

@@ -60,7 +60,7 @@ class TaskConfig:
             )
         if self.weight <= 0:
             raise ConfigError(
-                f"weight: {self.weight} is not positive; leave out the task that is not to be learnt"
+                f"weight: {self.weight} is not positive; leave out a task that is not trained"
             )
 
 

@@ -64,13 +64,9 @@ class SuperResolutionConfig(StageConfig):
             )
 
         window = self.low_res.window
-        fits = (
-            window is None
-            or window <= self.size
-            and window % self.scale == 0
-            and window % self.unet.stride == 0
-        )
-        if not fits:
+        if window is not None and (
+            window > self.size or window % self.scale or window % self.unet.stride
+        ):
             raise ConfigError(
                 f"low_res.window: {window} is no multiple of {self.scale} (the enlargement) and of "
                 f"{self.unet.stride} (by which this U-Net divides an image's sides) up to the size "

@@ -87,7 +87,7 @@ def test_imports_go_down(path: Path) -> None:
 
 
 def test_every_room_has_a_floor() -> None:
-    """A new module of `pipeline` has to be given its place, rather than pass as a part of the door."""
+    """A new module of `pipeline` is given a floor, rather than pass as a part of the package."""
     assert [path.name for path in SOURCES if home(path) == "pipeline"] == ["__init__.py"]
     assert {home(path) for path in SOURCES} == FLOOR.keys()
 

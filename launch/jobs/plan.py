@@ -41,10 +41,10 @@ RENDEZVOUS_TIMEOUT = 300.0  # seconds within which all nodes have to start
 class LaunchConfig:
     """How the processes of a job are started, and how often again after a failure."""
 
-    launcher: Literal["none", "msrun", "mpirun"] = "none"
+    launcher: Literal["none", "msrun", "mpirun"] = "none"  # none: one process
     # Ranks on each node: on Ascend, its devices.
     workers: int = 1
-    nodes: int = 1
+    nodes: int = 1  # machines
     # Rank of this node. If it is left out, that of Slurm, Volcano or Open MPI.
     node_rank: int = 0
     # Restarts in a row without a new checkpoint between them.

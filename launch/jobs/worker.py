@@ -1,4 +1,4 @@
-"""The program that trains: a rank of a rank_info, `python -m launch.jobs.worker CONFIG key=value ...`, or
+"""The program that trains: a rank of a job, `python -m launch.jobs.worker CONFIG key=value ...`, or
 the whole job in this process.
 
 A rank under a supervisor prints into its own log and writes an exit report into the attempt's

@@ -46,7 +46,7 @@ class DataConfig:
     crop: Literal["center", "random"] = "center"  # position of the square in the image
     # Caption fields and their weights: txt, or fields of KEY.json; {} for none.
     captions: dict[str, float] = field(default_factory=lambda: {"txt": 1.0}, hash=False)
-    filter: FilterConfig = FilterConfig()
+    filter: FilterConfig = FilterConfig()  # which samples are used
     max_damage: float = 0.1  # fraction of samples that may be unusable before the run stops
     workers: int = 2  # threads that prepare batches
     # Folder for indexes and embeddings (default: next to the shards) and for ranges from servers.

@@ -23,8 +23,8 @@ from pipeline.diffusion.schedule import ScheduleConfig
 class DiffusionConfig(ScheduleConfig):
     """The diffusion that a stage is trained with; part of its manifest."""
 
-    prediction: Prediction = "eps"
-    loss: Literal["l1", "l2", "huber"] = "l2"
+    prediction: Prediction = "eps"  # what the network predicts
+    loss: Literal["l1", "l2", "huber"] = "l2"  # of the prediction, each pixel
     # Gamma of min-SNR weighting, usually 5; None: off.
     min_snr: float | None = None
     # Gamma of P2 weighting, usually 1; None: off.

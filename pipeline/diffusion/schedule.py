@@ -76,7 +76,7 @@ SCHEDULES: dict[ScheduleName, Callable[[np.ndarray], np.ndarray]] = {
 class ScheduleConfig:
     """A noise schedule and its time."""
 
-    schedule: ScheduleName = "cosine"
+    schedule: ScheduleName = "cosine"  # logsnr as a function of time
     # T, the number of discrete steps; None: continuous time.
     timesteps: int | None = None
     # Of `linear`: the first and the last of the T steps, or of 1000 in continuous time.

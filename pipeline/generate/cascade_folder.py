@@ -34,8 +34,8 @@ ENCODER_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
 class StageEntry:
     """A stage of a cascade: its name there and the file that it is trained from."""
 
-    name: str
-    config: str
+    name: str  # of the stage's folder in the cascade
+    config: str  # YAML file that the stage is trained from
 
     def __post_init__(self) -> None:
         reserved = (ENCODER_FOLDER, TOKENIZER_FOLDER)
@@ -49,8 +49,8 @@ class StageEntry:
 class CascadeConfig:
     """configs/cascade.yaml: which stages, in order, and where the cascade folder goes."""
 
-    folder: str
-    stages: tuple[StageEntry, ...]
+    folder: str  # the cascade folder that export writes
+    stages: tuple[StageEntry, ...]  # in order
 
 
 def read_cascade(folder: Path) -> tuple[dict[str, Manifest], TextEncoderInfo | None]:
@@ -115,8 +115,8 @@ def check_replaceable(folder: Path) -> None:
     others = names - written - {"cascade.json", ENCODER_FOLDER, TOKENIZER_FOLDER}
     if others:
         raise UserError(
-            f"folder: {folder} holds '{min(others)}', which no export wrote, so it is not replaced; "
-            "move that away or name another"
+            f"folder: {folder} holds '{min(others)}', which no export wrote, so it is not "
+            "replaced; move that away or name another"
         )
 
 

@@ -1,4 +1,4 @@
-"""An image edited through a cascade: sampled anew in a hole, or as a whole but not from noise alone.
+"""An image edited through a cascade: sampled anew in a hole, or as a whole but not from pure noise.
 
 Each stage sees the image shrunk to its own size, by the mean of the pixels that one covers, and the
 mask by their maximum: a pixel is sampled if any that it covers is.
@@ -55,7 +55,7 @@ def scale_edit(edit: Edit, size: int, low_res: np.ndarray | None) -> Edit:
 
 
 def composite_edit(edit: Edit, sampled: np.ndarray) -> np.ndarray:
-    """What a stage sampled, uint8 (N, S, S, 3), within what is known, if this is the image's size."""
+    """A stage's samples, uint8 (N, S, S, 3), within what is known, if of the image's size."""
     if edit.mask is None or sampled.shape != edit.images.shape:
         return sampled
     holes = edit.mask[:, 0] > 0
@@ -63,8 +63,8 @@ def composite_edit(edit: Edit, sampled: np.ndarray) -> np.ndarray:
 
 
 def shrink(images: np.ndarray, size: int) -> np.ndarray:
-    """uint8 (N, S, S, 3) to (N, size, size, 3), each pixel the mean of those it covers; one image at
-    a time, to save memory.
+    """uint8 (N, S, S, 3) to (N, size, size, 3), each pixel the mean of those it covers; one image
+    at a time, to save memory.
     """
     return np.stack([to_uint8(downsample(to_float(image), size)) for image in images])
 

@@ -1,7 +1,7 @@
 """A look at a stage: five images of what its network has learned and of how it is sampled.
 
     grid.png           samples
-    path.png           z and the x that the network predicts from it, at eight of the sampler's steps
+    path.png           z and the x that the network predicts from it, at eight of the steps
     steps.png          the same noise in 2, 4, 8, 16, 32 steps, and in all of discrete time
     interpolation.png  between two noises, and between two prompts
     noising.png        an image under each noise schedule and under the stage's own

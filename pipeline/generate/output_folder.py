@@ -118,7 +118,7 @@ class Generation:
     edit_files: EditFiles | None
 
     def file(self, stage: str, image_id: int) -> str:
-        """The last stage's images lie in the folder itself, the others' in folders of their names."""
+        """The last stage's images lie in the folder itself, others' in folders of their names."""
         name = f"{image_id:05d}.png"
         return name if stage == list(self.cascade.stages)[-1] else f"{stage}/{name}"
 

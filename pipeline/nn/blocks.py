@@ -30,6 +30,7 @@ Conditions = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 class BlockConfig:
     """The options that all blocks of a network share."""
 
+    # residual: BigGAN's; convnext: ConvNeXt's, depthwise 7 x 7
     block: Literal["residual", "convnext"] = "residual"
     # Over groups of channels, over all channels (layer), or over each channel (instance).
     norm: NormKind = "group"

@@ -44,10 +44,11 @@ MINIMUM = {
 class UNetConfig(BlockConfig):
     """A U-Net, except what its stage decides: input channels, noise levels, text width, classes."""
 
+    # adm: skip from every block; efficient: Imagen's Efficient U-Net
     kind: Literal["adm", "efficient"] = "adm"
     # Width of the first level, and the factor by which each level is wider.
     channels: int = 512
-    channel_mults: tuple[int, ...] = (1, 2, 3, 4)
+    channel_mults: tuple[int, ...] = (1, 2, 3, 4)  # channels of each level, as multiples
     # Residual blocks per level on the way down.
     num_blocks: tuple[int, ...] = (3, 3, 3, 3)
     # Per level: self and linear attend to image and text, cross to the text alone.

@@ -19,8 +19,8 @@ class PixelConfig:
     (pixel - mean) / std.
     """
 
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, float, float]  # of red, green and blue
+    std: tuple[float, float, float]  # likewise
 
     def __post_init__(self) -> None:
         if min(self.std) <= 0:
@@ -33,23 +33,23 @@ class PixelConfig:
 class StageConfig:
     """A run of one stage. Kinds of stage add fields of their own."""
 
-    kind: str
+    kind: str  # base, super_resolution or image_to_image
     run: str  # the run's folder
-    seed: int = 0
+    seed: int = 0  # of all random draws of the run
     size: int  # side of the images that the stage generates, in pixels
 
     # What the prompt is, which `sample.guidance` weighs: a caption, a class, or none.
     conditioning: Conditioning = "text"
-    text: TextConfig | None = None
-    classes: ClassConfig | None = None
+    text: TextConfig | None = None  # if conditioning is text
+    classes: ClassConfig | None = None  # if conditioning is class
 
     pixels: PixelConfig | None = None  # None: not normalized
-    diffusion: DiffusionConfig = DiffusionConfig()
-    unet: UNetConfig
-    data: DataConfig
-    optimizer: OptimizerConfig = OptimizerConfig()
-    train: TrainConfig
-    sample: SamplerConfig = SamplerConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()  # schedule, prediction and loss
+    unet: UNetConfig  # the network
+    data: DataConfig  # shards, filters and batch
+    optimizer: OptimizerConfig = OptimizerConfig()  # and learning rate
+    train: TrainConfig  # steps, precision, checkpoints
+    sample: SamplerConfig = SamplerConfig()  # how the stage is sampled unless a call says otherwise
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:

@@ -5,7 +5,7 @@
     low_res (B, 3, H, W), low_res_noise (B, 3, H, W), low_res_logsnr (B,)
                                          what super-resolution enlarges, and its noise augmentation
     source (B, 3, H, W), mask (B, 1, H, W), task (B, K)
-                                         what image-to-image restores, where, and how it was degraded
+                                         what image-to-image restores, where, and its degradation
     dropout_seeds (B,)                   int32, in training with dropout
 
 Everything on the host is a dict of arrays. A compiled function takes tensors by position, because

@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,7 +146,7 @@ def check_chain(stages: Mapping[str, Manifest]) -> None:
                 f"{name} restores images by itself (`cascade restore`); leave it out of the chain"
             )
 
-    for before, name in zip(names, names[1:], strict=False):
+    for before, name in pairwise(names):
         size_in = stages[name].size_in
         size_out = stages[before].size_out
         if size_in != size_out:

@@ -10,20 +10,20 @@ from pipeline.train.precision import Precision
 class TrainConfig:
     """The training loop. A field `*_every` is a number of steps; 0 is never."""
 
-    steps: int = 2_500_000
+    steps: int = 2_500_000  # of the whole run
 
     # How a step is computed.
     grad_accum_steps: int = 1  # micro-batches that a rank's batch is split into, to save memory
     precision: Precision = "float32"  # of convolutions and matrix products
     # Each rank keeps a shard of AdamW's state and of the EMA (ZeRO-1).
     shard_optimizer: bool = False
-    ema_decay: float = 0.9999
+    ema_decay: float = 0.9999  # of the exponential moving average of the weights
 
     # What is written.
     checkpoint_every: int = 5_000
     keep_checkpoints: int = 3  # the newest ones
     report_every: int = 10  # to metrics.jsonl, TensorBoard and the terminal
-    sample_every: int = 5_000
+    sample_every: int = 5_000  # steps between sample grids
     num_samples: int = 8  # images in samples/step_*.png
 
     # What ends the job.

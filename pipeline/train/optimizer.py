@@ -18,13 +18,14 @@ class OptimizerConfig:
     Adam at 1e-4 after a linear warm-up of 10,000 steps; its base is trained with Adafactor.
     """
 
+    # adamw for super-resolution, adafactor for the base, in Imagen
     kind: Literal["adamw", "adafactor"] = "adamw"
     lr: float = 1e-4  # at the end of the warm-up
-    warmup_steps: int = 10_000
+    warmup_steps: int = 10_000  # of linear warm-up
     decay: Literal["cosine", "constant"] = "cosine"  # after the warm-up; cosine ends at 0
     betas: tuple[float, float] = (0.9, 0.999)  # AdamW's; Adafactor keeps no first moment
     eps: float = 1e-8  # AdamW's
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # decoupled, as in AdamW
     max_grad_norm: float = 1.0  # the norm of the whole gradient to which a longer one is clipped
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The stage folder: what is read is what was written, or a refusal; and which stages make a chain."""
+"""The stage folder: it reads as it was written, or is refused; and which stages make a chain."""
 
 import json
 from pathlib import Path
@@ -180,11 +180,13 @@ def text(**change: Any) -> dict[str, Any]:
         ),
         (
             {"base": {}, "sr": text(length=128)},
-            "base was trained with text length 16 and sr with 128; all stages need one text encoder",
+            "base was trained with text length 16 and sr with 128; all stages need one text "
+            "encoder",
         ),
         (
             {"base": text(width=4096), "sr": {}},
-            "base was trained with text width 4096 and sr with 64; all stages need one text encoder",
+            "base was trained with text width 4096 and sr with 64; all stages need one text "
+            "encoder",
         ),
     ],
 )

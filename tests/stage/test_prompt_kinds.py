@@ -225,11 +225,11 @@ def test_an_image_is_padded_to_the_stride_and_cropped_back() -> None:
         ),
         (
             {"conditioning": "class"},
-            "conditioning: class and there is no section classes; conditioning is class if and only if",
+            "conditioning: class and there is no section classes; conditioning is class if",
         ),
         (
             {"classes": CLASSES},
-            "conditioning: none and there is a section classes; conditioning is class if and only if",
+            "conditioning: none and there is a section classes; conditioning is class if",
         ),
         (
             {"sample": {"guidance": 2.0}},

@@ -88,8 +88,8 @@ def test_a_fault_is_told_with_its_file(override: str, fault: str) -> None:
         ("low_res.size=1024", "low_res.size: 1024 does not divide 1024, the stage's size"),
         (
             "low_res.window=250",
-            "low_res.window: 250 is no multiple of 4 (the enlargement) and of {stride} (by which this "
-            "U-Net divides an image's sides) up to the size 1024",
+            "low_res.window: 250 is no multiple of 4 (the enlargement) and of {stride} (by which "
+            "this U-Net divides an image's sides) up to the size 1024",
         ),
         (
             "sample.aug_level=2.0",
