@@ -278,7 +278,7 @@ def open_indexes(
         index = read_index(index_path(location, cache), location)
         reason = index.fault(sources) if index else "has no index"
         if not index or reason:
-            raise UserError(f"{location}: {reason}; run `python -m tools.index '{location}'`")
+            raise UserError(f"{location}: {reason}; run `cascade index '{location}'`")
         return index
 
     build_indexes(

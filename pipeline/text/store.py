@@ -116,7 +116,7 @@ class TextStore:
         if zlib.crc32(embedding.tobytes()) != file.crc32[entry]:
             raise UserError(
                 f"{self.path(shard, field)} is damaged (caption {caption} of sample {row} has "
-                "another checksum); remove it and run `python -m tools.cache_text CONFIG`"
+                "another checksum); remove it and run `cascade cache-text CONFIG`"
             )
         return embedding
 

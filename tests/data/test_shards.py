@@ -149,7 +149,7 @@ def test_an_outdated_index_is_refused_and_rebuilt_on_demand(
     with pytest.raises(UserError) as caught:
         opened(pattern)
     assert reason in str(caught.value)
-    assert str(caught.value).endswith(f"run `python -m tools.index '{pattern}'`")
+    assert str(caught.value).endswith(f"run `cascade index '{pattern}'`")
     config = build(DataConfig, {"shards": pattern})
     open_indexes(config, config.sources(), rebuild_outdated=True, progress=False)
     after = opened(pattern)
