@@ -23,10 +23,12 @@ def fit(network: Any, config: Any, side: int, world: int, device: int) -> dict[s
     """
 
     def total(change: Change) -> int:
-        from pipeline.train.memory import predict
+        from pipeline.train.memory import estimate_memory
 
         own = {key: value for key, value in change.items() if key != "ranks"}
-        return predict(network, changed(config, own), side, change.get("ranks", world))["total"]
+        return estimate_memory(network, changed(config, own), side, change.get("ranks", world))[
+            "total"
+        ]
 
     now = total({})
     if now <= device:
@@ -65,7 +67,9 @@ def changes(config: Any, world: int) -> Iterator[Sequence[Change]]:
     if not config.unet.recompute:
         yield [{"unet.recompute": True}]
     if train.precision == "float32":
-        yield [{"train.precision": name} for name in device.precisions() if name != "float32"][:1]
+        yield [
+            {"train.precision": name} for name in device.supported_precisions() if name != "float32"
+        ][:1]
     adamw = config.optimizer.kind == "adamw"
     if adamw and world > 1 and not train.shard_optimizer:
         yield [{"train.shard_optimizer": True}]

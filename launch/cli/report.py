@@ -47,19 +47,22 @@ def check_stage(path: str, overrides: Sequence[str], memory: float | None = None
 
     from pipeline.nn.parameters import num_parameters
     from pipeline.stage.registry import read_stage_config, stage_class
-    from pipeline.train.loop import share
-    from pipeline.train.memory import predict
+    from pipeline.train.loop import positions_of_rank
+    from pipeline.train.memory import estimate_memory
 
     config, raw_launch = read_stage_config(path, overrides)
     launch = read_launch(raw_launch)
-    share(config, world=launch.size)  # the global batch can be divided
+    positions_of_rank(config, world=launch.size)  # the global batch can be divided
     with no_init_parameters():  # shapes without memory: the 2B base is counted on a laptop
         stage = stage_class(config.kind)(config)
-    side, device = stage.window or config.size, None if memory is None else round(memory * GIB)
+    side, device = (
+        stage.train_window or config.size,
+        None if memory is None else round(memory * GIB),
+    )
     return {
         "config": {**to_dict(config), "launch": to_dict(launch)},
         "parameters": num_parameters(stage.network),
-        "memory": predict(stage.network, config, side, launch.size),
+        "memory": estimate_memory(stage.network, config, side, launch.size),
         **(
             {} if device is None else {"fit": fit(stage.network, config, side, launch.size, device)}
         ),

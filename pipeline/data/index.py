@@ -215,7 +215,7 @@ def build_index(location: str, cache: Path | None, rebuild_outdated: bool) -> bo
     """Writes a shard's index if that is needed. False if another process is writing it."""
     path = index_path(location, cache)
     sources = Sources()
-    with try_lock(path) as locked:
+    with try_lock(path, fix="name another folder in data.cache") as locked:
         if not locked:
             return False
         # Another process may have written it before the lock was acquired.

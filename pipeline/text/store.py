@@ -188,7 +188,8 @@ class TextStore:
             while pending:
                 locked_by_others = []
                 for shard, field in pending:
-                    with try_lock(self.path(shard, field)) as locked:
+                    path = self.path(shard, field)
+                    with try_lock(path, fix="name another folder in data.cache") as locked:
                         if not locked:
                             locked_by_others.append((shard, field))
                         elif self.fault(shard, field):

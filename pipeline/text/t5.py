@@ -35,7 +35,7 @@ import numpy as np
 from mindspore import Tensor, ops
 from mindspore import dtype as mstype
 
-from pipeline.runtime import compile
+from pipeline.runtime import jit
 from pipeline.text.hugging_face import StoredTensor, as_float32
 from pipeline.text.t5_folder import T5Config, encoder_tensors, layer_shapes
 
@@ -131,7 +131,7 @@ def compiled_score_bias(num_buckets: int, max_distance: int) -> Callable[..., Te
         padding_B11L = padding_BL.expand_dims(1).expand_dims(1) * MASKED
         return bias_KLL.expand_dims(0) + padding_B11L
 
-    return compile(score_bias)
+    return jit(score_bias)
 
 
 @lru_cache
@@ -143,7 +143,7 @@ def compiled_layer(eps: float, is_gated: bool) -> Callable[..., Tensor]:
         x_TD = attention(x_TD, bias_BKLL, weights[:5], eps)
         return feed_forward(x_TD, weights[5:], eps, is_gated)
 
-    return compile(layer)
+    return jit(layer)
 
 
 @lru_cache
@@ -153,7 +153,7 @@ def compiled_final_norm(eps: float) -> Callable[..., Tensor]:
     def final_norm(x_TD: Tensor, gain_D: Tensor) -> Tensor:
         return rms_norm(x_TD, gain_D.astype(mstype.float32), eps)
 
-    return compile(final_norm)
+    return jit(final_norm)
 
 
 def to_float32(weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

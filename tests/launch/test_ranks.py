@@ -18,7 +18,7 @@ from launch.jobs.status import status
 from pipeline.config import build
 from pipeline.runtime import child_environment
 from pipeline.stage.registry import stage_class
-from pipeline.train.compile_cache import KEPT
+from pipeline.train.compile_cache import GRAPHS_FOLDER
 from pipeline.train.loop import train
 from tests.conftest import stage_yaml
 from tests.helpers.jobs import leaving_nothing, until
@@ -131,12 +131,14 @@ def test_what_a_run_leaves_is_written_once(job: Path, alone: Path, raw: Any) -> 
         {
             str(path.relative_to(run))
             for path in run.rglob("*")
-            if path.relative_to(run).parts[0] not in ("tensorboard", KEPT)
+            if path.relative_to(run).parts[0] not in ("tensorboard", GRAPHS_FOLDER)
         }
         for run in (Path(raw("whole")["run"]), alone)
     )
     assert found == expected
-    assert sorted(path.name[-2:] for path in (Path(raw("whole")["run"]) / KEPT).iterdir()) == [
+    assert sorted(
+        path.name[-2:] for path in (Path(raw("whole")["run"]) / GRAPHS_FOLDER).iterdir()
+    ) == [
         "-0",
         "-1",
     ]

@@ -30,7 +30,7 @@ from pipeline.train.checkpoint import (
 )
 from tests.ground.test_files import FINISHED, failed_at_each_call, in_child, killed_at_each_call
 
-PATIENCE = 60  # seconds for what takes none
+COLLECTIVE_TIMEOUT = 60  # seconds for what takes none
 
 
 def content(step: int) -> tuple[Tensors, dict[str, Any]]:
@@ -339,7 +339,7 @@ class Slow:
         self, folder: Path, step: int, tensors: Tensors, state: dict[str, Any], keep: int
     ) -> Path:
         self.calls.append(step)
-        assert self.may.wait(PATIENCE)
+        assert self.may.wait(COLLECTIVE_TIMEOUT)
         return save(folder, step, tensors, state, keep)
 
 
@@ -384,7 +384,7 @@ def test_a_failure_ends_the_run_at_its_next_step(tmp_path: Path, slow: Slow) -> 
         with pytest.raises(CheckpointError, match="step_0000010: could not be saved"):  # noqa: PT012, SIM117
             with Writer(tmp_path / "checkpoints", keep=2) as writer:
                 writer.save(10, *content(10))
-                wait([writer.writing], PATIENCE)
+                wait([writer.writing], COLLECTIVE_TIMEOUT)
                 last(writer)
     with pytest.raises(ZeroDivisionError), Writer(tmp_path / "checkpoints", keep=2) as writer:  # noqa: PT012
         writer.save(10, *content(10))

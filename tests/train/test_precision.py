@@ -63,7 +63,7 @@ def test_convolutions_and_products_are_lowered() -> None:
 
 
 def test_what_the_device_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "precisions", lambda: ("float32", "float16"))
+    monkeypatch.setattr(device, "supported_precisions", lambda: ("float32", "float16"))
     with pytest.raises(ConfigError) as error:
         cast_matmuls(Small(), "bfloat16")
     assert str(error.value) == (

@@ -37,6 +37,7 @@ def ours(case: dict[str, Any]) -> Answer:
     from pipeline.nn.parameters import initialize, num_parameters
     from pipeline.nn.unet import UNet, UNetConfig
     from pipeline.train.compile_cache import CompileCache
+    from pipeline.train.config import TrainConfig
     from pipeline.train.optimizer import OptimizerConfig
     from pipeline.train.state import TrainState
     from pipeline.train.step import TrainStep
@@ -50,11 +51,12 @@ def ours(case: dict[str, Any]) -> Answer:
         return (difference * difference).mean((1, 2, 3))
 
     graphs = CompileCache(Path(case["graphs"]), 0, network) if "graphs" in case else CompileCache()
-    state = TrainState(network, OptimizerConfig(warmup_steps=1), 1000, 0.9999, graphs=graphs)
-    step = TrainStep(loss, state, max_grad_norm=1.0, graphs=graphs)
-    batch = step.parts(tuple(arrays(case).values()))
+    optimizer, training = OptimizerConfig(warmup_steps=1), TrainConfig(steps=1000)
+    state = TrainState(network, optimizer, training, compile_cache=graphs)
+    step = TrainStep(loss, state, optimizer, training, compile_cache=graphs)
+    batch = step.micro_batches(tuple(arrays(case).values()))
     taken = timed(lambda: step(batch), case["steps"])
-    graphs.keep()
+    graphs.commit()
     return {"parameters": num_parameters(network), **taken, "versions": {}}
 
 
