@@ -144,6 +144,8 @@ def decode(data: bytes, size: int) -> DecodedImage:
 def _decode_other(data: bytes) -> DecodedImage:
     image = _open(data)
     orientation = _orientation(image.info.get("exif", b""))
+
+    # Pillow fills missing rows of a PNG with zeros, without an error.
     if image.format == "PNG" and may_lack_pixels(image) and not is_complete_png(data):
         raise BadImage("its compressed data end before its last pixel")
     return DecodedImage(np.asarray(_rgb(image)), image.height, image.width, orientation)
@@ -181,6 +183,7 @@ def _jpeg_scale(data: bytes, short: int, size: int) -> float:
     Args:
         short: shorter side of the JPEG, pixels.
     """
+    # A side of less than 8 pixels would vanish at 1/8.
     if short < NUM_SCALES or _jpeg_frame(data) not in SCALABLE:
         return 1.0
     for eighths in (1, 2, 4):
@@ -206,6 +209,7 @@ def _is_jpeg(data: bytes) -> bool:
 def _jpeg_header(data: bytes) -> tuple[int, int, str]:
     """(height, width, colour space)"""
     height, width, colour_space, _ = simplejpeg.decode_jpeg_header(data)
+    # Before anything of that size is allocated.
     _check_size(height, width)
     return height, width, colour_space
 
@@ -252,10 +256,13 @@ def _orientation(exif: bytes) -> int:
         order = {b"II*\0": "<", b"MM\0*": ">"}[tiff[:4]]
         (start,) = struct.unpack_from(f"{order}I", tiff, 4)
         (num_entries,) = struct.unpack_from(f"{order}H", tiff, start)
+
+        # An entry: tag, type, number of values, value (a short is stored in place).
         for entry in range(num_entries):
             offset = start + 2 + 12 * entry
             tag, kind, count, value = struct.unpack_from(f"{order}HHIH", tiff, offset)
             if tag == ORIENTATION_TAG:
+                # Type 3 is a 16-bit integer. Any other type or count is damage.
                 is_short = (kind, count) == (3, 1)
                 return value if is_short and 1 <= value <= 8 else 1
     except (KeyError, struct.error):
@@ -269,18 +276,22 @@ def _open(data: bytes) -> ImageFile:
     """
     file = io.BytesIO(data)
     image: ImageFile
+
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        # The chunk acTL precedes the pixels (PNG specification, third edition, section 11.3.6).
         is_animated = data.find(b"acTL", 0, data.find(b"IDAT")) >= 0
         image = PngImageFile(io.BytesIO(still_png(data)) if is_animated else file)
     elif data.startswith(b"RIFF") and data.startswith(b"WEBP", 8):
         image = WebPImageFile(file)
     elif data.startswith((b"GIF87a", b"GIF89a")):
+        # Pillow enlarges the canvas, and warns of its size, when it opens the file.
         _check_size(*_gif_size(data))
         image = GifImageFile(file)
     elif data.startswith(b"BM"):
         image = BmpImageFile(file)
     else:
         raise BadImage(f"is none of {FORMATS}")
+
     _check_size(image.height, image.width)
     return image
 
@@ -309,9 +320,11 @@ def _rgb(image: ImageFile) -> Image.Image:
     """The image in mode RGB, transparent parts on white."""
     if image.mode.startswith("I;16"):
         # 16-bit grey, which Pillow would clip instead of scaling.
+        # Its transparent level, if there is one, becomes white.
         levels = np.asarray(image)
         grey = np.where(levels == image.info.get("transparency", -1), 255, levels >> 8)
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), rgba).convert("RGB")

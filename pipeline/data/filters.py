@@ -62,6 +62,7 @@ def select(
     passing = _size_filters(index, config)
     passing |= _text_filters(index, config, weights)
 
+    # In order: a sample that several filters reject counts for the first.
     retained = np.ones(index.num_samples, bool)
     removed = Counter[str]()
     for reason, passes in passing.items():
@@ -76,6 +77,8 @@ def _size_filters(index: Index, config: FilterConfig) -> dict[str, np.ndarray]:
     """For each condition on the size, which rows meet it."""
     if config.min_size <= 1 and config.max_aspect is None:
         return {}
+
+    # int64: the product with an integer aspect could overflow uint32.
     pixels = index.column("pixels").astype(np.int64)
     short = pixels.min(axis=1)
 
@@ -136,6 +139,7 @@ def matcher(condition: Any) -> Callable[[Any], bool]:
         high = condition.get("max", math.inf)
 
         def in_range(value: Any) -> bool:
+            # bool is a subclass of int.
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             return is_number and low <= value <= high
 

@@ -69,6 +69,7 @@ class Index:
         begin = int(rows[0])
         stop = int(rows[-1]) + 1
         with safe_open(self.path, "numpy") as file:
+            # A text starts where the one before it ends, so the row before is read too.
             ends = file.get_slice("ends")[max(begin - 1, 0) : stop]
             first = int(ends[0, -1]) if begin else 0
             blob = file.get_slice("texts")[first : int(ends[-1, -1])].tobytes()
@@ -96,6 +97,7 @@ class Index:
         if now.version == self.stat.version or not self.num_samples:
             return None
 
+        # The same size and another date: compare the bytes of a few samples.
         rows = np.unique(np.linspace(0, self.num_samples - 1, SPOT_CHECKS).astype(int))
         offsets, sizes, checksums = (
             self.column(name)[rows].ravel().tolist() for name in ("offset", "size", "crc32")
@@ -119,6 +121,8 @@ def sidecar_path(location: str, name: str, cache: Path | None) -> Path:
     UserError for a remote shard without a cache folder.
     """
     file_name = f"{location.rpartition('/')[2].removesuffix('.tar')}.{name}.safetensors"
+
+    # A file next to the shard takes precedence over the cache: it may have come with the data set.
     local = None if is_remote(location) else Path(location).with_name(file_name)
     if local and (cache is None or local.exists()):
         return local
@@ -126,6 +130,7 @@ def sidecar_path(location: str, name: str, cache: Path | None) -> Path:
         raise UserError(
             f"{location}: indexes of remote shards need a folder: name one in data.cache"
         )
+
     digest = hashlib.sha256(location.encode()).hexdigest()[:12]
     return cache / "shards" / f"{digest}-{file_name}"
 
@@ -170,12 +175,15 @@ def build_indexes(
     def is_needed(location: str) -> bool:
         return needs_rebuild(location, sources, cache, rebuild_outdated)
 
+    # Reading thousands of indexes, and asking servers for sizes, is slow one by one.
     with ThreadPoolExecutor(THREADS) as threads:
         needed = list(threads.map(is_needed, locations))
         pending = [location for location, need in zip(locations, needed, strict=True) if need]
         num_bytes = sum(stat.size for stat in threads.map(sources.stat, pending))
 
     build = partial(build_index, cache=cache, rebuild_outdated=rebuild_outdated)
+
+    # Starting processes costs more than indexing a few small shards.
     parallel = num_bytes > parallel_bytes and min(workers, len(pending)) > 1
     # Spawned rather than forked: the caller may have threads (MindSpore's), which do not survive a
     # fork.
@@ -232,6 +240,8 @@ def reuse_index(sources: Sources, location: str, path: Path) -> bool:
     data = sources.fetch(f"{location.removesuffix('.tar')}.index.safetensors")
     if data is None:
         return False
+
+    # safetensors reads files only, and this one may not fit.
     with TemporaryDirectory(dir=path.parent) as folder:
         copy = Path(folder) / path.name
         copy.write_bytes(data)
@@ -240,7 +250,9 @@ def reuse_index(sources: Sources, location: str, path: Path) -> bool:
             return False
         with safe_open(copy, "numpy") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+            # With the present version, the next check does not read samples again.
             metadata = {**file.metadata(), "stamp": sources.stat(location).version}
+
     write_tensors_atomically(path, arrays, metadata)
     return True
 
@@ -271,7 +283,9 @@ def _index_arrays(samples: dict[str, Sample]) -> dict[str, np.ndarray]:
         texts += _sample_texts(key, sample)
     ends = np.cumsum([len(text) for text in texts], dtype=np.int64).reshape(-1, len(TEXTS))
 
+    # A row of FILES for each sample, flat.
     files = [sample.get(name, ABSENT) for sample in samples.values() for name in FILES]
+
     shape = (len(samples), len(FILES))
     pixels = [file.pixels for file in files[:: len(FILES)]]
     caption_lengths = [len(sample.get("txt", ABSENT).data.decode()) for sample in samples.values()]
@@ -291,6 +305,8 @@ def _sample_texts(key: str, sample: Sample) -> list[bytes]:
     # Entries that `scan` adds: the image under its second name, and a json with the class alone.
     added = {"image"} if sample.get("json", ABSENT).size >= 0 else {"image", "json"}
     file_types = " ".join(name for name in sample if name not in added)
+
+    # tarfile decodes names that are not UTF-8 with surrogates.
     return [
         key.encode(errors="surrogateescape"),
         file_types.encode(errors="surrogateescape"),

@@ -95,9 +95,12 @@ class Order:
     def ids(self, step: int, global_batch: int) -> np.ndarray:
         """The samples of `step` (from 0), int64 (global_batch,), each in [0, num_samples)."""
         positions = step * global_batch + np.arange(global_batch, dtype=np.int64)
+
+        # A single data set has all positions: its turns are the positions.
         if len(self.sizes) == 1:
             return self.set_ids(0, positions)
 
+        # A batch may reach over the end of a block.
         blocks, slots = np.divmod(positions, BLOCK)
         ids = np.empty_like(positions)
         for block in np.unique(blocks).tolist():
@@ -111,6 +114,7 @@ class Order:
         sets = mixture.sets[slots]
         turns = mixture.turns[slots]
 
+        # Earlier blocks had `quota` turns of the data set each.
         ids = np.empty_like(turns)
         for dataset, quota in enumerate(self.quotas):
             mine = sets == dataset
@@ -121,9 +125,12 @@ class Order:
         """The samples of data set `dataset` at its turns 0, 1, 2, ..., epoch after epoch."""
         epochs, rows = np.divmod(turns, self.totals[dataset])
         ids = np.empty_like(turns)
+
+        # Usually one epoch and one group; more where the batch crosses a boundary.
         for epoch in np.unique(epochs).tolist():
             ends = self._epoch(dataset, epoch).group_ends
             starts = np.concatenate([[0], ends[:-1]])
+
             in_epoch = epochs == epoch
             groups = np.searchsorted(ends, rows, side="right")
             for group in np.unique(groups[in_epoch]).tolist():
@@ -136,6 +143,8 @@ class Order:
         sets = generator(self.seed, "mix", block).permutation(
             np.repeat(np.arange(len(self.quotas)), self.quotas)
         )
+
+        # Each set counts its own positions: its epochs are those that it would have alone.
         turns = np.empty(BLOCK, np.int64)
         for dataset, quota in enumerate(self.quotas):
             turns[sets == dataset] = np.arange(quota)
@@ -146,6 +155,8 @@ class Order:
         sizes = self.sizes[dataset]
         shards = generator(self.seed, "shards", dataset, epoch).permutation(len(sizes))
         ends = np.cumsum(sizes[shards])
+
+        # The last group may have fewer shards.
         size = self.shuffle_shards
         return Epoch(shards, np.append(ends[size - 1 : -1 : size], ends[-1]))
 
@@ -153,6 +164,7 @@ class Order:
         """All samples of a group of shards, in their order."""
         start = group * self.shuffle_shards
         shards = self._epoch(dataset, epoch).shards[start : start + self.shuffle_shards]
+
         first_ids = self.shard_starts[dataset][shards].tolist()
         sizes = self.sizes[dataset][shards].tolist()
         ids = np.concatenate(
@@ -176,7 +188,9 @@ def quotas(shares: Sequence[float]) -> list[int]:
     largest remainders.
     """
     exact = np.asarray(shares, float) / sum(shares) * BLOCK
-    whole = np.floor(exact).astype(int)
-    num_missing = BLOCK - int(whole.sum())
-    whole[np.argsort(whole - exact, kind="stable")[:num_missing]] += 1
-    return [int(quota) for quota in whole]
+    rounded = np.floor(exact).astype(int)
+
+    # Stable: of equal remainders the first ones are rounded up, on every machine.
+    num_missing = BLOCK - int(rounded.sum())
+    rounded[np.argsort(rounded - exact, kind="stable")[:num_missing]] += 1
+    return [int(quota) for quota in rounded]

@@ -47,6 +47,7 @@ class Chunk(NamedTuple):
 
 
 def _chunks(data: bytes) -> Iterator[Chunk]:
+    # Checksums are not verified here.
     start = SIGNATURE
     while start < len(data):
         stop = start + 12 + int.from_bytes(data[start : start + 4], "big")
@@ -77,6 +78,8 @@ def is_complete_png(data: bytes) -> bool:
     """
     missing = _uncompressed_size(data)
     inflate = zlib.decompressobj()
+
+    # In pieces, as a small chunk may decompress to gigabytes.
     for chunk in _chunks(data):
         remaining = data[chunk.data] if chunk.type == b"IDAT" else b""
         while remaining and missing > 0:
@@ -89,6 +92,8 @@ def _uncompressed_size(data: bytes) -> int:
     """Bytes of all rows with their filters."""
     width, height, depth, colour_type, _, _, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
     bits = depth * CHANNELS[colour_type]
+
+    # Rows are padded to whole bytes and start with a byte for their filter.
     if not interlaced:
         return height * (1 + _ceil_div(width * bits, 8))
 
@@ -96,6 +101,7 @@ def _uncompressed_size(data: bytes) -> int:
     for x, y, step_x, step_y in ADAM7:
         columns = _ceil_div(width - x, step_x)
         rows = _ceil_div(height - y, step_y)
+        # A pass without columns has no rows either, not even their filters.
         if columns:
             size += rows * (1 + _ceil_div(columns * bits, 8))
     return size

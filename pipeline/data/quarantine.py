@@ -42,6 +42,7 @@ class Quarantine:
 
     def read(self) -> set[tuple[str, str]]:
         """(shard, key) of all lines of the file."""
+        # Absent until the first sample is left out.
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         return {(entry["shard"], entry["key"]) for entry in map(json.loads, lines)}
 

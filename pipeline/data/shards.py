@@ -83,6 +83,7 @@ class DataConfig:
     def sets(self) -> dict[tuple[str, ...], float]:
         """The patterns of each data set, and its weight."""
         if isinstance(self.shards, dict):
+            # Each pattern is a data set of its own.
             return {(pattern,): weight for pattern, weight in self.shards.items()}
         return {(self.shards,) if isinstance(self.shards, str) else self.shards: 1.0}
 
@@ -131,11 +132,14 @@ class Shards:
 
         with ThreadPoolExecutor(THREADS) as threads:
             selected = list(threads.map(count, self.indexes))
+
+        # The counts are in the order of all shards: regroup them by data set.
         counts = iter([num_samples for num_samples, _ in selected])
         self.sizes = [[next(counts) for _ in indexes] for indexes in sets]
         self.weights = list(config.sets.values())
         self.removed: Counter[str] = sum((removed for _, removed in selected), Counter())
 
+        # The first sample of each shard, and the total.
         self._starts = [0, *accumulate(size for sizes in self.sizes for size in sizes)]
         self._table = lru_cache(MAX_OPEN)(self.table)
 
@@ -149,6 +153,7 @@ class Shards:
         sources = config.sources()
         shards = cls(config, sources, open_indexes(config, sources, progress=progress))
 
+        # A set without samples has a weight that nothing could fill.
         for patterns, sizes in zip(config.sets, shards.sizes, strict=True):
             if not sum(sizes):
                 raise UserError(
@@ -181,6 +186,7 @@ class Shards:
         damaged_bytes = sum(fault.size for _, fault in self.faults)
         readable_bytes = max(total_bytes - damaged_bytes, 1)
 
+        # A fault of a single sample has size 0 and counts as one.
         num_lost = sum(
             max(1.0, fault.size * num_readable / readable_bytes) for _, fault in self.faults
         )
@@ -202,6 +208,8 @@ class Shards:
         """One line of text: how many samples were left out, by reason."""
         parts = [f"{count:,} {reason}" for reason, count in self.removed.most_common()]
         faults = list(self.faults)
+
+        # One example suffices: `quarantine.jsonl` lists them all.
         if faults:
             location, fault = faults[0]
             parts.append(
@@ -213,6 +221,8 @@ class Shards:
         """(shard, row in its index) of sample `i`. Raises IndexError."""
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of {len(self)}")
+
+        # Shards without samples have equal starts: the last of them is the one with sample `i`.
         shard = bisect_right(self._starts, i) - 1
         return shard, int(self._table(shard).rows[i - self._starts[shard]])
 
@@ -244,6 +254,8 @@ class Shards:
         data = self.sources.read(
             self.indexes[shard].location, int(table.offset[row]), int(table.size[row])
         )
+
+        # The shard may have been written to, or the disk may be failing.
         if zlib.crc32(data) != table.crc32[row]:
             raise DamagedSample("has changed since it was indexed")
         return data
@@ -275,6 +287,7 @@ def open_indexes(
     check_unique(locations, "in two data sets")
 
     def read(location: str) -> Index:
+        # Another process may have replaced the shard since `build_indexes`.
         index = read_index(index_path(location, cache), location)
         reason = index.fault(sources) if index else "has no index"
         if not index or reason:

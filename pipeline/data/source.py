@@ -68,6 +68,7 @@ def expand(patterns: tuple[str, ...]) -> list[str]:
 
 def check_unique(locations: Sequence[str], fault: str) -> None:
     """UserError with this `fault` if two locations are equal."""
+    # ./a.tar and a.tar are the same file; URLs are compared as written.
     normalized = sorted(
         location if is_remote(location) else str(Path(location)) for location in locations
     )
@@ -116,6 +117,7 @@ def _local_path(name: str) -> str:
             "a disk"
         )
 
+    # RFC 8089: file:/PATH, file:///PATH and file://localhost/PATH are local.
     rest = name[len(scheme) :]
     path = unquote(re.sub(r"^//(localhost)?(?=/)", "", rest, flags=re.IGNORECASE))
     if path.startswith("//"):
@@ -147,6 +149,8 @@ class Sources:
         """
         if is_remote(location):
             return self._web.stat(location)
+
+        # The modification time stands for the version of a local file.
         try:
             stat = Path(location).stat()
         except OSError as error:
@@ -161,6 +165,8 @@ class Sources:
             data = self._read_remote(location, offset, size)
         else:
             data = _pread(location, offset, size)
+
+        # The offset comes from an index: the file was longer when it was indexed.
         if len(data) < size:
             raise UserError(
                 f"{location}: ends before byte {offset + size}, though it was longer; restore the "
@@ -179,6 +185,7 @@ class Sources:
         if cached:
             return cached
 
+        # A short result is an error of the caller's, and no content to keep.
         data = self._web.read_range(location, offset, size)
         if len(data) == size:
             self._cache.put(data, *key)
@@ -229,6 +236,7 @@ class _RemoteFile(io.RawIOBase):
 
     def readinto(self, buffer: "WriteableBuffer") -> int:
         with memoryview(buffer) as view:
+            # At the end of the file no request is made, as a range must not be empty.
             size = min(len(view), READ_SIZE, self._size - self._position)
             data = self._web.read_range(self._url, self._position, size) if size > 0 else b""
             view[: len(data)] = data

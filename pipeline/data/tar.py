@@ -90,11 +90,13 @@ def scan(file: BinaryIO, size: int) -> ShardContent:
         if member.isdir() or not (stem and file_type):
             continue  # a hidden file, or one without a type, belongs to no sample
 
+        # Files of a sample may be anywhere in the tar.
         key = folder + slash + stem
         sample = samples.setdefault(key, {})
         try:
             if file_type in sample:
                 raise ValueError(f"has {file_type} twice")
+            # Before the checks: a second file of this type is a fault even if the first is bad.
             sample[file_type] = ABSENT
             sample[file_type] = check_member(file, size, member, file_type)
         except ValueError as error:
@@ -119,6 +121,7 @@ def complete(sample: Sample) -> str | None:
         hint = "; a key ends at the first dot of the name" if is_dotted else ""
         return f"no image ({', '.join(IMAGE_TYPES)}) among its {', '.join(sample)}{hint}"
 
+    # The formats of IMAGE_TYPES in their order, should a sample have several.
     sample["image"] = sample[image_type]
     if "cls" in sample:
         json_file = sample.get("json", ABSENT)
@@ -147,6 +150,7 @@ def read_member(file: BinaryIO, member: tarfile.TarInfo, file_type: str) -> Samp
     if member.size > limit:
         raise ValueError(f"its {file_type} has {member.size:,} bytes; the limit is {limit:,}")
 
+    # The checksum is of the file as stored, the text is normalized.
     file.seek(member.offset_data)
     data = file.read(member.size)
     read = SampleFile(member.offset_data, member.size, zlib.crc32(data), data)

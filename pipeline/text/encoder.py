@@ -86,6 +86,8 @@ class TextEncoder:
             raise UserError(
                 f"text length is {length}; a caption has at least 1 token, the end token"
             )
+
+        # The tokenizer first: it loads faster, so its errors come early.
         tokenizer = load_tokenizer(Path(tokenizer_folder))
         encoder = T5Encoder.load(encoder_folder)
         if tokenizer.vocab_size > encoder.config.vocab_size:
@@ -107,6 +109,8 @@ class TextEncoder:
         result of `encode_ragged`.
         """
         rows_TD, counts_N = self.encode_ragged(captions, progress)
+
+        # Tokens are at the front, so the mask follows from their number.
         mask_NL = np.arange(self.length) < counts_N[:, None]
         text_NLD = np.zeros((*mask_NL.shape, self.width), np.float32)
         text_NLD[mask_NL] = rows_TD
@@ -137,7 +141,9 @@ class TextEncoder:
             mask_BL[:num] = mask_NL[call.members, : call.length]
 
             text_BLD = self.encoder(ids_BL, mask_BL)[:num]
+            # Clipped: values beyond the range of float16 would become infinite.
             half_BLD = np.clip(text_BLD, -HALF_MAX, HALF_MAX).astype(np.float16)
+
             for row, caption in enumerate(call.members):
                 start = starts_N[caption]
                 count = counts_N[caption]
@@ -162,6 +168,7 @@ class TextEncoder:
             ids_NL[row, : len(ids)] = ids
             mask_NL[row, : len(ids)] = True
 
+        # The lookup of the embedding would fail without naming the caption.
         vocab_size = self.encoder.config.vocab_size
         if ids_NL.max(initial=0) >= vocab_size:
             row = int(ids_NL.max(axis=1).argmax())
@@ -181,6 +188,7 @@ class TextEncoder:
         return ids
 
     def _report_truncated(self, truncated: Sequence[tuple[str, int]], num_captions: int) -> None:
+        # One line for all: a data set may have millions of them.
         self.num_truncated += len(truncated)
         caption, num_tokens = truncated[0]
         log.warning(
@@ -197,6 +205,7 @@ def padded_lengths(counts_N: np.ndarray, length: int) -> np.ndarray:
     """The length to which captions of `counts_N` tokens are padded: 8, 16, 24, 32, 48, 64, 96, 128,
     ... up to `length`.
     """
+    # Steps that grow with the length: padding stays a small fraction of the work.
     step_N = np.where(counts_N <= 32, 8, np.where(counts_N <= 64, 16, 32))
     return np.minimum(-(-counts_N // step_N) * step_N, length)
 

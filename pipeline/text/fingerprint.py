@@ -52,12 +52,15 @@ def fingerprint(encoder_folder: str | Path, tokenizer_folder: str | Path) -> str
     tokenizer_folder = Path(tokenizer_folder)
     config = T5Config.read(encoder_folder)
 
+    # Hashing reads all weights, so a valid result of an earlier call is worth a file.
     before = file_states(encoder_folder, tokenizer_folder)
     cached = read_cache(encoder_folder, before)
     if cached is not None:
         return cached
 
     result = compute(encoder_folder, tokenizer_folder, config)
+
+    # A file that changed during hashing makes the result valid for neither content.
     after = file_states(encoder_folder, tokenizer_folder)
     now = time.time_ns()
     if after == before and all(now - modified > MIN_AGE for _, modified in after.values()):
@@ -73,6 +76,8 @@ def compute(encoder_folder: Path, tokenizer_folder: Path, config: T5Config) -> s
         "tokenizer": tokenizer_facts(tokenizer_folder),
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+
+    # By their short names: the layout of the folder has no influence.
     for name, tensor in sorted(encoder_tensors(encoder_folder, config).items()):
         digest.update(json.dumps([name, tensor.dtype, tensor.shape]).encode())
         for piece in tensor.pieces():
@@ -89,6 +94,7 @@ def file_states(encoder_folder: Path, tokenizer_folder: Path) -> FileStates:
         for path in (tokenizer_folder / name for name in TOKENIZER_FILES):
             yield f"tokenizer/{path.name}", path
 
+    # Some of the tokenizer's files are optional.
     stats = {name: path.stat() for name, path in files() if path.is_file()}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 

@@ -42,6 +42,8 @@ class StoredTensor(NamedTuple):
             raise UserError(
                 f"{self.path}: tensors of type {self.dtype}; use one of {', '.join(DTYPES)}"
             )
+
+        # int64: the product of a large tensor's sides exceeds int32 on some platforms.
         count = int(np.prod(self.shape, dtype=np.int64))
         values = np.fromfile(self.path, DTYPES[self.dtype], count, offset=self.start)
         values = values.reshape(self.shape)
@@ -61,6 +63,7 @@ def stored_files(folder: Path) -> list[Path]:
     if single.is_file():
         return [single]
 
+    # The index is one of the files: a fingerprint depends on it.
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         names = sorted(set(read_json(index).get("weight_map", {}).values()))
@@ -86,6 +89,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         with path.open("rb") as file:
             start = 8 + int.from_bytes(file.read(8), "little")
             length = path.stat().st_size
+
+            # A damaged size would ask for an absurd amount of memory.
             header: dict[str, Any] = json.loads(file.read(start - 8)) if start <= length else {}
 
         tensors = {}
@@ -103,6 +108,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             )
             end = max(end, start + last)
 
+        # A truncated file would be noticed only at its last tensor.
         if length != end:
             raise ValueError(f"its {length} bytes differ from what its header says")
         return tensors

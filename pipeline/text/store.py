@@ -110,8 +110,11 @@ class TextStore:
         UserError if it is damaged.
         """
         file = self._open(shard, field)
+
+        # The captions of a sample are adjacent.
         entry = int(file.firsts[row]) + caption
         start, stop = file.offsets[entry : entry + 2].tolist()
+        # Read from disk now, hence the checksum.
         embedding: np.ndarray = file.embeddings[start:stop]
         if zlib.crc32(embedding.tobytes()) != file.crc32[entry]:
             raise UserError(
@@ -142,6 +145,7 @@ class TextStore:
         if metadata.get("digest") != index.digest:
             return "was made from other captions than the shard's"
 
+        # Arrays that disagree would give another caption's embeddings.
         sizes = (len(firsts), len(offsets), num_tokens, width)
         expected = (len(done) + 1, firsts[-1] + 1, offsets[-1], self.recipe.width)
         if sizes != expected:
@@ -151,6 +155,7 @@ class TextStore:
         return None
 
     def _why_missing(self, path: Path) -> str:
+        # A hint for a changed configuration: a file of another recipe.
         stem = path.name.partition(".text-")[0]
         others = sorted(other.name for other in path.parent.glob(f"{stem}.text-*.safetensors"))
         if not others:
@@ -161,6 +166,8 @@ class TextStore:
     def faults(self) -> list[StoreFault]:
         """The files that cannot be used."""
         entries = list(product(range(len(self.shards.indexes)), self.fields))
+
+        # Each check waits for the disk.
         with ThreadPoolExecutor(THREADS) as threads:
             reasons = list(threads.map(lambda entry: self.fault(*entry), entries))
         return [
@@ -214,9 +221,12 @@ class TextStore:
         for row, captions in zip(rows, self.shards.captions(shard, rows), strict=True):
             texts += map(self.recipe.text, captions[field])
             counts[row] = len(captions[field])
+
+        # Wider filters later need samples that this file lacks.
         done = np.zeros(index.num_samples, np.uint8)
         done[rows] = 1
 
+        # `build` has counted one caption a sample.
         bar.total = (bar.total or 0) + len(texts) - len(rows)
         embeddings, lengths = encoder.encode_ragged(texts, bar.update)
         offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])

@@ -81,6 +81,7 @@ def gelu(x: Tensor) -> Tensor:
 
 def split_heads(x_TE: Tensor, batch: int, heads: int) -> Tensor:
     """(B L, K c) -> (B, K, L, c)"""
+    # Rows are caption after caption.
     rows, width = x_TE.shape
     return x_TE.reshape((batch, rows // batch, heads, width // heads)).transpose((0, 2, 1, 3))
 
@@ -193,6 +194,7 @@ class T5Encoder:
         self._final_norm = compiled_final_norm(eps)
 
     def __call__(self, ids_BL: np.ndarray, mask_BL: np.ndarray) -> np.ndarray:
+        # Tokens are looked up on the host; only their rows become a tensor.
         x_TD = Tensor.from_numpy(as_float32(self.embedding[ids_BL.reshape(-1)]))
         bias_BKLL = self._score_bias(Tensor(mask_BL), self.position_bias)
         for weights in self.layers:

@@ -46,6 +46,7 @@ class T5Config:
                     "weights"
                 )
 
+        # Old checkpoints lack the fields that have defaults here.
         names = [field.name for field in fields(cls)]
         config = cls(**{name: content[name] for name in names if name in content})
         if config.feed_forward_proj not in ("relu", "gated-gelu"):
@@ -97,6 +98,7 @@ def hugging_face_names(name: str) -> tuple[str, ...]:
     if name == "norm":
         return ("encoder.final_layer_norm.weight",)
 
+    # layers.BLOCK.PART.WEIGHT
     _, block, part, weight = name.split(".")
     layer, cell = {"attention": (0, "SelfAttention"), "ff": (1, "DenseReluDense")}[part]
     path = "layer_norm" if weight == "norm" else f"{cell}.{weight}"
@@ -134,6 +136,8 @@ def load_tokenizer(folder: Path) -> Any:
             f"{path}: no such file; give the Hugging Face folder of T5's tokenizer, with its "
             "spiece.model"
         )
+
+    # Imported here: it takes seconds.
     from transformers import T5Tokenizer
 
     try:

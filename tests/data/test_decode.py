@@ -134,14 +134,12 @@ class TestDecode:
         palette = Image.new("P", (16, 16))
         palette.putpalette([255, 0, 0, 0, 0, 0])
         palette.paste(1, (8, 0, 16, 16))
+        alphas = bytes([255, 0])  # of each colour
         for data, left in (
             (image_files.rgba_png(), [255, 0, 0]),
             (encoded(red, "WEBP", lossless=True), [255, 0, 0]),
             (encoded(grey, "PNG"), [76] * 3),
-            (
-                encoded(palette, "PNG", transparency=bytes([255, 0])),
-                [255, 0, 0],
-            ),  # an alpha for each colour
+            (encoded(palette, "PNG", transparency=alphas), [255, 0, 0]),
             (encoded(palette, "PNG", transparency=1), [255, 0, 0]),
             (encoded(palette, "GIF", transparency=1), [255, 0, 0]),
             (sixteen_bits, [0x12] * 3),
@@ -321,9 +319,8 @@ class TestRefusedFiles:
         check_refused(image_files.html(), "is none of JPEG, PNG, WEBP, GIF, BMP")
 
     @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "GIF frame", "BMP", "WEBP"])
-    @pytest.mark.parametrize(
-        "side", [9_434, 13_000, 16_000, 30_000]
-    )  # Pillow warns up to twice its limit, then raises
+    # Pillow warns up to twice its limit, then raises.
+    @pytest.mark.parametrize("side", [9_434, 13_000, 16_000, 30_000])
     def test_images_that_are_too_large_are_refused_by_their_header(
         self, kind: str, side: int
     ) -> None:

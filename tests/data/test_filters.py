@@ -78,7 +78,7 @@ FILTERS: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], bool]]] = {
         lambda f: is_number_in(0.2, 0.6)(f["meta"].get("score")),
     ),
     "value": ({"fields": {"language": "en"}}, lambda f: f["meta"]["language"] == "en"),
-    "truth": ({"fields": {"score": True}}, lambda f: f["meta"].get("score") is True),
+    "boolean": ({"fields": {"score": True}}, lambda f: f["meta"].get("score") is True),
     "one of": (
         {"fields": {"score": ["high", 0.9]}},
         lambda f: f["meta"].get("score") in ("high", 0.9),

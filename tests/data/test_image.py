@@ -54,10 +54,8 @@ def mean_of_area(image: np.ndarray, size: int) -> np.ndarray:
 class TestGeometry:
     @pytest.mark.parametrize("name", PHOTOGRAPHS)
     def test_photographs_look_like_the_mean_of_the_area(self, name: str) -> None:
-        for short, quality in (
-            (1024, 90),
-            (1025, 95),
-        ):  # 1025 ends within the last pixel at any scale
+        # 1025 ends within the last pixel at any scale.
+        for short, quality in ((1024, 90), (1025, 95)):
             data = encoded(photograph(name, short), "JPEG", quality=quality, subsampling="4:2:0")
             full = simplejpeg.decode_jpeg(data)
             for size in (64, 256):

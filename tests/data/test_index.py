@@ -206,8 +206,8 @@ def test_the_readable_samples_of_a_damaged_tar_are_indexed(kind: str, tmp_path: 
     data, remaining, reason = DAMAGED[kind]
     index = write_and_index(tmp_path / "0.tar", data)
     assert keys(index) == remaining
-    (found,) = [fault.reason for fault in index.faults if not fault.key]
-    assert found.startswith(reason)
+    (range_fault,) = [fault for fault in index.faults if not fault.key]
+    assert range_fault.reason.startswith(reason)
     path = tmp_path / "0.tar"
     for row in range(index.num_samples):
         offset = int(index.column("offset")[row, 0])
@@ -218,8 +218,8 @@ def test_the_readable_samples_of_a_damaged_tar_are_indexed(kind: str, tmp_path: 
 
 def test_every_cut_is_a_fault_and_leaves_complete_samples(tmp_path: Path) -> None:
     (tmp_path / "whole.tar").write_bytes(THREE)
-    with tarfile.open(tmp_path / "whole.tar") as whole:
-        ends = {member.name: member.offset_data + member.size for member in whole.getmembers()}
+    with tarfile.open(tmp_path / "whole.tar") as archive:
+        ends = {member.name: member.offset_data + member.size for member in archive.getmembers()}
     end = max(ends.values())
     for cut in sorted({*range(1, end + 1, 97), *range(512, end + 1, 512)}):
         index = write_and_index(tmp_path / "0.tar", THREE[:cut])

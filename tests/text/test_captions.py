@@ -12,7 +12,8 @@ from pipeline.text.captions import CLEANING, RULES, captions, clean
 EXAMPLES = {
     "A Photo of a Cat": "a photo of a cat",
     "  much \t space\n here ": "much space here",
-    "caf\u00c3\u00a9 d\u00c3\u00a9j\u00c3\u00a0 vu": "caf\u00e9 d\u00e9j\u00e0 vu",  # UTF-8 decoded as Latin-1
+    # UTF-8 decoded as Latin-1.
+    "caf\u00c3\u00a9 d\u00c3\u00a9j\u00c3\u00a0 vu": "caf\u00e9 d\u00e9j\u00e0 vu",
     "a &amp;quot;big&amp;quot; dog": 'a "big" dog',
     "black &amp; white": "black & white",
     "<b>Bold</b> and <br/>": "bold and",

@@ -69,7 +69,7 @@ SAME = {
     "a copy": lambda folder: None,
     "links": links,
     "shards": shards,
-    "a decoder beside it": rewrite(
+    "an additional decoder": rewrite(
         lambda weights: weights.update({"decoder.final_layer_norm.weight": np.ones(16)})
     ),
     "the embedding's other name": rewrite(

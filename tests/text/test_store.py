@@ -177,7 +177,8 @@ def test_a_flipped_bit_is_refused_when_it_is_read(folder: Path) -> None:
     assert list(store.faults()) == []
     assert len(store.read(0, 0, "txt", 0)) == 3
     with pytest.raises(
-        UserError, match=r"is damaged \(caption 0 of sample 2 .*remove it and run `python -m"
+        UserError,
+        match=r"is damaged \(caption 0 of sample 2 .*remove it and run `cascade cache-text",
     ):
         store.read(0, 2, "txt", 0)
 
