@@ -9,12 +9,12 @@ from mindspore import Tensor, ops
 
 from pipeline import kernels, runtime
 from pipeline.nn import tiling
-from pipeline.nn.parameters import assign, put
+from pipeline.nn.parameters import put
 from pipeline.nn.tiling import tiled
 from pipeline.nn.unet import UNet, UNetConfig
 from pipeline.stage import stage as stage_module
+from tests.helpers.compare import assign_random
 from tests.stages.test_recipes import inputs, make
-from tools.references import random_weights
 
 CHANNELS = 16
 
@@ -31,7 +31,7 @@ CONFIG = UNetConfig(
 
 def network(**changes: object) -> UNet:
     net = UNet(replace(CONFIG, **changes), channels_in=6, num_levels=2, text_width=12)
-    assign(net, random_weights({p.name: p.shape for p in net.trainable_params()}, seed=0), "test")
+    assign_random(net)
     return net
 
 
@@ -144,8 +144,7 @@ def test_statistics_are_accurate_where_the_mean_is_large() -> None:
 def test_sampling_is_tiled_and_training_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a limit below the images of both, and then with tiles of zeros."""
     stage = make("sr64")
-    weights = random_weights({p.name: p.shape for p in stage.network.trainable_params()}, seed=0)
-    assign(stage.network, weights, "test")
+    assign_random(stage.network)
     images, text, mask = inputs(stage, 2)
     batch = [
         Tensor(np.asarray(array, np.float32))
