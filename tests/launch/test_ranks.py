@@ -144,9 +144,7 @@ def test_a_signal_to_one_rank_stops_both_after_the_same_step(job: Path) -> None:
         assert (result["finished"], result["steps"]) == (False, STOP)
 
 
-def test_resumed_with_a_sharded_optimizer_equals_uninterrupted_bit_for_bit(
-    job: Path, raw: Any
-) -> None:
+def test_resumed_and_sharded_equals_uninterrupted_bit_for_bit(job: Path, raw: Any) -> None:
     whole, pieces = Path(raw("whole")["run"]), Path(raw("pieces")["run"])
     exact = [
         [(m["step"], m["loss"], m["lr"], m["grad_norm"]) for m in metrics(run)]
