@@ -69,7 +69,7 @@ class NodeJob:
 class Attempt:
     """The state of an attempt; `folder` has its logs and heartbeats.
 
-    Times are of this process's monotonic clock unless they are said to be in Unix seconds.
+    Times are of this process's monotonic clock, except where Unix seconds are mentioned.
     """
 
     def __init__(self, job: NodeJob, folder: Path) -> None:
@@ -88,7 +88,7 @@ class Attempt:
         # By rank or launcher, each as it was first seen.
         self.failures: dict[int | str, Failure] = {}
         self.failed_at: float | None = None  # when the first failure was seen
-        self.stopped_at: float | None = None  # when the ranks were told to stop
+        self.stopped_at: float | None = None  # when the ranks were sent SIGTERM
         self.done_at: float | None = None  # when all ranks here were done
 
     def run(self) -> Outcome:
@@ -129,9 +129,9 @@ class Attempt:
                 return failure
 
             noun = "node" if len(missing) == 1 else "nodes"
-            who = f"{noun} {', '.join(map(str, missing))} of {self.config.nodes}"
+            names = f"{noun} {', '.join(map(str, missing))} of {self.config.nodes}"
             if self.signals or self.peers.any_stopped():
-                message = f"stopped while waiting for {who}; the same command resumes"
+                message = f"stopped while waiting for {names}; the same command resumes"
                 return Outcome(code=STOPPED, message=message)
 
             # An ssh connection that failed is the reason why its node does not come.
@@ -144,8 +144,9 @@ class Attempt:
             if time.monotonic() > deadline:
                 return Outcome(
                     code=1,
-                    message=f"{who} not here within {self.limits.meet:g} s: start the same command "
-                    f"there with its launch.node_rank; all nodes have to share {self.job.run_dir}",
+                    message=f"{names} not here within {self.limits.meet:g} s: start the same "
+                    "command there with its launch.node_rank; all nodes have to share "
+                    f"{self.job.run_dir}",
                 )
             time.sleep(POLL)
 

@@ -88,7 +88,7 @@ def misbehave(rank: int, what: str, step: int) -> None:
 def train(rank: int, faults: list[list[str]]) -> None:
     stopped: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
-    mine = [(what, int(*step or "3")) for who, what, *step in faults if int(who) == rank]
+    mine = [(what, int(*step or "3")) for number, what, *step in faults if int(number) == rank]
     kinds = {what for what, _ in mine}
     if "silent" in kinds:
         misbehave(rank, "silent", 0)

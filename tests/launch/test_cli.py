@@ -1,4 +1,4 @@
-"""The command line: its arguments, and how a mistake is reported: one line on stderr, exit code 2."""
+"""The command line: its arguments, and how a mistake is reported: in one line, with exit code 2."""
 
 import json
 import logging
