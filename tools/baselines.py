@@ -14,7 +14,7 @@ import numpy as np
 from scipy import ndimage
 
 from pipeline.data.image import to_uint8
-from pipeline.imaging.degradations import Degraded, grey
+from pipeline.imaging.degradations import Degraded, to_grayscale
 
 BLUR = 0.6  # sigma in pixels: of 0.5, 0.6 and 0.8 the best on photographs of 64 px, by 0.1 dB
 
@@ -41,5 +41,6 @@ def mean_chroma(pictures: Iterable[np.ndarray]) -> np.ndarray:
     grey.
     """
     return np.mean(
-        [(picture - grey(picture).astype(np.float64)).mean((0, 1)) for picture in pictures], 0
+        [(picture - to_grayscale(picture).astype(np.float64)).mean((0, 1)) for picture in pictures],
+        0,
     )

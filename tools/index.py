@@ -126,7 +126,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     arguments = parser.parse_args(argv)
 
-    from pipeline.data.shards import DataConfig, Shards, indexed
+    from pipeline.data.shards import DataConfig, Shards, open_indexes
     from pipeline.log import setup_logging
 
     setup_logging()
@@ -146,7 +146,7 @@ def main(argv: Sequence[str]) -> None:
         max_damage=1.0,
     )
     sources = config.sources()
-    found = report(Shards(config, sources, indexed(config, sources, outdated=True)))
+    found = report(Shards(config, sources, open_indexes(config, sources, rebuild_outdated=True)))
     print(json.dumps(found) if arguments.json else as_text(found))
 
 

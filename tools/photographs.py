@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from pipeline.data.decode import MAX_SIDE, Picture, decode
-from pipeline.data.image import crop_resize, window
+from pipeline.data.decode import MAX_SIDE, DecodedImage, decode
+from pipeline.data.image import crop, crop_resize
 from pipeline.errors import UserError
 from pipeline.rng import generator
 from pipeline.terminal import Parser, positive, run
@@ -68,7 +68,7 @@ def square(
     short = min(pixels.shape[:2])
     side = round(np.exp(rng.uniform(np.log(max(size, short / CLOSEST)), np.log(short))))
     return crop_resize(
-        Picture(window(pixels, side, *rng.random(2)), side, side, orientation), size, 0.5, 0.5
+        DecodedImage(crop(pixels, side, *rng.random(2)), side, side, orientation), size, 0.5, 0.5
     )
 
 

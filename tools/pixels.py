@@ -27,13 +27,13 @@ VALUES = 256
 def histogram(shards: "Shards") -> tuple[np.ndarray, Counter[str]]:
     """How often each value occurs in each channel, int64 (3, 256), and why pictures were left out."""
     from pipeline.data.decode import MAX_SIDE, BadImage, decode
-    from pipeline.data.shards import Damaged
+    from pipeline.data.shards import DamagedSample
 
     counts_CV, out = np.zeros((3, VALUES), np.int64), Counter[str]()
     for number in tqdm(range(len(shards)), unit=" images"):
         try:
             pixels = decode(shards.image(number), size=MAX_SIDE).pixels
-        except (BadImage, Damaged) as error:
+        except (BadImage, DamagedSample) as error:
             out[str(error)] += 1
             continue
         for channel in range(3):

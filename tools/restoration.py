@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.errors import UserError
-from pipeline.imaging.contact_sheet import Row, sheet
+from pipeline.imaging.contact_sheet import Row, contact_sheet
 from pipeline.rng import generator
 from pipeline.terminal import Parser, positive, run
 
@@ -85,7 +85,7 @@ def main(argv: Sequence[str]) -> None:
                 rows.append(
                     row(arguments.out, title, cases[len(rows) % len(cases)], arguments.samples)
                 )
-    sheet(rows).save(arguments.out / "overview.png")
+    contact_sheet(rows).save(arguments.out / "overview.png")
     print("\n".join(lines))
     print(
         f"PSNR in dB (SSIM), means of {len(pictures)} pictures; {arguments.samples} samples of each; "
@@ -139,12 +139,16 @@ def damages(
     """The pictures degraded as in training and, as Palette is measured, inpainting's with a hole in
     the centre too.
     """
-    from pipeline.imaging.degradations import centre, with_hole
+    from pipeline.imaging.degradations import center_mask, with_hole
 
     found = {task: [damage(task, name, truth, seed, n) for n, (name, truth) in enumerate(pictures)]}
     if task == "inpainting":
         found["inpainting_centre"] = [
-            Case(name, truth, with_hole(truth, centre(len(truth)), generator(seed, "damage", 0, n)))
+            Case(
+                name,
+                truth,
+                with_hole(truth, center_mask(len(truth)), generator(seed, "damage", 0, n)),
+            )
             for n, (name, truth) in enumerate(pictures)
         ]
     return found

@@ -67,7 +67,9 @@ def changes(config: Any, world: int) -> Iterator[Sequence[Change]]:
     if not config.unet.recompute:
         yield [{"unet.recompute": True}]
     if train.precision == "float32":
-        yield [{"train.precision": name} for name in device.precisions() if name != "float32"][:1]
+        yield [
+            {"train.precision": name} for name in device.supported_precisions() if name != "float32"
+        ][:1]
     adamw = config.optimizer.kind == "adamw"
     if adamw and world > 1 and not train.shard_optimizer:
         yield [{"train.shard_optimizer": True}]

@@ -52,7 +52,7 @@ def run_check(arguments: argparse.Namespace) -> int:
 
 def run_train(arguments: argparse.Namespace) -> int:
     from launch.jobs.plan import NODE_LOCK, processes, rank_program, read_launch, remotes
-    from pipeline.files import holder
+    from pipeline.files import lock_holder
     from pipeline.stage.registry import read_stage_config
     from pipeline.train.resume import finished
 
@@ -66,7 +66,7 @@ def run_train(arguments: argparse.Namespace) -> int:
     ):  # in this process: what is simple stays easy to debug
         from launch.jobs.worker import train
 
-        if pid := holder(
+        if pid := lock_holder(
             Path(config.run), NODE_LOCK.format(0)
         ):  # of which no rank may run at this moment
             raise UserError(
@@ -104,18 +104,24 @@ def run_status(arguments: argparse.Namespace) -> int:
 
 def run_sample(arguments: argparse.Namespace) -> int:
     said = prompts_in(arguments, arguments.num)
-    from pipeline.generate.cascade import Cascade, prompts_of
+    from pipeline.generate.cascade import Cascade, check_prompts
     from pipeline.generate.cascade_folder import read_cascade
     from pipeline.generate.output_folder import generate
     from pipeline.log import setup_logging
 
     setup_logging()
     manifests, _ = read_cascade(Path(arguments.path))
-    prompts = prompts_of(manifests, said, arguments.num)
+    prompts = check_prompts(manifests, said, arguments.num)
     options = sampling_options(arguments, manifests)
     cascade = Cascade.load(arguments.path)
     written = generate(
-        cascade, prompts, arguments.out, arguments.seed, options, arguments.start, arguments.stop
+        cascade,
+        prompts,
+        arguments.out,
+        arguments.seed,
+        options=options,
+        start=arguments.start,
+        stop=arguments.stop,
     )
     told = f" for {len(prompts)} prompts" if any(prompts) else ""
     print(f"{arguments.out}: {written} pictures written{told}, listed in manifest.jsonl")
@@ -126,13 +132,13 @@ def run_edit(arguments: argparse.Namespace) -> int:
     prompts = prompts_in(arguments)
     from pipeline.generate.cascade import Cascade
     from pipeline.generate.cascade_folder import read_cascade
-    from pipeline.generate.edit import open_editing, strengths
+    from pipeline.generate.edit import open_edit_files, strengths
     from pipeline.generate.output_folder import generate
-    from pipeline.imaging.user_images import pictures_in
+    from pipeline.imaging.user_images import list_images
     from pipeline.log import setup_logging
 
     setup_logging()
-    images = pictures_in(arguments.image)
+    images = list_images(arguments.image)
     num = max(len(images), len(prompts))
     if not {len(images), len(prompts)} <= {1, num}:
         raise UserError(
@@ -149,17 +155,19 @@ def run_edit(arguments: argparse.Namespace) -> int:
     names = list(options)
     strength = strengths(by_stage("strength", arguments.strength, names), masked, names)
     size = list(manifests.values())[-1].size_out
-    editing = open_editing(images * (num // len(images)), arguments.mask, size, strength)
+    editing = open_edit_files(
+        images * (num // len(images)), arguments.mask, size=size, strengths=strength
+    )
     cascade, prompts = Cascade.load(arguments.path), prompts * (num // len(prompts))
     written = generate(
         cascade,
         prompts,
         arguments.out,
         arguments.seed,
-        options,
-        arguments.start,
-        arguments.stop,
-        editing,
+        options=options,
+        start=arguments.start,
+        stop=arguments.stop,
+        edit_files=editing,
     )
     print(f"{arguments.out}: {written} pictures written for {num} edits, listed in manifest.jsonl")
     return 0
@@ -190,9 +198,9 @@ def sampling_options(
     arguments: argparse.Namespace, manifests: Mapping[str, "Manifest"]
 ) -> dict[str, dict[str, Any]]:
     """What --steps, --guidance and --aug-level say of each stage that runs."""
-    from pipeline.generate.cascade import span
+    from pipeline.generate.cascade import stages_between
 
-    names = span(list(manifests), arguments.start, arguments.stop)
+    names = stages_between(list(manifests), arguments.start, arguments.stop)
     enlarging = [name for name in names if manifests[name].size_in is not None]
     options: dict[str, dict[str, Any]] = {name: {} for name in names}
     for option in ("steps", "guidance", "aug_level"):
@@ -215,7 +223,7 @@ def run_restore(arguments: argparse.Namespace) -> int:
     check_seed(arguments.seed)
     from pipeline.generate.cascade import Cascade
     from pipeline.generate.cascade_folder import read_cascade
-    from pipeline.generate.restore import RestoreOptions, check_task, damages, restore
+    from pipeline.generate.restore import RestoreOptions, check_task, read_damaged, restore
     from pipeline.log import setup_logging
 
     setup_logging()
@@ -228,11 +236,16 @@ def run_restore(arguments: argparse.Namespace) -> int:
         repaint_share=arguments.repaint_share,
     )
     check_task(read_cascade(folder)[0], how.task)
-    found = damages(
+    found = read_damaged(
         how.task, arguments.image, arguments.mask, arguments.extend and tuple(arguments.extend)
     )
     done = restore(
-        Cascade.load(folder), found, how, arguments.out, arguments.prompt, arguments.steps
+        Cascade.load(folder),
+        found,
+        how,
+        arguments.out,
+        prompt=arguments.prompt,
+        steps=arguments.steps,
     )
     print(
         f"{arguments.out}: {done} of {len(found)} pictures restored now, listed in manifest.jsonl"
@@ -245,9 +258,9 @@ def run_explore(arguments: argparse.Namespace) -> int:
     if not all(prompt.strip() for prompt in arguments.prompt):
         raise UserError("--prompt: holds an empty one; give words, or leave it out")
 
-    from pipeline.generate.cascade import Cascade, prompts_of
+    from pipeline.generate.cascade import Cascade, check_prompts
     from pipeline.generate.cascade_folder import read_cascade
-    from pipeline.generate.inspect import explore, read_picture
+    from pipeline.generate.inspect import inspect, read_square
     from pipeline.log import setup_logging
 
     setup_logging()
@@ -257,12 +270,19 @@ def run_explore(arguments: argparse.Namespace) -> int:
         raise UserError(
             f"{arguments.path}: {name} starts from a picture; give the folder of a stage that needs none"
         )
-    prompts = prompts_of(
+    prompts = check_prompts(
         {name: first}, arguments.prompt, None if arguments.prompt else arguments.num
     )
-    picture = read_picture(arguments.image, first.size_out) if arguments.image else None
+    picture = read_square(arguments.image, first.size_out) if arguments.image else None
     cascade = Cascade.load(arguments.path)
-    sheets = explore(cascade, prompts, arguments.out, arguments.seed, arguments.num, picture)
+    sheets = inspect(
+        cascade,
+        prompts,
+        arguments.out,
+        seed=arguments.seed,
+        num_images=arguments.num,
+        image=picture,
+    )
     print(f"{arguments.out}: {', '.join(sheets)}")
     return 0
 

@@ -55,7 +55,10 @@ def check_stage(path: str, overrides: Sequence[str], memory: float | None = None
     positions_of_rank(config, world=launch.size)  # the global batch can be divided
     with no_init_parameters():  # shapes without memory: the 2B base is counted on a laptop
         stage = stage_class(config.kind)(config)
-    side, device = stage.window or config.size, None if memory is None else round(memory * GIB)
+    side, device = (
+        stage.train_window or config.size,
+        None if memory is None else round(memory * GIB),
+    )
     return {
         "config": {**to_dict(config), "launch": to_dict(launch)},
         "parameters": num_parameters(stage.network),

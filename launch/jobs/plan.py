@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 from pipeline.config import ConfigError, build
 from pipeline.errors import UserError
-from pipeline.runtime import GATHERING, cluster
+from pipeline.runtime import STARTUP_TIMEOUT, detect_cluster
 
 NODE_LOCK = ".node-{}.lock"  # by which the supervisor of a node has the run folder
 MEETING = 300  # seconds within which all nodes have to be there
@@ -96,7 +96,7 @@ def read_launch(raw: dict[str, Any]) -> LaunchConfig:
     """The `launch` section of a configuration; what it leaves open of the nodes, the cluster's
     scheduler may know.
     """
-    found = cluster() if raw.get("launcher", "none") != "none" else {}
+    found = detect_cluster() if raw.get("launcher", "none") != "none" else {}
     return build(LaunchConfig, {**found, **raw}, "launch")
 
 
@@ -156,7 +156,7 @@ def processes(
             "--worker_log_name=rank",  # rank_R.log, where ours are
             "--tail_worker_log=99999",  # none: the supervisor shows what is to be seen
             "--join=True",
-            f"--cluster_time_out={GATHERING}",
+            f"--cluster_time_out={STARTUP_TIMEOUT}",
             *(
                 "python",
                 *program,

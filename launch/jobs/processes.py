@@ -22,7 +22,7 @@ import time
 from collections.abc import Collection
 from pathlib import Path
 
-from pipeline.runtime import environment_of
+from pipeline.runtime import process_environment
 
 NAME = "CASCADE_JOB"  # the variable that carries the mark
 PR_SET_CHILD_SUBREAPER = 36
@@ -64,7 +64,7 @@ def ours(mark: str, spare: Collection[int] = ()) -> list[int]:
         if facts is None or facts[0] in "ZX" or pid == me:
             continue
         parents[pid] = facts[1]
-        if needle in environment_of(pid):
+        if needle in process_environment(pid):
             found.add(pid)
     for pid in parents:
         line = {pid}

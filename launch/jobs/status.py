@@ -20,7 +20,7 @@ from launch.jobs.nodes import attempts
 from launch.jobs.plan import NODE_LOCK
 from pipeline.config import read_yaml
 from pipeline.errors import UserError
-from pipeline.files import holder
+from pipeline.files import lock_holder
 from pipeline.train import checkpoint
 
 RECENT = 20  # reports of which the speed is the median
@@ -40,7 +40,7 @@ def status(run: Path) -> dict[str, Any]:
     seconds = median(report["seconds"] for report in reports[-RECENT:]) if reports else None
     saved = checkpoint.steps(run / "checkpoints")
     folders = list(attempts(run).values())
-    pid = holder(run, NODE_LOCK.format(0)) or holder(run)
+    pid = lock_holder(run, NODE_LOCK.format(0)) or lock_holder(run)
     finished = (run / "stage" / "stage.json").exists() and steps >= total
     return {
         "run": str(run),

@@ -21,7 +21,7 @@ from typing import NoReturn
 from launch.jobs.nodes import STOPPED
 from pipeline.errors import JobError, UserError
 from pipeline.files import write_atomically
-from pipeline.runtime import attempt, is_scheduler, job, start_communication
+from pipeline.runtime import attempt_dir, is_scheduler, rank_info, start_communication
 from pipeline.terminal import run
 from pipeline.train.heartbeat import Heartbeat, describe
 
@@ -50,7 +50,7 @@ def train(path: str, overrides: Sequence[str]) -> int:
 
 def rank(folder: Path, argv: Sequence[str]) -> NoReturn:
     """A rank of the attempt in `folder`."""
-    number = job().rank
+    number = rank_info().rank
     output = os.open(folder / f"rank_{number}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     for descriptor in (1, 2):  # MindSpore's C++ writes there too
         os.dup2(output, descriptor)
@@ -75,7 +75,7 @@ def rank(folder: Path, argv: Sequence[str]) -> NoReturn:
 if __name__ == "__main__":
     if is_scheduler():  # msrun starts that by the same command
         start_communication()
-    elif (place := attempt()) is not None:
+    elif (place := attempt_dir()) is not None:
         rank(place, sys.argv[1:])
     else:
         run(lambda argv: train(argv[0], argv[1:]))

@@ -45,7 +45,7 @@ class CompiledFunction(nn.Cell):
         self.function = function
         self.used_parameters = ParameterTuple(parameters)
         self.folder = folder
-        self.graph = runtime.compile(type(self).construct)
+        self.graph = runtime.jit(type(self).construct)
 
     def construct(self, *tensors: Tensor) -> Any:
         return self.function(*tensors)
@@ -57,7 +57,7 @@ class CompiledFunction(nn.Cell):
         # The first call compiles; only this call may see the folder.
         folder = self.folder
         self.folder = None
-        with runtime.keeping_graphs(folder):
+        with runtime.graph_cache(folder):
             return self.graph(self, *tensors)
 
 

@@ -1,19 +1,8 @@
-"""The length of a training and what it leaves; and, as the loop sees it, a stage and its
-configuration.
-"""
+"""The length of a training run, and what it writes."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-import numpy as np
-from mindspore import Tensor, nn
 
 from pipeline.config import ConfigError
-from pipeline.data.shards import DataConfig
-from pipeline.text.encoder import TextConfig
-from pipeline.text.prompts import Arrays, ClassConfig
-from pipeline.train.optimizer import OptimizerConfig
 from pipeline.train.precision import Precision
 
 
@@ -26,9 +15,8 @@ class TrainConfig:
     # How a step is computed.
     grad_accum_steps: int = 1  # micro-batches that a rank's batch is split into, to save memory
     precision: Precision = "float32"  # of convolutions and matrix products
-    shard_optimizer: bool = (
-        False  # each rank keeps a shard of AdamW's state and of the EMA (ZeRO-1)
-    )
+    # Each rank keeps a shard of AdamW's state and of the EMA (ZeRO-1).
+    shard_optimizer: bool = False
     ema_decay: float = 0.9999
 
     # What is written.
@@ -63,43 +51,3 @@ class TrainConfig:
                 )
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay: {self.ema_decay} is not in [0, 1); 0.9999 is usual")
-
-
-class Config(Protocol):
-    """What the loop reads of a stage's configuration."""
-
-    @property
-    def kind(self) -> str: ...
-    @property
-    def run(self) -> str: ...
-    @property
-    def seed(self) -> int: ...
-    @property
-    def size(self) -> int: ...
-    @property
-    def text(self) -> TextConfig | None: ...
-    @property
-    def classes(self) -> ClassConfig | None: ...
-    @property
-    def data(self) -> DataConfig: ...
-    @property
-    def optimizer(self) -> OptimizerConfig: ...
-    @property
-    def train(self) -> TrainConfig: ...
-
-
-class Trainee(Protocol):
-    """What the loop uses of a stage."""
-
-    network: nn.Cell
-
-    @property
-    def config(self) -> Config: ...
-    @property
-    def window(self) -> int | None: ...
-    def batch(
-        self, step: int, positions: Sequence[int], pictures: np.ndarray, *prompt: np.ndarray
-    ) -> Arrays: ...
-    def loss(self, *tensors: Tensor) -> Tensor: ...
-    def picture(self, pictures: np.ndarray, *prompt: np.ndarray) -> np.ndarray: ...
-    def manifest_fields(self) -> dict[str, Any]: ...

@@ -12,25 +12,25 @@ the others wait for it, or learn the result, in their next collective.
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 from pipeline import runtime
-from pipeline.config import dump, to_dict
-from pipeline.data.loader import Loader
+from pipeline.config import dump
+from pipeline.data.loader import ImageSize, Loader
 from pipeline.data.shards import Shards
 from pipeline.errors import JobError, UserError
 from pipeline.files import lock
 from pipeline.log import RunLog
 from pipeline.nn.parameters import initialize, num_parameters
-from pipeline.stage.manifest import write_stage
+from pipeline.stage.config import StageConfig
+from pipeline.stage.manifest import manifest_of, write_stage
+from pipeline.stage.stage import Stage
 from pipeline.text.prompts import Prompts, open_prompts
 from pipeline.train import checkpoint
 from pipeline.train.compile_cache import CompileCache
-from pipeline.train.config import Config, Trainee
 from pipeline.train.heartbeat import Heartbeat
 from pipeline.train.precision import cast_matmuls
 from pipeline.train.process_group import ProcessGroup
@@ -41,7 +41,7 @@ from pipeline.train.step import MicroBatches, StepResult, TrainStep, never, pref
 log = logging.getLogger("cascade")
 
 
-def train(stage: Trainee, should_stop: Callable[[], bool] = never) -> bool:
+def train(stage: Stage, should_stop: Callable[[], bool] = never) -> bool:
     """Trains `stage` to its last step and writes its stage folder, as one of the job's ranks.
 
     Returns False if `should_stop()`, on any rank, ended it early, after saving. UserError if
@@ -53,11 +53,11 @@ def train(stage: Trainee, should_stop: Callable[[], bool] = never) -> bool:
         # Rank 0 reports for all.
         log.setLevel(logging.WARNING)
 
-    heartbeat = Heartbeat(runtime.attempt(), job.rank)
+    heartbeat = Heartbeat(runtime.attempt_dir(), job.rank)
     heartbeat.beat("starting")
     try:
         is_finished = train_in_group(
-            stage, ProcessGroup(job.rank, job.world), heartbeat, should_stop
+            stage, ProcessGroup(job.rank, job.world_size), heartbeat, should_stop
         )
     except BaseException as error:
         heartbeat.beat("failed", error=error)
@@ -68,7 +68,7 @@ def train(stage: Trainee, should_stop: Callable[[], bool] = never) -> bool:
 
 
 def train_in_group(
-    stage: Trainee, group: ProcessGroup, heartbeat: Heartbeat, should_stop: Callable[[], bool]
+    stage: Stage, group: ProcessGroup, heartbeat: Heartbeat, should_stop: Callable[[], bool]
 ) -> bool:
     """`train`, as a rank of `group`."""
     config = stage.config
@@ -104,7 +104,7 @@ class Trainer:
     """
 
     def __init__(
-        self, stage: Trainee, loader: Loader, group: ProcessGroup, heartbeat: Heartbeat
+        self, stage: Stage, loader: Loader, group: ProcessGroup, heartbeat: Heartbeat
     ) -> None:
         self.stage = stage
         self.loader = loader
@@ -139,7 +139,7 @@ class Trainer:
             num_parameters(self.stage.network) / 1e6,
             len(shards),
             len(shards.indexes),
-            shards.account(),
+            shards.exclusion_summary(),
             self.group.world,
             self.progress.step,
             self.config.steps,
@@ -157,7 +157,8 @@ class Trainer:
             checkpoint.Writer(self.folder / "checkpoints", config.keep_checkpoints) as writer,
         ):
             timer = StepTimer(done)
-            batches = self.loader.batches(done, config.steps)
+            arrays = self.loader.batches(done, config.steps)
+            batches = map(self.stage.training.flatten, arrays)
             for micro_batches in prefetch(batches, self.train_step.micro_batches):
                 result = self.next_step(micro_batches, should_stop)
                 is_stopping = result.num_stop_requests > 0
@@ -223,7 +224,7 @@ class Trainer:
                 "grad_norm": result.grad_norm,
                 "images_per_second": self.stage.config.data.global_batch / seconds,
                 "seconds": seconds,
-                "quarantined": len(self.loader.quarantine.known),
+                "quarantined": len(self.loader.quarantine.listed),
                 "skipped": self.progress.num_skipped,
             },
         )
@@ -241,8 +242,8 @@ class Trainer:
         self.heartbeat.beat("sampling")
         with self.state.ema_in_network():
             if self.group.is_main:
-                inputs = self.loader.first(self.config.num_samples)
-                run_log.picture(self.progress.step, self.stage.picture(*inputs))
+                images, prompt = self.loader.first(self.config.num_samples)
+                run_log.image(self.progress.step, self.stage.sample_grid(images, prompt))
 
     def write_stage(self, prompts: Prompts) -> None:
         """Writes the stage folder. All ranks have to call it, as each gives its shard."""
@@ -250,9 +251,8 @@ class Trainer:
         if self.group.is_main:
             # A run that was finished before may have more steps than are configured now.
             step = max(self.progress.step, self.config.steps)
-            write_stage(
-                self.folder / "stage", stage_manifest(self.stage, prompts.facts, step), weights
-            )
+            manifest = manifest_of(self.stage, prompts.manifest_fields, step)
+            write_stage(self.folder / "stage", manifest, weights)
             log.info("%s: done, the stage is in %s", self.folder, self.folder / "stage")
 
 
@@ -272,16 +272,21 @@ class StepTimer:
         return seconds
 
 
-def open_loader(stage: Trainee, shards: Shards, prompts: Prompts, share: range) -> Loader:
+def open_loader(stage: Stage, shards: Shards, prompts: Prompts, share: range) -> Loader:
     """The loader of this rank's `share` of the global batch."""
     config = stage.config
-    quarantine = Path(config.run) / "quarantine.jsonl"
     return Loader(
-        shards, prompts, config.seed, config.size, stage.window, stage.batch, quarantine, share
+        shards,
+        prompts,
+        seed=config.seed,
+        size=ImageSize(side=config.size, window=stage.train_window),
+        make_inputs=stage.training_inputs,
+        quarantine=Path(config.run) / "quarantine.jsonl",
+        share=share,
     )
 
 
-def positions_of_rank(config: Config, rank: int = 0, world: int = 1) -> range:
+def positions_of_rank(config: StageConfig, rank: int = 0, world: int = 1) -> range:
     """The positions in the global batch that `rank` trains on.
 
     UserError if the batch cannot be divided into equal micro-batches.
@@ -298,7 +303,7 @@ def positions_of_rank(config: Config, rank: int = 0, world: int = 1) -> range:
     return range(rank * batch // world, (rank + 1) * batch // world)
 
 
-def check_ranks_agree(group: ProcessGroup, config: Config, shards: Shards) -> None:
+def check_ranks_agree(group: ProcessGroup, config: StageConfig, shards: Shards) -> None:
     """Waits for all ranks. UserError unless they have the same configuration and samples."""
     text = f"{shards.digest} {dump(config)}"
     mismatching = group.mismatching_ranks(blake2b(text.encode(), digest_size=8).digest())
@@ -330,19 +335,3 @@ def count_skipped(result: StepResult, in_a_row: int, limit: int, where: str) -> 
         )
     log.warning("%s: step skipped", problem)
     return in_a_row + 1
-
-
-def stage_manifest(stage: Trainee, prompt_fields: Mapping[str, Any], step: int) -> dict[str, Any]:
-    """The content of stage.json, without the format and the weights' SHA-256."""
-    config: dict[str, Any] = to_dict(stage.config)
-    return {
-        "kind": config["kind"],
-        "size_out": config["size"],
-        "channels": 3,
-        **{name: config["diffusion"][name] for name in ("schedule", "prediction", "loss")},
-        **stage.manifest_fields(),
-        **prompt_fields,
-        "ema_decay": stage.config.train.ema_decay,
-        "step": step,
-        "config": config,
-    }

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline import device
-from pipeline.data.loader import AHEAD
+from pipeline.data.loader import PREFETCH
 from pipeline.nn.blocks import ActivationFootprint
 from pipeline.nn.unet import UNet
 from pipeline.train.buckets import MIN_CAPACITY, NUM_BUCKETS
@@ -33,7 +33,7 @@ GRAPH_BYTES = 0.7 * 2**20
 FRAGMENTATION = 1.1
 
 # Batches in memory at once: loaded ahead, being joined, being copied to the device, trained on.
-NUM_BATCHES = AHEAD + 3
+NUM_BATCHES = PREFETCH + 3
 
 # Tensors of the image's size within the graph: noisy images, patches and back, inputs of the loss.
 NUM_IMAGE_TENSORS = 18

@@ -24,10 +24,10 @@ def cast_matmuls(network: nn.Cell, precision: Precision) -> None:
 
     ConfigError if the device does not support it.
     """
-    if precision not in device.precisions():
+    if precision not in device.supported_precisions():
         raise ConfigError(
             f"train.precision: {precision} is not supported on this device; give one of "
-            f"{', '.join(device.precisions())}"
+            f"{', '.join(device.supported_precisions())}"
         )
 
     if precision == "float32":

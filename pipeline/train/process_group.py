@@ -4,7 +4,7 @@ All ranks train the same weights, each on its share of the batch. They start equ
 (`broadcast_array`), and each step sums their gradients (`all_reduce_sum`), so they make the same
 update and stay equal, bit for bit; `mismatching_ranks` verifies that. If the optimizer is sharded,
 `gather` collects the updated shards. There is no barrier: when rank 0 saves or samples, the others
-wait for it in the next collective, for at most `runtime.PATIENCE` seconds.
+wait for it in the next collective, for at most `runtime.COLLECTIVE_TIMEOUT` seconds.
 
 Scalars that ranks have to agree on (the mean loss, the number of stop requests) are appended to the
 last gradient vector, so they need no collective of their own. A value that is not finite on one

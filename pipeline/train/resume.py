@@ -11,8 +11,8 @@ from pipeline.config import ConfigError, build, differences, dump, read_yaml, to
 from pipeline.data.shards import Shards
 from pipeline.errors import UserError
 from pipeline.files import write_atomically
+from pipeline.stage.config import StageConfig
 from pipeline.train import checkpoint
-from pipeline.train.config import Config
 from pipeline.train.precision import LossScale
 from pipeline.train.step import TrainStep
 
@@ -57,7 +57,7 @@ class Progress:
     num_skipped: int = 0  # of them, not applied
 
 
-def forbidden_changes(run: Path, config: Config) -> Iterator[Change]:
+def forbidden_changes(run: Path, config: StageConfig) -> Iterator[Change]:
     """The changes from the configuration saved in `run` that are not in `MAY_CHANGE`.
 
     UserError if the saved one is of another version of this package.
@@ -71,7 +71,7 @@ def forbidden_changes(run: Path, config: Config) -> Iterator[Change]:
             yield Change(field=field, before=before, now=now)
 
 
-def read_saved(path: Path, config: Config) -> dict[str, Any]:
+def read_saved(path: Path, config: StageConfig) -> dict[str, Any]:
     """The configuration in `path`, with the defaults of fields that are newer than the file.
 
     UserError if it has fields or values that are no longer valid.
@@ -92,7 +92,7 @@ def read_saved(path: Path, config: Config) -> dict[str, Any]:
     return complete
 
 
-def finished(config: Config) -> bool:
+def finished(config: StageConfig) -> bool:
     """Whether the run has already trained this configuration to its end and left the stage."""
     run = Path(config.run)
     try:
@@ -103,7 +103,7 @@ def finished(config: Config) -> bool:
     return step >= config.train.steps and not list(forbidden_changes(run, config))
 
 
-def prepare_run_dir(run: Path, config: Config) -> Path | None:
+def prepare_run_dir(run: Path, config: StageConfig) -> Path | None:
     """Saves the configuration in the run folder and returns the checkpoint to resume from, if any.
 
     UserError if the configuration is not that of the checkpoint.

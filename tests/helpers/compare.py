@@ -45,7 +45,7 @@ def differentiate(net: nn.Cell, call: Callable[..., Tensor] | None = None) -> Ca
         output = call(*inputs)
         return (output * cotangent).sum(), output
 
-    gradient = runtime.compile(value_and_grad(projection, 1, parameters, has_aux=True))
+    gradient = runtime.jit(value_and_grad(projection, 1, parameters, has_aux=True))
 
     def answers(*arrays: np.ndarray) -> Arrays:
         (_, output), (of_x, of_parameters) = gradient(*(Tensor(array) for array in arrays))

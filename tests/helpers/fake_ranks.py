@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 
 from pipeline.files import write_atomically
-from pipeline.runtime import attempt
+from pipeline.runtime import attempt_dir
 
-FOLDER = attempt() or Path()
+FOLDER = attempt_dir() or Path()
 
 
 def beat(rank: int, phase: str, step: int, error: str | None = None) -> None:

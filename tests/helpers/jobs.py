@@ -11,7 +11,7 @@ from typing import Any
 
 from launch.jobs import processes
 from launch.jobs.heartbeats import read_beat
-from pipeline.runtime import environment_of
+from pipeline.runtime import process_environment
 
 ROOT = Path(__file__).parents[2]
 WAIT = (
@@ -39,7 +39,7 @@ def left(folder: Path) -> list[int]:
         except OSError:
             continue
         if (
-            str(folder) in words or any(str(folder) in word for word in environment_of(pid))
+            str(folder) in words or any(str(folder) in word for word in process_environment(pid))
         ) and processes.alive(pid):
             found.append(pid)
     return found

@@ -21,7 +21,7 @@ from launch.jobs.plan import (
 )
 from pipeline.config import ConfigError, build
 from pipeline.errors import UserError
-from pipeline.runtime import GATHERING, child_environment, cluster
+from pipeline.runtime import STARTUP_TIMEOUT, child_environment, detect_cluster
 
 CONFIG, OVERRIDES = "configs/tiny/base64.yaml", ["train.steps=4", "run=/runs/a b"]
 PROGRAM = ["-m", "launch.jobs.worker", CONFIG, *OVERRIDES]
@@ -65,7 +65,7 @@ def test_msrun(node: int) -> None:
             "--worker_log_name=rank",
             "--tail_worker_log=99999",
         ),
-        *("--join=True", f"--cluster_time_out={GATHERING}", "python", *PROGRAM),
+        *("--join=True", f"--cluster_time_out={STARTUP_TIMEOUT}", "python", *PROGRAM),
     ]
     started = processes(config, PROGRAM, ATTEMPT, 8118)
     assert started == [Process(name=f"msrun_{node}", argv=argv, environment=told(2 * node))]
@@ -188,7 +188,7 @@ def test_what_the_scheduler_says(
     said: dict[str, str], found: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.environ", dict(said))
-    assert cluster() == found
+    assert detect_cluster() == found
     assert "launcher" not in found
     for launcher in ("msrun", "none"):  # one process needs no cluster
         assert read_launch({"launcher": launcher, "master": "10.9.9.9"}) == LaunchConfig(

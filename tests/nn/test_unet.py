@@ -138,26 +138,50 @@ def test_recompute_changes_nothing_but_memory(cases):
     assert again.found.keys() == plain.found.keys()
 
 
-def test_dropout_is_each_layers_own_and_recomputed_the_same():
-    """Compiled: an image alone is that image in company, and what is forgotten is dropped again as
-    it was.
-    """
-    config = replace(ADM, dropout=0.3)
+def test_dropout_differs_by_layer_and_is_recomputed_alike() -> None:
+    """Compiled; without seeds nothing is dropped."""
     seeds = np.array([3, 4], np.int32)
-    found = []
-    for recompute in (False, True):
-        net = UNet(replace(config, recompute=recompute), channels_in=3, num_levels=1, text_width=0)
+    logsnr = np.zeros((2, 1), np.float32)
+    x, cotangent = np.random.default_rng(0).standard_normal((2, 2, 3, 8, 8)).astype(np.float32)
+
+    def network(recompute: bool) -> UNet:
+        config = replace(ADM, dropout=0.3, recompute=recompute)
+        net = UNet(config, channels_in=3, num_levels=1, text_width=0)
         weights = random_weights({p.name: p.shape for p in net.trainable_params()}, 0)
         assign(net, weights, "random")
-        stream = np.random.default_rng(0)
-        x, cotangent = stream.standard_normal((2, 2, 3, 8, 8)).astype(np.float32)
-        found.append(differentiate(net)(cotangent, x, np.zeros((2, 1), np.float32), seeds))
+        return net
+
+    def gradients(net: UNet) -> Arrays:
+        def call(x: Tensor, logsnr: Tensor, seeds: Tensor) -> Tensor:
+            return net(x, logsnr, dropout_seeds_B=seeds)
+
+        return differentiate(net, call)(cotangent, x, logsnr, seeds)
+
+    net = network(recompute=False)
     numbers = [cell.number for _, cell in net.cells_and_names() if isinstance(cell, Dropout)]
-    assert numbers == list(range(len(numbers)))
-    assert len(numbers) == 10
-    assert_close(found[1], found[0], tolerance=1e-6)
-    without = net(Tensor(x), Tensor(np.zeros((2, 1), np.float32))).asnumpy()
-    assert np.abs(without - found[0]["output"]).max() > 0.01
+    assert numbers == list(range(10))
+
+    expected = gradients(net)
+    assert_close(gradients(network(recompute=True)), expected, tolerance=1e-6)
+
+    without = net(Tensor(x), Tensor(logsnr)).asnumpy()
+    assert np.abs(without - expected["output"]).max() > 0.01
+
+
+def test_missing_and_unexpected_inputs_are_named() -> None:
+    x = Tensor(np.zeros((1, 3, 8, 8), np.float32))
+    logsnr = Tensor(np.zeros((1, 1), np.float32))
+    label = Tensor(np.zeros((1, 4), np.float32))
+
+    plain = UNet(ADM, channels_in=3, num_levels=1, text_width=0)
+    with pytest.raises(ValueError, match="label_BK: given, but the network has no classes"):
+        plain(x, logsnr, label_BK=label)
+    with pytest.raises(ValueError, match="text_BLD: given, but the network has no text"):
+        plain(x, logsnr, label)
+
+    conditional = UNet(ADM, channels_in=3, num_levels=1, text_width=0, num_classes=4)
+    with pytest.raises(ValueError, match="label_BK: None, but the network has classes"):
+        conditional(x, logsnr)
 
 
 def names(net: UNet) -> list[str]:

@@ -5,7 +5,15 @@ import pytest
 from skimage.metrics import structural_similarity
 
 from pipeline.data.image import to_uint8
-from pipeline.imaging.degradations import TASKS, compressed, degrade, grey, half, whole, with_hole
+from pipeline.imaging.degradations import (
+    TASKS,
+    compress_jpeg,
+    degrade,
+    half_mask,
+    to_grayscale,
+    with_hole,
+    without_hole,
+)
 from pipeline.rng import generator
 from tests.helpers.image_files import psnr
 from tools.baselines import baseline, mean_chroma
@@ -40,14 +48,16 @@ def test_a_filled_hole_is_closer_than_its_mean_colour(task):
 def test_a_plane_of_one_colour_is_filled_with_it():
     picture = np.full((SIDE, SIDE, 3), (10, 200, 90), np.uint8)
     for edge in ("left", "around"):
-        given = with_hole(picture, half(SIDE, edge), generator(0, "damage"))
+        given = with_hole(picture, half_mask(SIDE, edge), generator(0, "damage"))
         assert (baseline("uncropping", given) == picture).all()
 
 
 def test_a_blurred_jpeg_is_closer():
     for quality in (5, 10, 20):
-        pairs = [(picture, compressed(picture, quality)) for picture in PICTURES]
-        found = [(picture, baseline("jpeg_restoration", whole(jpeg))) for picture, jpeg in pairs]
+        pairs = [(picture, compress_jpeg(picture, quality)) for picture in PICTURES]
+        found = [
+            (picture, baseline("jpeg_restoration", without_hole(jpeg))) for picture, jpeg in pairs
+        ]
         for score in (psnr, lambda a, b: structural_similarity(a, b, channel_axis=-1)):
             assert np.mean([score(*pair) for pair in found]) > np.mean(
                 [score(*pair) for pair in pairs]
@@ -58,9 +68,11 @@ def test_the_mean_colour():
     for picture in PICTURES:
         chroma = mean_chroma([picture])
         assert abs(chroma @ [0.299, 0.587, 0.114]) < 0.5  # none of it is luma
-        given = whole(grey(picture))
+        given = without_hole(to_grayscale(picture))
         assert (baseline("colorization", given) == to_uint8(given.source)).all()
-        assert psnr(baseline("colorization", given, chroma), picture) > psnr(grey(picture), picture)
+        assert psnr(baseline("colorization", given, chroma), picture) > psnr(
+            to_grayscale(picture), picture
+        )
     np.testing.assert_allclose(
         mean_chroma(PICTURES), np.mean([mean_chroma([picture]) for picture in PICTURES], 0)
     )

@@ -470,7 +470,7 @@ def test_more_ranks_than_positions_are_refused(
         positions_of_rank(config, 0, 4)
 
 
-@pytest.mark.skipif("bfloat16" in device.precisions(), reason="this device has bfloat16")
+@pytest.mark.skipif("bfloat16" in device.supported_precisions(), reason="this device has bfloat16")
 def test_a_precision_that_the_device_lacks_leaves_no_folder(
     shards_folder: Path, tmp_path: Path
 ) -> None:

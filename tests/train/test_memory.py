@@ -12,7 +12,7 @@ from mindspore.nn.utils import no_init_parameters
 from launch.cli.fit import GIB, allowed, as_lines, changed, changes, fit
 from pipeline.config import build
 from pipeline.nn.attention import Attention, ScaledDotProductAttention
-from pipeline.nn.blocks import Conv, Conv1x1, Norm
+from pipeline.nn.layers import Conv, Conv1x1, Norm
 from pipeline.nn.unet import UNet, UNetConfig
 from pipeline.stage.registry import stage_class
 from pipeline.train.config import TrainConfig

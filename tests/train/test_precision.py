@@ -63,7 +63,7 @@ def test_convolutions_and_products_are_computed_in_16_bits() -> None:
     assert {str(parameter.dtype) for parameter in low.trainable_params()} == {"Float32"}
 
 
-@pytest.mark.skipif("bfloat16" in device.precisions(), reason="this device has bfloat16")
+@pytest.mark.skipif("bfloat16" in device.supported_precisions(), reason="this device has bfloat16")
 def test_a_precision_that_the_device_lacks_is_refused() -> None:
     with pytest.raises(ConfigError) as error:
         cast_matmuls(Small(), "bfloat16")

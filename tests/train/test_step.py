@@ -363,7 +363,7 @@ def test_vectors_are_scattered_alike_on_every_device() -> None:
     network, step = make("adamw")
     (bucket,) = step.state.buckets
     vector = np.arange(bucket.size, dtype=np.float32)
-    runtime.compile(step.state.scatter())(Tensor(vector)).asnumpy()
+    runtime.jit(step.state.scatter())(Tensor(vector)).asnumpy()
     for parameter in network.trainable_params():
         np.testing.assert_array_equal(parameter.asnumpy(), bucket.views(vector)[parameter.name])
 
@@ -422,7 +422,7 @@ def test_the_ema_is_in_the_network_only_inside(
     network, step, _ = resumed
     load(step, uninterrupted.states[HALF - 1])
     targets = batch(0)
-    compiled = runtime.compile(network.construct)
+    compiled = runtime.jit(network.construct)
 
     def assert_network_has(weights: Weights) -> None:
         assert_same_bits({"": snapshot(step)["model"]}, {"": weights})

@@ -34,7 +34,7 @@ def inputs(stage: Any) -> list[Tensor]:
 
 def measure(path: str, folder: str) -> dict[str, Any]:
     """Seconds, nodes of the optimized graph, parameters."""
-    runtime.write_graphs(folder)
+    runtime.save_graphs(folder)
     config, _ = read_stage_config(path, [])
     with no_init_parameters():
         stage = stage_class(config.kind)(config)

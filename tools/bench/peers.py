@@ -78,7 +78,7 @@ def pip(interpreter: Path, *arguments: str) -> None:
             text=True,
             timeout=LIMIT,
             check=False,
-            env=runtime.first_environment(),
+            env=runtime.initial_environment(),
         )
     except subprocess.TimeoutExpired:
         raise JobError(f"not installed: pip was not done in {LIMIT} s") from None

@@ -52,7 +52,7 @@ def sides(whole: Cascade, name: str, low: np.ndarray | None) -> dict[str, Callab
     shape, condition = stage.condition(low, 0, numbers, config.aug_level)
     inputs = [np.zeros((config.batch_size, *shape)), np.zeros(config.batch_size), *prompt]
     weight = [] if config.guidance == 1.0 else [config.guidance]
-    call = runtime.compile(stage.predict_guided if weight else stage.predict)
+    call = runtime.jit(stage.predict_guided if weight else stage.predict)
     tensors = [Tensor(np.asarray(array, np.float32)) for array in (*weight, *inputs, *condition)]
 
     def network() -> None:

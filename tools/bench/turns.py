@@ -28,7 +28,7 @@ def ask(python: str | Path, *arguments: object) -> dict[str, Any]:
     It starts as this process did: MindSpore's variables bind PyTorch too, and a side of ours sets
     them again.
     """
-    argv, environment = [str(python), *map(str, arguments)], runtime.first_environment()
+    argv, environment = [str(python), *map(str, arguments)], runtime.initial_environment()
     try:
         done = subprocess.run(
             argv, capture_output=True, text=True, timeout=LIMIT, check=False, env=environment
