@@ -58,15 +58,15 @@ def main(path: Path) -> None:
 
 def spoil(stage: Any, bad_step: int) -> None:
     """Puts a NaN into the images of step `bad_step`, from 0."""
-    batch = stage.batch
+    training_inputs = stage.training_inputs
 
-    def spoiled(step: int, *rest: Any) -> Any:
-        arrays = batch(step, *rest)
-        if step == bad_step:
-            arrays[0][0] = np.nan
+    def spoiled(images: np.ndarray, prompt: Any, draws: Any) -> Any:
+        arrays = training_inputs(images, prompt, draws)
+        if draws.step == bad_step:
+            arrays["x"][0] = np.nan
         return arrays
 
-    stage.batch = spoiled
+    stage.training_inputs = spoiled
 
 
 if __name__ == "__main__":

@@ -30,11 +30,7 @@ from pipeline.train.checkpoint import (
 )
 from tests.ground.test_files import FINISHED, failed_at_each_call, in_child, killed_at_each_call
 
-<<<<<<< HEAD
 PATIENCE = 60  # seconds to wait for what happens at once
-=======
-COLLECTIVE_TIMEOUT = 60  # seconds for what takes none
->>>>>>> main
 
 
 def content(step: int) -> tuple[Tensors, dict[str, Any]]:
@@ -353,13 +349,8 @@ class SlowSave:
     def __call__(
         self, folder: Path, step: int, tensors: Tensors, state: dict[str, Any], keep: int
     ) -> Path:
-<<<<<<< HEAD
         self.steps.append(step)
         assert self.allowed.wait(PATIENCE)
-=======
-        self.calls.append(step)
-        assert self.may.wait(COLLECTIVE_TIMEOUT)
->>>>>>> main
         return save(folder, step, tensors, state, keep)
 
 
@@ -415,21 +406,12 @@ def test_a_failure_is_raised_by_the_next_call(
         pytest.raises(CheckpointError, match="step_0000010: could not be saved"),
         Writer(tmp_path / "checkpoints", keep=2) as writer,
     ):
-<<<<<<< HEAD
         writer.save(10, *content(10))
         next_call(writer)
 
 
 def test_another_error_takes_precedence(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("not a folder")
-=======
-        slow.may.set()
-        with pytest.raises(CheckpointError, match="step_0000010: could not be saved"):  # noqa: PT012, SIM117
-            with Writer(tmp_path / "checkpoints", keep=2) as writer:
-                writer.save(10, *content(10))
-                wait([writer.writing], COLLECTIVE_TIMEOUT)
-                last(writer)
->>>>>>> main
     with pytest.raises(ZeroDivisionError), Writer(tmp_path / "checkpoints", keep=2) as writer:  # noqa: PT012
         writer.save(10, *content(10))
         raise ZeroDivisionError
