@@ -25,7 +25,10 @@ from pipeline.config import build
 from pipeline.data.shards import DataConfig, Shards
 from pipeline.errors import JobError, UserError
 from pipeline.files import lock
+from pipeline.rng import Draws
+from pipeline.stage.inputs import Arrays
 from pipeline.stage.registry import stage_class
+from pipeline.stage.stage import Network
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import CheckpointError
 from pipeline.train.compile_cache import GRAPHS_FOLDER
@@ -82,8 +85,10 @@ class SmallStage(Base):
         super().__init__(config)
         self.network = TwoConvolutions()
 
-    def predict(self, z: Tensor, logsnr_B: Tensor, *conditioning: Tensor) -> Tensor:
-        return self.network(z)
+    def predict(
+        self, network: Network, z: Tensor, logsnr_B: Tensor, inputs: dict[str, Tensor]
+    ) -> Tensor:
+        return network(z)
 
 
 def small_stage(run: Path, shards: Path, **train_options: Any) -> SmallStage:
@@ -98,15 +103,15 @@ def small_stage(run: Path, shards: Path, **train_options: Any) -> SmallStage:
 
 def spoil(stage: Any, bad_steps: range) -> None:
     """Puts a NaN into the images of `bad_steps`, from 0."""
-    batch = stage.batch
+    training_inputs = stage.training_inputs
 
-    def spoiled(step: int, *rest: Any) -> Any:
-        arrays = batch(step, *rest)
-        if step in bad_steps:
-            arrays[0][0] = np.nan
+    def spoiled(images: np.ndarray, prompt: Arrays, draws: Draws) -> Arrays:
+        arrays = training_inputs(images, prompt, draws)
+        if draws.step in bad_steps:
+            arrays["x"][0] = np.nan
         return arrays
 
-    stage.batch = spoiled
+    stage.training_inputs = spoiled
 
 
 @pytest.fixture(scope="module")
@@ -423,7 +428,7 @@ def test_data_that_are_too_damaged_end_the_run(tmp_path: Path) -> None:
     ]
     (tmp_path / "0.tar").write_bytes(tar(members))
     with pytest.raises(
-        UserError, match=r"data\.max_damage: \d+ of about 24 samples looked at cannot be used"
+        UserError, match=r"data\.max_damage: \d+ of about 24 drawn samples are unusable"
     ):
         train(small_stage(tmp_path / "run", tmp_path))
     assert len((tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()) >= 3
@@ -484,7 +489,7 @@ def test_a_precision_that_the_device_lacks_leaves_no_folder(
 
 def test_a_sample_that_fails_costs_no_step(shards_folder: Path, tmp_path: Path) -> None:
     class Failing(SmallStage):
-        def picture(self, *inputs: Any) -> np.ndarray:
+        def sample_grid(self, *inputs: Any) -> np.ndarray:
             raise RuntimeError("no image")
 
     small = small_stage(
