@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 
 import pytest
-from launch.cli.report import check
 
+from launch.cli.check_report import check
 from pipeline.config import build, read_yaml
 from pipeline.generate.cascade_folder import CascadeConfig
 from pipeline.imaging.degradations import TASKS

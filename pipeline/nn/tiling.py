@@ -45,6 +45,7 @@ def tiled(
     text_mask_BL: Tensor | None = None,
     label_BK: Tensor | None = None,
     dropout_seeds_B: Tensor | None = None,
+    *,
     limit: int = LIMIT,
 ) -> Tensor:
     """`unet(x_BCHW, ...)` with the same inputs; large images one after the other, in bands.

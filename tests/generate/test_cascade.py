@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tools.export
 import yaml
 from PIL import Image
 

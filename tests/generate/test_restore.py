@@ -273,17 +273,17 @@ def test_the_command(run: Path, files: Path, capsys: pytest.CaptureFixture[str])
         UserError,
         match="--task: uncropping is none that this stage was trained for; it has inp",
     ):
-        cli.answer([*argv, "--task", "uncropping", "--extend", "4", "4", "4", "4"])
+        cli.dispatch([*argv, "--task", "uncropping", "--extend", "4", "4", "4", "4"])
     assert not (files / "out").exists()
     assert (
-        cli.answer(
+        cli.dispatch(
             [*argv, "--task", "inpainting", "--mask", str(files / "mask.png"), "--steps", "3"]
         )
         == 0
     )
     assert (
         capsys.readouterr().out
-        == f"{files / 'out'}: 1 of 1 pictures restored now, listed in manifest.jsonl\n"
+        == f"{files / 'out'}: 1 of 1 images restored now, listed in manifest.jsonl\n"
     )
     entry = json.loads((files / "out" / "manifest.jsonl").read_text())
     assert (entry["task"], entry["steps"], entry["file"]) == ("inpainting", 3, "a.png")
@@ -332,7 +332,7 @@ def test_other_stages_restore_nothing_and_this_one_generates_nothing(
 ) -> None:
     argv = ["--task", "colorization", "--image", str(files / "a.png"), "--out", str(files / "out")]
     with pytest.raises(UserError, match="base, sr32, sr64: not an image-to-image stage"):
-        cli.answer(["restore", str(trained / "cascade"), *argv])
+        cli.dispatch(["restore", str(trained / "cascade"), *argv])
     with pytest.raises(
         UserError, match="image_to_image restores images and generates none; use `cascade restore`"
     ):
@@ -341,4 +341,4 @@ def test_other_stages_restore_nothing_and_this_one_generates_nothing(
         UserError,
         match="image_to_image starts from a picture; give the folder of a stage that needs",
     ):
-        cli.answer(["explore", str(run / "stage"), "--out", str(files / "look")])
+        cli.dispatch(["explore", str(run / "stage"), "--out", str(files / "look")])

@@ -1,20 +1,16 @@
 """Tiling: the output of the whole network on large images, without a tensor of full resolution."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from mindspore import Tensor, ops
+from mindspore import Tensor
 
 from pipeline import kernels, runtime
-from pipeline.nn import tiling
 from pipeline.nn.parameters import put
 from pipeline.nn.tiling import tiled
 from pipeline.nn.unet import UNet, UNetConfig
-from pipeline.stage import stage as stage_module
 from tests.helpers.compare import assign_random
-from tests.stages.test_recipes import inputs, make
 
 CHANNELS = 16
 
@@ -139,36 +135,3 @@ def test_statistics_are_accurate_where_the_mean_is_large() -> None:
     expected = net(*arguments).asnumpy()
     output = tiled(net, *arguments, limit=limit_for(rows=5, width=16)).asnumpy()
     np.testing.assert_allclose(output, expected, atol=5e-3)
-
-
-def test_sampling_is_tiled_and_training_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a limit below the images of both, and then with tiles of zeros."""
-    stage = make("sr64")
-    assign_random(stage.network)
-    images, text, mask = inputs(stage, 2)
-    batch = [
-        Tensor(np.asarray(array, np.float32))
-        for array in stage.batch(0, range(2), images, text, mask)
-    ]
-
-    def loss(*tensors: Tensor) -> Tensor:
-        return stage.loss(*tensors)
-
-    trained = runtime.jit(loss)(*batch).asnumpy()
-
-    def sample(tile: Callable[..., Tensor]) -> np.ndarray:
-        monkeypatch.setattr(stage_module, "tiled", tile)
-        stage.graphs.clear()
-        config = replace(stage.config.sample, steps=2, guidance=2.0)
-        return stage.sample(config, (text, mask), 0, range(2), images[:, ::2, ::2]).astype(int)
-
-    def small_tiles(unet: UNet, *arguments: Tensor) -> Tensor:
-        return tiled(unet, *arguments, limit=CHANNELS * 32 * 12)
-
-    def zeros(unet: UNet, x_BCHW: Tensor, *arguments: Tensor) -> Tensor:
-        return ops.zeros_like(ops.narrow(x_BCHW, 1, 0, 3))
-
-    expected = sample(tiling.tiled)
-    assert np.abs(sample(small_tiles) - expected).max() <= 1
-    assert np.abs(sample(zeros) - expected).max() > 10
-    np.testing.assert_array_equal(runtime.jit(loss)(*batch).asnumpy(), trained)

@@ -9,7 +9,7 @@ from PIL import Image
 from pipeline.errors import UserError
 from pipeline.imaging.contact_sheet import CAPTION_HEIGHT, GAP, MIN_SIDE
 from pipeline.imaging.degradations import TASKS
-from tests.stages.test_image_to_image import run  # noqa: F401  (a fixture)
+from tests.generate.test_restore import run  # noqa: F401  (a fixture)
 from tools.restoration import (
     HEADINGS,
     HOLE_GREY,

@@ -19,7 +19,7 @@ from mindspore import Tensor, nn, ops
 from PIL import Image
 from safetensors.numpy import load_file
 
-from launch.cli.main import answer
+from launch.cli.main import dispatch
 from pipeline import device
 from pipeline.config import build
 from pipeline.data.shards import DataConfig, Shards
@@ -400,7 +400,7 @@ def test_a_finished_run_is_not_started_again(
 
     path = tmp_path / "base.yaml"
     path.write_text(yaml.safe_dump(raw_config(copied_run, shards_folder, t5_folder)))
-    assert answer(["train", str(path)]) == 0
+    assert dispatch(["train", str(path)]) == 0
     message = f"{copied_run}: done before, the stage is in {copied_run}/stage\n"
     assert capsys.readouterr().err == message
 
