@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -20,6 +20,9 @@ from pipeline.text.encoder import TextConfig
 from pipeline.text.store import TextStore
 from tests.helpers.jobs import QUICK, Running, leaving_nothing
 from tools import shapes, tiny_t5
+
+if TYPE_CHECKING:
+    from pipeline import Cascade
 
 LENGTH = 12  # tokens a caption
 
@@ -124,6 +127,14 @@ def trained(shards_folder: Path, t5_folder: Path, tmp_path_factory: pytest.TempP
         folder / "cascade",
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def cascade(trained: Path) -> "Cascade":
+    """The cascade of `trained`, whose graphs all tests share. Read only."""
+    from pipeline import Cascade
+
+    return Cascade.load(trained / "cascade")
 
 
 @pytest.fixture(params=["msrun", "mpirun"])

@@ -13,7 +13,7 @@ Shapes: B positions of this process, S side of the images, or of the window that
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from pipeline.rng import Draws, generator
 from pipeline.stage.inputs import Arrays
 from pipeline.text.prompts import Prompts
 
-MAX_REPLACEMENTS = 16  # tried for one position before the data set is called broken
+MAX_ATTEMPTS = 16  # samples tried for one position before the data set is called broken
 PREFETCH = 2  # steps that are prepared while one is trained
 PIECE = 16  # samples a thread takes at a time, at most
 
@@ -133,14 +133,14 @@ class Loader:
             UserError: none can.
         """
         candidate = sample_id
-        for attempt in range(MAX_REPLACEMENTS):
+        for attempt in range(MAX_ATTEMPTS):
             try:
                 return candidate, self.image(candidate, step, position)
             except (BadImage, DamagedSample) as error:
                 self.quarantine.add(*self.shards.name(candidate), str(error))
                 candidate = self.order.replacement(step or 0, position, attempt)
         raise UserError(
-            f"data.shards: {':'.join(self.shards.name(sample_id))} and {MAX_REPLACEMENTS} "
+            f"data.shards: {':'.join(self.shards.name(sample_id))} and {MAX_ATTEMPTS - 1} "
             f"replacements cannot be used; the reasons are in {self.quarantine.path}; repair or "
             "remove those shards"
         )
@@ -179,7 +179,7 @@ class Loader:
         prompt = self.prompts.embed(piece.sample_ids, self.seed, 0, piece.positions)
         return piece.images, prompt
 
-    def batches(self, start: int, stop: int) -> Iterator[Arrays]:
+    def batches(self, start: int, stop: int) -> Generator[Arrays, None, None]:
         """The batches of steps `start` to `stop` - 1, prepared ahead in threads."""
         # MindSpore compiles and runs in one thread: where captions are encoded during training,
         # the threads load images only, and the caller's thread does the rest.

@@ -291,7 +291,9 @@ def check_prompts(
 
     if text_encoder is not None:
         if num_images is not None:
-            raise UserError("prompts: missing; these stages are conditioned on text, one an image")
+            raise UserError(
+                "prompts: missing; these stages are conditioned on text; give one prompt per image"
+            )
         return list(prompts)
 
     if classes is not None:

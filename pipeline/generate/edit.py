@@ -161,7 +161,7 @@ def _one_each(name: str, given: Images, num_images: int) -> list[np.ndarray]:
     images = [given] * num_images if isinstance(given, Image.Image) else given
     if len(images) != num_images:
         raise UserError(
-            f"{name}: {len(images)} for {num_images} prompts; give one each or one for all"
+            f"{name}: {len(images)} images for {num_images} prompts; give one each or one for all"
         )
     return [np.asarray(image.convert("RGB")) for image in images]
 

@@ -28,9 +28,8 @@ from pipeline.generate.edit import EditFiles
 from pipeline.generate.engine import num_calls
 from pipeline.stage.request import Edit
 
-CHUNK = (
-    64  # images taken through all stages together: bounds memory, and what an interruption costs
-)
+# Images taken through all stages together: bounds memory, and what an interruption costs.
+CHUNK = 64
 
 
 class OutputFolder:

@@ -18,7 +18,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from pipeline.config import build
 from pipeline.data.decode import decode
 from pipeline.data.image import crop_resize
-from pipeline.data.loader import MAX_REPLACEMENTS, ImageSize, Loader, MakeInputs
+from pipeline.data.loader import MAX_ATTEMPTS, ImageSize, Loader, MakeInputs
 from pipeline.data.shards import DataConfig, Shards
 from pipeline.errors import UserError
 from pipeline.rng import Draws
@@ -322,7 +322,7 @@ def test_a_data_set_without_a_usable_image_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         next(loader.batches(0, STEPS))
     assert str(error.value) == (
-        f"data.shards: {tmp_path}/a.tar:one and {MAX_REPLACEMENTS} replacements cannot be used; "
+        f"data.shards: {tmp_path}/a.tar:one and {MAX_ATTEMPTS - 1} replacements cannot be used; "
         f"the reasons are in {tmp_path}/quarantine.jsonl; repair or remove those shards"
     )
     assert len(quarantined(tmp_path)) == 1

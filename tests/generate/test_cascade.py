@@ -29,11 +29,6 @@ STAGES = ["base", "sr32", "sr64"]
 
 
 @pytest.fixture(scope="module")
-def cascade(trained: Path) -> Cascade:
-    return Cascade.load(trained / "cascade")
-
-
-@pytest.fixture(scope="module")
 def result(cascade: Cascade) -> Result:
     return cascade(PROMPTS, seed=7)
 

@@ -42,11 +42,6 @@ MASK = Image.fromarray(HOLE)
 
 
 @pytest.fixture(scope="module")
-def cascade(trained: Path) -> Cascade:
-    return Cascade.load(trained / "cascade")
-
-
-@pytest.fixture(scope="module")
 def inpainted(cascade: Cascade) -> Result:
     return cascade(PROMPTS, seed=SEED, image=IMAGES, mask=MASK)
 
@@ -175,11 +170,11 @@ def test_the_first_stage_enlarges_the_image_itself(cascade: Cascade) -> None:
         ),
         (
             {"image": IMAGES[:1]},
-            "image: 1 for 2 prompts; give one each or one for all",
+            "image: 1 images for 2 prompts; give one each or one for all",
         ),
         (
             {"image": IMAGES, "mask": [MASK]},
-            "mask: 1 for 2 prompts; give one each or one for all",
+            "mask: 1 images for 2 prompts; give one each or one for all",
         ),
         (
             {"image": IMAGES, "mask": Image.new("L", (32, 32), 255)},

@@ -253,7 +253,7 @@ def test_the_command_draws_five_sheets_of_a_cascades_first_stage(
         (
             "cascade",
             [],
-            "--prompt: missing; these stages are conditioned on text, one an image",
+            "prompts: missing; these stages are conditioned on text; give one prompt per image",
         ),
     ],
 )

@@ -22,11 +22,6 @@ STRING_FIELDS = {"stage", "file", "prompt", "sampler", "threshold"}  # the other
 
 
 @pytest.fixture(scope="module")
-def cascade(trained: Path) -> Cascade:
-    return Cascade.load(trained / "cascade")
-
-
-@pytest.fixture(scope="module")
 def folder(cascade: Cascade, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The images of all prompts and stages. Read only: all tests share it."""
     folder = tmp_path_factory.mktemp("images") / "out"
@@ -211,6 +206,6 @@ def test_stages_that_are_conditioned_on_text_need_prompts(
     out = tmp_path / "out"
     assert sample(trained / "cascade", "--num", 2, "--out", out) == 2
     assert capsys.readouterr().err == (
-        "--prompts: missing; these stages are conditioned on text, one an image\n"
+        "--prompts: missing; these stages are conditioned on text; give one prompt per image\n"
     )
     assert not out.exists()
