@@ -37,7 +37,7 @@ IMPLEMENTATIONS = ("webdataset", "decode", "ours")
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What is read of each image, in pixels."""
+    """How each image is read, in pixels."""
 
     decoded: int  # least side at which it is decoded
     size: int  # side of the square; a crop if it differs from `decoded`
@@ -93,7 +93,7 @@ def measure(
         cores: the numbers of processors to measure with.
         memory_samples: samples over which the loader's resident memory is watched.
         shards: a folder of tars to read instead of those made here.
-        tasks: what is read of each image, by name.
+        tasks: how images are read, by name.
     """
     from tqdm import tqdm
 

@@ -37,16 +37,16 @@ BASELINE = "two_processes"
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What one measurement starts."""
+    """The processes of one measurement."""
 
     name: str
-    processes: int = 1  # of `cascade train`, which know nothing of each other
+    processes: int = 1  # independent runs of `cascade train`
     launcher: str = "none"
     ranks: int = 1  # of each process's job
 
 
 class Figures(NamedTuple):
-    """What a measurement gives."""
+    """Results of a measurement."""
 
     images_per_second: float
     checkpoint: float  # seconds by which a checkpoint delays the training
@@ -255,7 +255,7 @@ def restricted_to(cores: Sequence[int]) -> Iterator[None]:
 
 
 def read_metrics(run_dir: Path, *, half: int, started: float) -> Figures:
-    """What the metrics of a run say.
+    """Figures from the metrics of a run.
 
     Args:
         run_dir: its folder.
@@ -267,6 +267,7 @@ def read_metrics(run_dir: Path, *, half: int, started: float) -> Figures:
     metrics = [json.loads(line) for line in path.read_text().splitlines()]
     seconds = {each["step"]: each["seconds"] for each in metrics}
 
+    # The first steps are slow, and the step after the checkpoint is the one that is delayed.
     usual = median(taken for step, taken in seconds.items() if step > WARM_UP and step != half + 1)
     batch = metrics[0]["images_per_second"] * metrics[0]["seconds"]
     after_first = sum(taken for step, taken in seconds.items() if step > 1)
