@@ -1,4 +1,4 @@
-# install, demo, test, test-launchers, test-parity, lint: each builds .venv if it is missing.
+# install, demo, test, test-launchers, test-parity, lint, docs: each builds .venv if it is missing.
 PYTHON ?= python3.11
 BIN := .venv/bin
 DEMO := runs/demo
@@ -12,6 +12,14 @@ install: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
 	touch $@
 
+.venv/dev: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test,dev]'
+	touch $@
+
+.venv/docs: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	touch $@
+
 .venv/parity: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test,parity]'
 	touch $@
@@ -21,11 +29,11 @@ install: .venv/installed
 demo: .venv/installed
 	$(BIN)/python -m tools.shapes $(DEMO)/shards --num 1024 --size 1024 --seed 0
 	test -e $(DEMO)/t5 || $(BIN)/python -m tools.tiny_t5 $(DEMO)/t5 --captions $(DEMO)/shards/*.tar
-	$(BIN)/python -m tools.cache_text configs/tiny/base64.yaml
+	$(BIN)/cascade cache-text configs/tiny/base64.yaml
 	$(BIN)/cascade train configs/tiny/base64.yaml
 	$(BIN)/cascade train configs/tiny/sr256.yaml
 	$(BIN)/cascade train configs/tiny/sr1024.yaml
-	$(BIN)/python -m tools.export configs/tiny/cascade.yaml
+	$(BIN)/cascade export configs/tiny/cascade.yaml
 	$(BIN)/cascade sample $(DEMO)/cascade --prompts configs/tiny/prompts.txt --out $(DEMO)/images --seed 0
 	$(BIN)/python -m tools.overview $(DEMO)/images $(DEMO)/overview.png
 	$(BIN)/cascade sample $(DEMO)/cascade --prompts configs/tiny/captions.txt --out $(DEMO)/agreement --seed 0 --to base
@@ -44,7 +52,13 @@ test-parity: .venv/parity
 	$(BIN)/pytest -m parity
 
 .PHONY: lint
-lint: .venv/installed
+lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The documentation site, from docs/ and the docstrings, into site/. A broken link, or anything that a page
+# would fetch from another host, is an error (docs/hooks.py).
+.PHONY: docs
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -9,12 +9,15 @@ if TYPE_CHECKING:
 
 __all__ = ["Cascade"]
 
+# Before anything can import MindSpore, which reads parts of its environment only once.
 prepare_environment()
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Cascade":  # late, because it imports MindSpore
+    # Lazily, as this imports MindSpore.
+    if name == "Cascade":
         from pipeline.generate.cascade import Cascade
 
         return Cascade
+
     raise AttributeError(f"module 'pipeline' has no attribute '{name}'")

@@ -1,15 +1,18 @@
-"""The two exceptions that the command line prints as one line, without a traceback; anything else
-raised is a fault.
+"""The two exceptions that the command line prints as one line without a traceback.
+
+Any other exception is a bug in this program and keeps its traceback.
 """
 
 
 class UserError(Exception):
-    """What is wrong with the input, where, the value received, and the fix, in one line. Exit code
-    2.
+    """Invalid input. The message is one line: where, what is wrong with which value, and the fix.
+
+    Exit code 2.
     """
 
 
 class JobError(Exception):
-    """The job cannot go on though nothing is wrong with the input; the same command may do better.
+    """The job failed although its input is valid; running the same command again may succeed.
+
     Exit code 1.
     """

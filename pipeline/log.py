@@ -1,9 +1,10 @@
-"""What a run says: metrics.jsonl for programs, TensorBoard for eyes, a bar and plain lines for the
-terminal.
+"""The log of a run: metrics.jsonl for programs, TensorBoard, and a progress bar or plain lines on
+the terminal.
 
-`metrics.jsonl` has one object a reported step (step, loss, lr, grad_norm, images_per_second,
-seconds, what the stage adds), floats to the last digit. A run that resumes at step S first drops
-what a killed attempt wrote after S, so that each step stands once.
+`metrics.jsonl` has one JSON object per reported step (step, loss, lr, grad_norm,
+images_per_second, seconds, and the metrics that the model adds), floats in full precision. A run
+that resumes at step S first removes the lines after S that an interrupted attempt wrote, so each
+step appears once.
 """
 
 import io
@@ -21,20 +22,19 @@ import numpy as np
 from pipeline.files import write_atomically
 
 log = logging.getLogger("cascade")
-LINE_EVERY = 10.0  # seconds between lines of progress where there is no terminal
+
+PROGRESS_INTERVAL = 10.0  # seconds between progress lines where stderr is not a terminal
 
 
 def setup_logging() -> None:
-    """Lets the "cascade" logger write to stderr, one line a message. Calling it again changes
-    nothing.
-    """
-    if not any(isinstance(handler, _Terminal) for handler in log.handlers):
-        log.addHandler(_Terminal())
+    """Writes the "cascade" logger's messages to stderr, one line each. Idempotent."""
+    if not any(isinstance(handler, _TerminalHandler) for handler in log.handlers):
+        log.addHandler(_TerminalHandler())
         log.setLevel(logging.INFO)
 
 
-class _Terminal(logging.Handler):
-    """Through tqdm, which takes a bar off the terminal, writes, and puts the bar back."""
+class _TerminalHandler(logging.Handler):
+    """Writes through tqdm, which removes a progress bar, writes the line, and redraws the bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
@@ -44,77 +44,90 @@ class _Terminal(logging.Handler):
 
 
 class RunLog:
-    """The log of a run that has done `first_step` of `total_steps`; nothing at all unless `enabled`
-    (rank 0).
+    """The log of a run at step `first_step` of `total_steps`.
+
+    With `enabled` false, as on all ranks but 0, it writes nothing and creates no files.
     """
 
     def __init__(
         self, folder: Path, first_step: int, total_steps: int, enabled: bool = True
     ) -> None:
-        self.folder, self.enabled = folder, enabled
+        self.folder = folder
+        self.enabled = enabled
         if not enabled:
             return
+
         from tqdm import tqdm
 
         folder.mkdir(parents=True, exist_ok=True)
         _drop_after(folder / "metrics.jsonl", first_step)
         self.metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self.board = _Board(folder / "tensorboard", first_step)
-        # A bar in a log file would be one endless line: there, `report` writes a line now and then
-        # instead.
-        self.told = -math.inf
+        self.board = _TensorBoard(folder / "tensorboard", first_step)
+
+        # `disable=None` shows the bar on a terminal only: in a file it would be one endless line.
+        # There `report` writes a line every PROGRESS_INTERVAL instead.
         self.bar = tqdm(
             total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=None
         )
+        self.last_line_at = -math.inf  # time.monotonic()
 
     def report(self, step: int, metrics: Mapping[str, float | np.generic]) -> None:
-        """One line of metrics.jsonl, one point on each curve. A number that is not finite is null
-        in JSON.
+        """Adds a line to metrics.jsonl and a point to each TensorBoard curve.
+
+        JSON has no NaN and no infinities: they become null.
         """
         if not self.enabled:
             return
+
         values = {
             name: value.item() if isinstance(value, np.generic) else value
             for name, value in metrics.items()
         }
+
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self.metrics.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
         self.metrics.flush()
-        self.board.add(
-            step, *({"tag": name, "simple_value": value} for name, value in values.items())
-        )
-        if self.bar.disable and (
-            time.monotonic() - self.told >= LINE_EVERY or step == self.bar.total
-        ):
-            self.told = time.monotonic()
-            log.info(
-                "step %d/%d: %s",
-                step,
-                self.bar.total,
-                ", ".join(f"{k} {v:.4g}" for k, v in values.items()),
-            )
+
+        scalars = [{"tag": name, "simple_value": value} for name, value in values.items()]
+        self.board.add(step, *scalars)
+
+        self._report_on_terminal(step, values)
+
+    def _report_on_terminal(self, step: int, values: Mapping[str, float]) -> None:
         if "loss" in values:
             self.bar.set_postfix(loss=f"{values['loss']:.4g}", refresh=False)
 
+        now = time.monotonic()
+        due = now - self.last_line_at >= PROGRESS_INTERVAL or step == self.bar.total
+        if self.bar.disable and due:
+            self.last_line_at = now
+            text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            log.info("step %d/%d: %s", step, self.bar.total, text)
+
     def advance(self, step: int) -> None:
+        """Moves the progress bar to `step`."""
         if self.enabled:
             self.bar.update(step - self.bar.n)
 
-    def picture(self, step: int, image_HWC: np.ndarray) -> None:
-        """A uint8 RGB image as samples/step_NNNNNNN.png, and in TensorBoard."""
+    def image(self, step: int, image_HWC: np.ndarray) -> None:
+        """Saves a uint8 RGB image as samples/step_NNNNNNN.png and in TensorBoard."""
         if not self.enabled:
             return
+
         from PIL import Image
 
-        buffer, (height, width, _) = io.BytesIO(), image_HWC.shape
+        buffer = io.BytesIO()
         Image.fromarray(image_HWC).save(buffer, "PNG")
-        png = {
+
+        height, width, _ = image_HWC.shape
+        summary = {
             "height": height,
             "width": width,
-            "colorspace": 3,
+            "colorspace": 3,  # RGB, in TensorBoard's summary.proto
             "encoded_image_string": buffer.getvalue(),
         }
-        self.board.add(step, {"tag": "samples", "image": png})
+        self.board.add(step, {"tag": "samples", "image": summary})
+
         (self.folder / "samples").mkdir(exist_ok=True)
         write_atomically(self.folder / "samples" / f"step_{step:07d}.png", buffer.getvalue())
 
@@ -130,11 +143,11 @@ class RunLog:
         self.close()
 
 
-class _Board:
-    """TensorBoard's event file, written at once, by the thread that reports.
+class _TensorBoard:
+    """TensorBoard's event file, written synchronously by the thread that reports.
 
-    tensorboardX's SummaryWriter has a thread for it behind a queue of ten: when the disk is full
-    the thread dies, the queue fills, and the run hangs for ever. Here it ends with the OSError.
+    tensorboardX's SummaryWriter writes from a thread behind a queue of ten events: when the disk is
+    full, the thread dies, the queue fills up, and the run hangs. Here the OSError is raised.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
@@ -142,10 +155,13 @@ class _Board:
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         folder.mkdir(exist_ok=True)
-        # The name ends with the step, as an attempt begun within the same second would overwrite
-        # the last one's file.
-        self.file, self.event = EventsWriter(str(folder / "events"), f".{first_step}"), Event
-        # The start of a session makes TensorBoard forget this and all later steps of earlier files.
+
+        # The step in the name, as an attempt that starts within the same second would otherwise
+        # overwrite the previous attempt's file.
+        self.file = EventsWriter(str(folder / "events"), f".{first_step}")
+        self.event = Event
+
+        # A session start makes TensorBoard discard this and all later steps of earlier files.
         self._write(first_step + 1, session_log={"status": SessionLog.START})
 
     def _write(self, step: int, **content: Any) -> None:
@@ -153,7 +169,7 @@ class _Board:
         self.file.flush()
 
     def add(self, step: int, *values: dict[str, Any]) -> None:
-        """`values` as in tensorboard's summary.proto, `Summary.Value`."""
+        """Adds `values`, each with the fields of `Summary.Value` in TensorBoard's summary.proto."""
         self._write(step, summary={"value": values})
 
     def close(self) -> None:
@@ -161,13 +177,17 @@ class _Board:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    def stays(line: bytes) -> bool:
+    """Removes the lines of later steps from a metrics.jsonl, and lines that are not complete."""
+
+    def is_retained(line: bytes) -> bool:
         try:
             return bool(json.loads(line)["step"] <= step)
-        except (ValueError, TypeError, KeyError):  # cut short by a kill
+        except (ValueError, TypeError, KeyError):
+            # A line that was cut short when the writer was killed.
             return False
 
     old = path.read_bytes() if path.exists() else b""
-    kept = b"".join(line + b"\n" for line in old.split(b"\n") if stays(line))
-    if kept != old:
-        write_atomically(path, kept)
+    retained = b"".join(line + b"\n" for line in old.split(b"\n") if is_retained(line))
+
+    if retained != old:
+        write_atomically(path, retained)

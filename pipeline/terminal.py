@@ -1,7 +1,8 @@
-"""What every command shares: how a mistake is reported, and the exit code.
+"""What all commands share: argument types, one-line error messages, and exit codes.
 
-0 done, 1 the job could not go on (one line on stderr), 2 the user's input (one line), 130
-interrupted; anything else that is raised is a fault, with its traceback and code 1.
+Exit codes: 0 done; 1 the job failed (`JobError`, one line on stderr); 2 the user's input is wrong
+(`UserError`, one line on stderr); 130 interrupted. Any other exception is a bug: Python prints its
+traceback and exits with code 1.
 """
 
 import argparse
@@ -14,16 +15,14 @@ from pipeline.errors import JobError, UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are one line like all others, rather than the usage and then a
-    line.
-    """
+    """An ArgumentParser that raises UserError, one line, instead of printing usage and exiting."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
 
 
 def positive(text: str) -> int:
-    """An argparse type: a whole number of at least 1."""
+    """An argparse type: an integer of at least 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is less than 1")
@@ -39,8 +38,9 @@ def positive_number(text: str) -> float:
 
 
 def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> NoReturn:
-    """`main` with `argv` or else this process's arguments, and its answer (None is 0) as the exit
-    code.
+    """Calls `main` and exits with the code that it returns; None counts as 0.
+
+    `argv` defaults to the arguments of this process.
     """
     try:
         code = main(sys.argv[1:] if argv is None else argv) or 0
@@ -51,9 +51,10 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
-    except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # Python flushes once more when it ends
+    except BrokenPipeError:
+        # The reader of our output, `head` for example, has closed it. Python flushes stdout once
+        # more at exit, which must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+
     sys.exit(code)

@@ -1,22 +1,23 @@
-"""Image to image: a picture of which something is missing to what it may have been (Palette, arXiv
+"""Image to image: an image of which something is missing to what it may have been (Palette, arXiv
 2111.05826).
 
-The network sees the noisy picture beside the degrade one, its `source`, and which task it is to do.
-Where a pixel is known, outside of the task's mask, the noisy picture is the known one and the loss
-does not count; tasks without a hole make every pixel anew. One model may know one task or all, each
-with a share of the batch and a noise level of its own: the more a task leaves open, the more noise
-it wants (Chen, arXiv 2301.10972).
+The network sees the noisy image beside the degraded one, its `source`, and which task it is to do.
+Where a pixel is known, outside of the task's mask, the noisy image is the known one and the loss
+does not count; tasks without a hole sample every pixel. One model may be trained on one task or on
+all, each with a share of the batch and a noise level of its own: the more a task leaves open, the
+more noise it wants (Chen, arXiv 2301.10972).
 
-A task may have a `residual_std`: then the network is asked for less, how the picture differs from a
-`prior_mean`, the source with its hole smoothly filled, and errors count in units of the residual_std. It sees
-the prior_mean, the mask and, instead of the noisy picture, what that shows of the difference, which is
-nothing in much noise: a small network would need most of its training to learn to copy what it is
-shown and to close its eyes to noise. Without spreads this is Palette.
+A task may have a `residual_std`: then the network predicts less, how the image differs from a
+`prior_mean`, the source with its hole smoothly filled, and errors count in units of that standard
+deviation. It sees the prior mean, the mask and, instead of the noisy image, what that reveals of
+the residual, which is nothing in much noise (EDM's preconditioning around a mean that is not 0:
+`gaussian_posterior`). A small network would need most of its training to learn to copy its input
+and to ignore noise. Without a residual_std this is Palette.
 
-Shapes: see stage.py; K tasks.
+Shapes: see pipeline/stage/stage.py; K tasks.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -26,195 +27,204 @@ from mindspore import dtype as mstype
 
 from pipeline.config import ConfigError
 from pipeline.data.image import to_uint8
-from pipeline.diffusion.objective import loss as score
+from pipeline.diffusion.objective import diffusion_loss
 from pipeline.diffusion.process import add_noise, expand_dims, gaussian_posterior
+from pipeline.diffusion.schedule import ScheduleConfig
 from pipeline.diffusion.solvers import SamplerConfig
-from pipeline.generate.edit import Edit
+from pipeline.generate.engine import sample
 from pipeline.imaging.degradations import TASKS, Degraded, degrade, prior_mean
-from pipeline.stage.stage import Stage, StageConfig, sheet
-from pipeline.text.prompts import Arrays, Conditioning, one_hot
+from pipeline.rng import Draws
+from pipeline.stage.config import StageConfig
+from pipeline.stage.inputs import Arrays
+from pipeline.stage.request import Edit, SampleRequest
+from pipeline.stage.stage import Network, Stage, image_grid
+from pipeline.text.prompts import Conditioning, one_hot
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig:
     """A task among those that a stage learns."""
 
-    weight: float = 1.0  # its share of the batch, beside the others'
-    logsnr_shift: float = (
-        0.0  # added to logsnr in training and sampling: below 0 is more noise, for a harder task
-    )
-    residual_std: float | None = (
-        None  # by about how much pictures differ from a prior_mean, if the network is to start from one
-    )
+    weight: float = 1.0  # share of the batch, relative to the other tasks'
+    # Added to logsnr in training and sampling: below 0 is more noise, for a harder task.
+    logsnr_shift: float = 0.0
+    # Of the images around the prior mean, in [-1, 1] units; None: the network predicts from no
+    # prior mean.
+    residual_std: float | None = None
 
     def __post_init__(self) -> None:
         if self.residual_std is not None and self.residual_std <= 0:
             raise ConfigError(
-                f"residual_std: {self.residual_std} is not positive; leave it out for a network without a prior_mean"
+                f"residual_std: {self.residual_std} is not positive; leave it out for a network "
+                "without a prior mean"
             )
         if self.weight <= 0:
             raise ConfigError(
-                f"weight: {self.weight} is not positive; leave out the task that is not to be learnt"
+                f"weight: {self.weight} is not positive; leave out a task that is not trained"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageToImageConfig(StageConfig):
-    """Damaged pictures of `size` to whole ones."""
+    """Degraded images of `size` to whole ones."""
 
     kind: Literal["image_to_image"] = "image_to_image"
     conditioning: Conditioning = "none"
-    tasks: dict[str, TaskConfig] = field(
-        hash=False
-    )  # by name, see pipeline/imaging/degradations.py
+    tasks: dict[str, TaskConfig] = field(hash=False)  # see pipeline/imaging/degradations.py
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.conditioning == "class":
             raise ConfigError(
-                "conditioning: class, but image to image is told its task; take none or text"
+                "conditioning: class, but image to image is conditioned on its task; take none or "
+                "text"
             )
+        if not self.tasks:
+            raise ConfigError(f"tasks: empty; name some of {', '.join(TASKS)}")
         if unknown := [name for name in self.tasks if name not in TASKS]:
             raise ConfigError(f"tasks.{unknown[0]}: no such task; there are {', '.join(TASKS)}")
-        if not self.tasks:
-            raise ConfigError(f"tasks: there is none; name some of {', '.join(TASKS)}")
+
         without = [name for name, task in self.tasks.items() if task.residual_std is None]
         if without and len(without) < len(self.tasks):
             raise ConfigError(
-                f"tasks.{without[0]}.residual_std: none, and other tasks have one; give each task one or none"
+                f"tasks.{without[0]}.residual_std: missing, and other tasks have one; give each "
+                "task one or none"
             )
         if not without and self.diffusion.prediction != "x0":
             raise ConfigError(
-                f"diffusion.prediction: {self.diffusion.prediction}, and tasks have a residual_std; give x0"
+                f"diffusion.prediction: {self.diffusion.prediction}, and tasks have a "
+                "residual_std; give x0"
             )
 
 
 class ImageToImage(Stage):
-    """Sees the noisy picture, the source, which task it is and, perhaps, text."""
+    """Sees the noisy image, the source, which task it is and, perhaps, text."""
 
     Config = ImageToImageConfig
     config: ImageToImageConfig
-    num_levels = 1
+    num_noise_levels = 1
+    extra_inputs = ("source", "mask", "task")
 
     def __init__(self, config: ImageToImageConfig) -> None:
+        tasks = config.tasks.values()
         self.tasks = list(config.tasks)
-        self.residual_stds = [
-            task.residual_std for task in config.tasks.values() if task.residual_std is not None
-        ]
-        self.channels_in = (
-            7 if self.residual_stds else 6
-        )  # 7: the mask too, as no noise tells where the hole is
+        self.residual_stds = [task.residual_std for task in tasks if task.residual_std is not None]
         super().__init__(config)
 
-    def told(self) -> dict[str, int]:
-        return {**super().told(), "num_classes": len(self.tasks)}
+    @property
+    def channels_in(self) -> int:
+        """With a prior mean the mask too, as no noise shows where the hole is."""
+        return 7 if self.residual_stds else 6
 
-    def batch(
-        self, step: int, positions: Sequence[int], pictures: np.ndarray, *prompt: np.ndarray
-    ) -> Arrays:
-        """Adds the damage: what is given of each picture, and by which task."""
-        x, eps, logsnr, *rest = super().batch(step, positions, pictures, *prompt)
+    @property
+    def num_classes(self) -> int:
+        return len(self.tasks)
+
+    def training_inputs(self, images: np.ndarray, prompt: Arrays, draws: Draws) -> Arrays:
+        """Adds degraded images, each by a task drawn for it."""
+        arrays = super().training_inputs(images, prompt, draws)
         weights = np.array([task.weight for task in self.config.tasks.values()])
-        streams = self.streams("damage", step, positions)
-        chosen = [int(stream.choice(len(weights), p=weights / weights.sum())) for stream in streams]
-        given = [
-            degrade(self.tasks[number], picture, stream)
-            for number, picture, stream in zip(chosen, pictures, streams, strict=True)
-        ]
         shifts = np.array([task.logsnr_shift for task in self.config.tasks.values()], np.float32)
-        return x, eps, logsnr + shifts[chosen], *rest, *self.seen(given, chosen)
 
-    def seen(self, given: Sequence[Degraded], chosen: Sequence[int]) -> Arrays:
-        """What `predict` takes: sources or, with spreads, guesses (B, 3, S, S), masks (B, 1, S, S),
-        tasks (B, K).
-        """
-        pictures, masks = (np.stack(arrays) for arrays in zip(*given, strict=True))
+        task_ids = []
+        degraded = []
+        for image, stream in zip(images, draws.streams("damage"), strict=True):
+            task_id = int(stream.choice(len(weights), p=weights / weights.sum()))
+            task_ids.append(task_id)
+            degraded.append(degrade(self.tasks[task_id], image, stream))
+
+        arrays["logsnr"] = arrays["logsnr"] + shifts[task_ids]
+        return {**arrays, **self.degraded_inputs(degraded, task_ids)}
+
+    def degraded_inputs(self, degraded: Sequence[Degraded], task_ids: Sequence[int]) -> Arrays:
+        """source (B, 3, H, W), or the prior mean in its place, mask (B, 1, H, W), task (B, K)."""
+        sources = np.stack([each.source for each in degraded])
+        masks = np.stack([each.mask for each in degraded])
         if self.residual_stds:
-            once = {
-                id(each): (self.tasks[task], each) for each, task in zip(given, chosen, strict=True)
-            }
-            guesses = {
-                key: prior_mean(*each) for key, each in once.items()
-            }  # samples of a picture share it
-            pictures = np.stack([guesses[id(each)] for each in given])
-        return (pictures - self.mean) / self.std, masks, *one_hot(chosen, len(self.tasks))
+            means: dict[int, np.ndarray] = {}  # several samples of an image share its prior mean
+            for each, task_id in zip(degraded, task_ids, strict=True):
+                if id(each) not in means:
+                    means[id(each)] = prior_mean(self.tasks[task_id], each)
+            sources = np.stack([means[id(each)] for each in degraded])
+        return {
+            "source": (sources - self.mean) / self.std,
+            "mask": masks,
+            "task": one_hot(task_ids, len(self.tasks)),
+        }
 
-    def predict(self, z: Tensor, logsnr_B: Tensor, *told: Tensor) -> Tensor:
-        picture, mask, task_BK = told[-3:]
-        prompt, seeds = told[: self.num_prompt], told[self.num_prompt : -3]
+    def predict(
+        self, network: Network, z: Tensor, logsnr_B: Tensor, inputs: dict[str, Tensor]
+    ) -> Tensor:
+        source, mask, task_BK = inputs["source"], inputs["mask"], inputs["task"]
+        logsnr_B1 = logsnr_B.expand_dims(1)
         if not self.residual_stds:
-            seen = ops.cat((picture + mask * (z - picture), picture), 1)
-            return self.network(seen, logsnr_B.expand_dims(1), *prompt, task_BK, *seeds)
+            x = ops.cat((source + mask * (z - source), source), 1)
+            return self.call_network(network, x, logsnr_B1, inputs, task_BK)
+
         residual_std_B = self.residual_std(task_BK)
-        mean, deviation = gaussian_posterior(picture, residual_std_B, z, logsnr_B)
-        seen = ops.cat((mask * (mean - picture) / expand_dims(residual_std_B), picture, mask), 1)
-        return mean + deviation * self.network(
-            seen, logsnr_B.expand_dims(1), *prompt, task_BK, *seeds
-        )
+        mean, deviation = gaussian_posterior(source, residual_std_B, z, logsnr_B)
+        revealed = mask * (mean - source) / expand_dims(residual_std_B)
+        x = ops.cat((revealed, source, mask), 1)
+        return mean + deviation * self.call_network(network, x, logsnr_B1, inputs, task_BK)
 
     def residual_std(self, task_BK: Tensor) -> Tensor:
         """Of each image (B,)."""
-        return (
-            task_BK * ops.broadcast_to(Tensor(self.residual_stds, mstype.float32), task_BK.shape)
-        ).sum(axis=1)
+        stds_BK = ops.broadcast_to(Tensor(self.residual_stds, mstype.float32), task_BK.shape)
+        return (task_BK * stds_BK).sum(axis=1)
 
-    def loss(self, x: Tensor, eps: Tensor, logsnr_B: Tensor, *told: Tensor) -> Tensor:
-        """The loss of each image (B,), over what is to be made."""
-        output = self.predict(add_noise(x, eps, logsnr_B), logsnr_B, *told)
+    def loss(self, *tensors: Tensor) -> Tensor:
+        """The loss of each image (B,), over the pixels of its mask."""
+        inputs = self.training.unpack(tensors)
+        x, eps, logsnr_B = inputs["x"], inputs["eps"], inputs["logsnr"]
+        output = self.predict(self.network, add_noise(x, eps, logsnr_B), logsnr_B, inputs)
         if self.residual_stds:
-            unit = expand_dims(1.0 / self.residual_std(told[-1]))
+            unit = expand_dims(1.0 / self.residual_std(inputs["task"]))
             output, x = output * unit, x * unit
-        return score(self.config.diffusion, output, x, eps, logsnr_B, told[-2])
+        return diffusion_loss(self.config.diffusion, output, x, eps, logsnr_B, inputs["mask"])
 
-    def condition(
-        self, given: Any, seed: int, numbers: Sequence[int], aug_level: float
-    ) -> tuple[tuple[int, ...], Arrays]:
-        """`given` is a task's name and what is given of each picture."""
-        task, pictures = given
-        seen = self.seen(pictures, [self.tasks.index(task)] * len(pictures))
-        return seen[0].shape[1:], seen
+    def sampling_inputs(self, request: SampleRequest, config: SamplerConfig) -> Arrays:
+        if request.degraded is None or request.task is None:
+            raise ValueError(
+                "degraded: missing; image to image needs images to restore, and a task"
+            )
+        task_ids = [self.tasks.index(request.task)] * request.num_images
+        return {**request.prompt, **self.degraded_inputs(request.degraded, task_ids)}
 
-    def restore(
-        self,
-        config: SamplerConfig,
-        task: str,
-        given: Sequence[Degraded],
-        prompt: Arrays,
-        seed: int,
-        numbers: Sequence[int],
-        kept: Arrays | None = None,
-        progress: Callable[[], object] = bool,
-    ) -> np.ndarray:
-        """`sample` of what is given of some pictures of one size, uint8 (B, H, W, 3).
+    def sample_shape(self, request: SampleRequest) -> tuple[int, int, int]:
+        if request.degraded is None:
+            return super().sample_shape(request)
+        _, height, width = request.degraded[0].source.shape
+        return (3, height, width)
 
-        What is known comes out as it went in; or it is the pictures `kept`, uint8 (B, H, W, 3),
-        outside of their masks, float32 (B, 1, H, W).
-        """
-        schedule, logsnr_shift = (
-            config.schedule or self.config.diffusion,
-            self.config.tasks[task].logsnr_shift,
-        )
-        shifted = replace(
-            config, schedule=replace(schedule, logsnr_shift=schedule.logsnr_shift + logsnr_shift)
-        )
-        sources, masks = (np.stack(arrays) for arrays in zip(*given, strict=True))
-        edit = Edit(*(kept or (to_uint8(sources), masks)))
-        return self.sample(shifted, prompt, seed, numbers, (task, given), edit, progress)
+    def sampling_schedule(self, request: SampleRequest, config: SamplerConfig) -> ScheduleConfig:
+        """Shifted as the task is in training."""
+        schedule = super().sampling_schedule(request, config)
+        shift = self.config.tasks[request.task].logsnr_shift if request.task else 0.0
+        return replace(schedule, logsnr_shift=schedule.logsnr_shift + shift)
 
-    def picture(self, pictures: np.ndarray, *prompt: np.ndarray) -> np.ndarray:
+    def sample_grid(self, images: np.ndarray, prompt: Arrays) -> np.ndarray:
         """Source | sample | truth, the tasks in turn."""
-        sources, made = np.empty_like(pictures), np.empty_like(pictures)
-        for first, task in enumerate(self.tasks[: len(pictures)]):
-            rows = range(first, len(pictures), len(self.tasks))
-            streams = self.streams("damage", 0, rows)
-            given = [
-                degrade(task, pictures[row], stream)
+        sources = np.empty_like(images)
+        samples = np.empty_like(images)
+        for first, task in enumerate(self.tasks[: len(images)]):
+            rows = range(first, len(images), len(self.tasks))
+            draws = Draws(seed=self.config.seed, step=0, positions=rows)
+            streams = draws.streams("damage")
+            degraded = [
+                degrade(task, images[row], stream)
                 for row, stream in zip(rows, streams, strict=True)
             ]
-            told = tuple(array[rows] for array in prompt)
-            sources[rows] = to_uint8(np.stack([each.source for each in given]))
-            made[rows] = self.restore(self.config.sample, task, given, told, self.config.seed, rows)
-        return sheet(sources, made, pictures)
+            request = SampleRequest(
+                prompt={name: array[rows] for name, array in prompt.items()},
+                seed=self.config.seed,
+                image_ids=rows,
+                degraded=degraded,
+                task=task,
+                edit=Edit.outside_of_holes(degraded),
+            )
+            sources[rows] = to_uint8(np.stack([each.source for each in degraded]))
+            samples[rows] = sample(self, self.config.sample, request)
+        return image_grid(sources, samples, images)
 
     def manifest_fields(self) -> dict[str, Any]:
         return {"size_in": None, "aug_range": None, "tasks": self.tasks}

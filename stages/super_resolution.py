@@ -1,13 +1,12 @@
-"""Super-resolution: a picture and its text to the same picture at a multiple of its size.
+"""Super-resolution: an image and its text to the same image at a multiple of its size.
 
-The low resolution, enlarged, is concatenated to the noisy picture. It carries noise of its own: in
-training of a level drawn anew for each sample, which the network is told, so that it learns not to
-trust the low resolution more than that level allows and forgives the faults of the stage before (Ho
-et al., arXiv 2106.15282; Imagen, section 2.4). A stage for large pictures trains on windows of them
-and samples them whole (Imagen, appendix F).
+The low resolution, enlarged, is concatenated to the noisy image. It is noise-augmented: in training
+at a level drawn anew for each sample, on which the network is conditioned, so that it learns not to
+trust the low resolution more than that level allows and tolerates the artifacts of the stage before
+(Ho et al., arXiv 2106.15282; Imagen, arXiv 2205.11487, section 2.4). A stage for large images
+trains on windows of them and samples them whole (Imagen, appendix F).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,33 +16,37 @@ from mindspore import Tensor, ops
 from pipeline.config import ConfigError
 from pipeline.data.image import downsample, upsample
 from pipeline.diffusion.process import add_noise
-from pipeline.rng import sampling_noise, unit_noise
-from pipeline.stage.stage import Stage, StageConfig, sheet
-from pipeline.text.prompts import Arrays
+from pipeline.diffusion.solvers import SamplerConfig
+from pipeline.generate.engine import sample
+from pipeline.rng import Draws, sampling_noise, unit_noise
+from pipeline.stage.config import StageConfig
+from pipeline.stage.inputs import Arrays
+from pipeline.stage.request import SampleRequest
+from pipeline.stage.stage import Network, Stage, image_grid
 
-AUGMENT_STEP = (
-    2**32
-)  # names the low resolution's noise among the draws of sampling; no sampler takes as many steps
+# Names the augmentation noise among the draws of sampling; no solver takes as many steps.
+AUGMENTATION_DRAW = 2**32
 
 
 @dataclass(frozen=True, kw_only=True)
 class LowResConfig:
-    """The picture that is enlarged."""
+    """The image that is enlarged."""
 
     size: int  # side in pixels
     max_aug_level: float = 1.0  # training draws levels, as diffusion times, from [0, max_aug_level]
-    window: int | None = None  # train on windows of the large picture with this side
+    window: int | None = None  # train on windows of the large image with this side, in pixels
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_aug_level <= 1:
             raise ConfigError(
-                f"max_aug_level: {self.max_aug_level} is not a diffusion time in [0, 1]; Imagen has 1.0"
+                f"max_aug_level: {self.max_aug_level} is not a diffusion time in [0, 1]; Imagen "
+                "has 1.0"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SuperResolutionConfig(StageConfig):
-    """Pictures of `low_res.size` to pictures of `size`."""
+    """Images of `low_res.size` to images of `size`."""
 
     kind: Literal["super_resolution"] = "super_resolution"
     low_res: LowResConfig
@@ -56,77 +59,102 @@ class SuperResolutionConfig(StageConfig):
             )
         if not 0 <= self.sample.aug_level <= self.low_res.max_aug_level:
             raise ConfigError(
-                f"sample.aug_level: {self.sample.aug_level} is not in [0, low_res.max_aug_level = {self.low_res.max_aug_level}]"
+                f"sample.aug_level: {self.sample.aug_level} is not in [0, low_res.max_aug_level = "
+                f"{self.low_res.max_aug_level}]"
             )
-        side = self.low_res.window
-        if side is not None and (
-            side > self.size or side % (self.size // self.low_res.size) or side % self.unet.stride
+
+        window = self.low_res.window
+        if window is not None and (
+            window > self.size or window % self.scale or window % self.unet.stride
         ):
             raise ConfigError(
-                f"low_res.window: {side} is no multiple of {self.size // self.low_res.size} (the enlargement) and of "
-                f"{self.unet.stride} (by which this U-Net shrinks a picture) up to the size {self.size}"
+                f"low_res.window: {window} is no multiple of {self.scale} (the enlargement) and of "
+                f"{self.unet.stride} (by which this U-Net divides an image's sides) up to the size "
+                f"{self.size}"
             )
+
+    @property
+    def scale(self) -> int:
+        """By how much a side grows."""
+        return self.size // self.low_res.size
 
 
 class SuperResolution(Stage):
-    """Sees the noisy picture, the noisy low resolution, its level, and the text."""
+    """Sees the noisy image, the noise-augmented low resolution, its level, and the prompt."""
 
     Config = SuperResolutionConfig
     config: SuperResolutionConfig
     channels_in = 6
-    num_levels = 2
+    num_noise_levels = 2
+    extra_inputs = ("low_res", "low_res_noise", "low_res_logsnr")
 
     @property
-    def window(self) -> int | None:
+    def train_window(self) -> int | None:
         return self.config.low_res.window
 
-    @property
-    def scale(self) -> int:
-        return self.config.size // self.config.low_res.size
-
-    def batch(
-        self, step: int, positions: Sequence[int], pictures: np.ndarray, *prompt: np.ndarray
-    ) -> Arrays:
+    def training_inputs(self, images: np.ndarray, prompt: Arrays, draws: Draws) -> Arrays:
         """Adds the enlarged low resolution, its noise and its level."""
-        x, *rest = super().batch(step, positions, pictures, *prompt)
-        low = upsample(downsample(x, x.shape[-1] // self.scale), x.shape[-1])
-        streams = self.streams("augment", step, positions)
+        arrays = super().training_inputs(images, prompt, draws)
+        x = arrays["x"]
+        side = x.shape[-1]
+        low_res = upsample(downsample(x, side // self.config.scale), side)
+
+        streams = draws.streams("augment")  # the level is the first draw, then comes the noise
         level = (
             np.array([stream.random() for stream in streams]) * self.config.low_res.max_aug_level
         )
-        return x, *rest, low, unit_noise(streams, x.shape[1:]), self.augment_logsnr(level)
+        return {
+            **arrays,
+            "low_res": low_res,
+            "low_res_noise": unit_noise(streams, x.shape[1:]),
+            "low_res_logsnr": self.aug_logsnr(level),
+        }
 
-    def augment_logsnr(self, level: np.ndarray) -> np.ndarray:
-        """A level of augmentation is a time of the stage's own schedule."""
+    def aug_logsnr(self, level: np.ndarray) -> np.ndarray:
+        """A level of augmentation is a time of the stage's own schedule; float32."""
         return self.config.diffusion.logsnr(level).astype(np.float32)
 
-    def predict(self, z: Tensor, logsnr_B: Tensor, *told: Tensor) -> Tensor:
-        low, eps, low_logsnr_B = told[-3:]
-        seen = ops.cat((z, add_noise(low, eps, low_logsnr_B)), 1)
-        return self.network(seen, ops.stack((logsnr_B, low_logsnr_B), 1), *told[:-3])
+    def predict(
+        self, network: Network, z: Tensor, logsnr_B: Tensor, inputs: dict[str, Tensor]
+    ) -> Tensor:
+        low_logsnr_B = inputs["low_res_logsnr"]
+        low_res = add_noise(inputs["low_res"], inputs["low_res_noise"], low_logsnr_B)
+        levels_BT = ops.stack((logsnr_B, low_logsnr_B), 1)
+        return self.call_network(network, ops.cat((z, low_res), 1), levels_BT, inputs)
 
-    def condition(
-        self, given: np.ndarray | None, seed: int, numbers: Sequence[int], aug_level: float
-    ) -> tuple[tuple[int, ...], Arrays]:
-        if given is None:
-            raise ValueError("super-resolution needs low-resolution pictures")
-        side = given.shape[1] * self.scale
-        level = np.full(len(given), aug_level)
-        noise = sampling_noise(seed, numbers, (3, side, side), AUGMENT_STEP)
-        return (3, side, side), (
-            upsample(self.from_pictures(given), side),
-            noise,
-            self.augment_logsnr(level),
-        )
+    def sampling_inputs(self, request: SampleRequest, config: SamplerConfig) -> Arrays:
+        if request.low_res is None:
+            raise ValueError("low_res: missing; super-resolution needs images to enlarge")
+        shape = self.sample_shape(request)
+        level = np.full(request.num_images, config.aug_level)
+        return {
+            **request.prompt,
+            "low_res": upsample(self.from_images(request.low_res), shape[-1]),
+            "low_res_noise": sampling_noise(
+                request.seed, request.image_ids, shape, AUGMENTATION_DRAW
+            ),
+            "low_res_logsnr": self.aug_logsnr(level),
+        }
 
-    def picture(self, pictures: np.ndarray, *prompt: np.ndarray) -> np.ndarray:
+    def sample_shape(self, request: SampleRequest) -> tuple[int, int, int]:
+        """That of the low resolution, enlarged: a stage trained on windows runs at full size."""
+        if request.low_res is None:
+            return super().sample_shape(request)
+        side = request.low_res.shape[1] * self.config.scale
+        return (3, side, side)
+
+    def sample_grid(self, images: np.ndarray, prompt: Arrays) -> np.ndarray:
         """True low resolution, enlarged | sample | truth."""
-        side = pictures.shape[1]
-        low = downsample(self.from_pictures(pictures), side // self.scale)
-        made = self.sample(
-            self.config.sample, prompt, self.config.seed, range(len(low)), self.to_pictures(low)
+        side = images.shape[1]
+        low_res = downsample(self.from_images(images), side // self.config.scale)
+        request = SampleRequest(
+            prompt=prompt,
+            seed=self.config.seed,
+            image_ids=range(len(images)),
+            low_res=self.to_images(low_res),
         )
-        return sheet(self.to_pictures(upsample(low, side)), made, pictures)
+        samples = sample(self, self.config.sample, request)
+        return image_grid(self.to_images(upsample(low_res, side)), samples, images)
 
     def manifest_fields(self) -> dict[str, Any]:
         return {

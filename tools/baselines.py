@@ -14,7 +14,7 @@ import numpy as np
 from scipy import ndimage
 
 from pipeline.data.image import to_uint8
-from pipeline.imaging.degradations import Degraded, grey
+from pipeline.imaging.degradations import Degraded, to_grayscale
 
 BLUR_SIGMA = 0.6  # pixels; of 0.5, 0.6 and 0.8 the best on photographs of 64 px, by 0.1 dB
 
@@ -46,4 +46,6 @@ def mean_chroma(images: Iterable[np.ndarray]) -> np.ndarray:
     """The mean of colour minus grey over all pixels of uint8 (H, W, 3) images, float64 (3,); each
     image has the same weight.
     """
-    return np.mean([(image - grey(image).astype(np.float64)).mean((0, 1)) for image in images], 0)
+    return np.mean(
+        [(image - to_grayscale(image).astype(np.float64)).mean((0, 1)) for image in images], 0
+    )

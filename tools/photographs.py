@@ -23,8 +23,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from pipeline.data.decode import MAX_SIDE, Picture, decode
-from pipeline.data.image import crop_resize, window
+from pipeline.data.decode import MAX_SIDE, DecodedImage, decode
+from pipeline.data.image import crop, crop_resize
 from pipeline.errors import UserError
 from pipeline.rng import generator
 from pipeline.terminal import run
@@ -93,8 +93,8 @@ def crop_square(
     shortest = max(size, longest * SMALLEST)
     side = round(np.exp(rng.uniform(np.log(shortest), np.log(longest))))
 
-    square = window(pixels, side, *rng.random(2))
-    return crop_resize(Picture(square, side, side, orientation), size, 0.5, 0.5)
+    square = crop(pixels, side, *rng.random(2))
+    return crop_resize(DecodedImage(square, side, side, orientation), size, 0.5, 0.5)
 
 
 def samples(

@@ -34,7 +34,7 @@ class Histogram(NamedTuple):
 def histogram(shards: "Shards") -> Histogram:
     """Decodes every image."""
     from pipeline.data.decode import MAX_SIDE, BadImage, decode
-    from pipeline.data.shards import Damaged
+    from pipeline.data.shards import DamagedSample
 
     counts_CL = np.zeros((3, LEVELS), np.int64)
     skipped: Counter[str] = Counter()
@@ -42,7 +42,7 @@ def histogram(shards: "Shards") -> Histogram:
     for sample in tqdm(range(len(shards)), unit=" images"):
         try:
             pixels = decode(shards.image(sample), size=MAX_SIDE).pixels
-        except (BadImage, Damaged) as error:
+        except (BadImage, DamagedSample) as error:
             skipped[str(error)] += 1
             continue
 

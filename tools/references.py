@@ -1,11 +1,11 @@
-"""Makes the small files in tests/data that our networks are compared with: `python -m
+"""Writes the small files in tests/references that the networks are compared with: `python -m
 tools.references [NAME ...]`.
 
-A reference is what another implementation (PyTorch's, through `transformers` or tools/twin.py)
-answers to a fixed input: inputs, weights and outputs as NumPy arrays in one safetensors file, the
-configuration as JSON in its metadata. Tests then need no PyTorch. Making one needs the `parity`
-extra; the files are part of the repository, so only a new or changed reference calls for running
-this again.
+A reference holds the outputs of another implementation (PyTorch's, through `transformers` or
+tools/twin.py) for fixed inputs: inputs, weights and outputs as arrays in one safetensors file, the
+configuration as JSON in its metadata. The tests then need no PyTorch. Writing one needs the
+`parity` extra. The files are part of the repository, so this only has to run for a new or changed
+reference.
 """
 
 import json
@@ -27,15 +27,17 @@ T5_SIZES = {"vocab_size": 64, "d_model": 24, "d_kv": 8, "d_ff": 40, "num_layers"
 
 
 def t5_model(kind: Literal["v1_0", "v1_1"], whole: bool = False, **changes: Any) -> Any:
-    """A tiny T5 of `transformers` with random weights, the gains of its norms too; `whole` is
-    encoder and decoder.
+    """A tiny T5 of `transformers` with random weights, including the gains of its norms.
+
+    `whole`: encoder and decoder, instead of the encoder alone.
     """
     import torch
     from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
 
     torch.manual_seed(0)
     sizes = {**T5_SIZES, "feed_forward_proj": "relu" if kind == "v1_0" else "gated-gelu", **changes}
-    model = (T5ForConditionalGeneration if whole else T5EncoderModel)(T5Config(**sizes)).eval()
+    model_class = T5ForConditionalGeneration if whole else T5EncoderModel
+    model = model_class(T5Config(**sizes)).eval()
     for name, parameter in model.named_parameters():
         if "layer_norm" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
@@ -47,8 +49,9 @@ def t5_model(kind: Literal["v1_0", "v1_1"], whole: bool = False, **changes: Any)
 def t5_inputs(
     length: int = 150, vocab: int = T5_SIZES["vocab_size"]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and mask of a full and a padded row, long enough to reach the last bucket of relative
-    positions.
+    """Ids and mask, int32 (2, length), of a full and a padded row.
+
+    The default length reaches the last bucket of relative positions.
     """
     ids = np.random.default_rng(0).integers(2, vocab, (2, length), dtype=np.int32)
     mask = np.arange(length)[None] < np.array([[length], [length // 3]])
@@ -69,9 +72,7 @@ def t5_output(model: Any, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def t5_reference(kind: Literal["v1_0", "v1_1"]) -> Reference:
-    """A T5 encoder's weights under their Hugging Face names, and last_hidden_state for two
-    captions.
-    """
+    """A T5 encoder's weights, by Hugging Face name, and last_hidden_state of two captions."""
     model = t5_model(kind)
     ids, mask = t5_inputs()
     weights = {
@@ -86,8 +87,8 @@ def t5_reference(kind: Literal["v1_0", "v1_1"]) -> Reference:
     }, config
 
 
-# Layers and U-Nets. Their weights are not stored but drawn: by this tool for PyTorch, by the tests
-# for MindSpore.
+# Layers and U-Nets. Their weights are not stored: `random_weights` draws the same ones for PyTorch,
+# here, and for MindSpore, in the tests.
 
 LAYERS: dict[str, dict[str, Any]] = {
     "resblock": {"kind": "ResBlock", "width_in": 16, "width": 24, "emb": 20},
@@ -136,17 +137,17 @@ UNETS: dict[str, dict[str, Any]] = {
         "sizes": {"channels_in": 6, "num_levels": 2, "text_width": 12},
     },
 }
-SMALL = 4000  # numbers; gradients of larger parameters are left out of the file
+MAX_STORED = 4000  # elements; gradients of larger parameters are not stored
 
 
 def random_weights(shapes: Mapping[str, Sequence[int]], seed: int) -> dict[str, np.ndarray]:
-    """float32 by name, drawn in the order of names: matrices of variance 1 / fan-in, gains about 1,
-    biases about 0.
+    """float32 arrays by name, drawn in the order of names: matrices with variance 1 / fan-in, gains
+    near 1, biases near 0.
 
-    None is zero, not even what training starts at zero, so that no mistake hides behind a factor of
-    zero.
+    None is zero, not even where training starts at zero: a factor of zero would hide errors.
     """
-    stream, weights = np.random.default_rng(seed), {}
+    stream = np.random.default_rng(seed)
+    weights = {}
     for name, shape in sorted(shapes.items()):
         values = stream.standard_normal(tuple(shape))
         if len(shape) > 1:
@@ -160,9 +161,7 @@ def random_weights(shapes: Mapping[str, Sequence[int]], seed: int) -> dict[str, 
 def unet_inputs(
     seed: int, channels_in: int, num_levels: int, text_width: int
 ) -> dict[str, np.ndarray]:
-    """A picture that is not square, logsnr from -6 to 6, a caption of all tokens and one with
-    padding.
-    """
+    """Images that are not square, logsnr from -6 to 6, a full caption and one with padding."""
     stream = np.random.default_rng(seed)
     return {
         "x": stream.standard_normal((2, channels_in, 16, 8)).astype(np.float32),
@@ -175,10 +174,10 @@ def unet_inputs(
 def differentiate(
     module: Any, inputs: Mapping[str, np.ndarray], seed: int
 ) -> dict[str, np.ndarray]:
-    """What a PyTorch module answers, in float64: `output`, and for a random `cotangent` all
-    gradients.
+    """The outputs of a PyTorch module in float64: `output`, a random `cotangent`, and the gradients
+    of their product.
 
-    `gradients.x` is with respect to the first input, `gradients.NAME` to a parameter.
+    `gradients.x` is by the first input, `gradients.NAME` by a parameter. Returned as float32.
     """
     import torch
 
@@ -186,22 +185,24 @@ def differentiate(
     tensors[0].requires_grad_()
     module.double()
     output = module(*tensors)
+
     cotangent = torch.tensor(
         np.random.default_rng(seed).standard_normal(output.shape).astype(np.float32)
     )
     output.backward(cotangent.double())
+
     gradients = {
         "x": tensors[0].grad,
         **{name: parameter.grad for name, parameter in module.named_parameters()},
     }
-    found = {"output": output.detach(), "cotangent": cotangent}
-    found |= {f"gradients.{name}": gradient for name, gradient in gradients.items()}
-    return {name: value.float().numpy() for name, value in found.items()}
+    outputs = {"output": output.detach(), "cotangent": cotangent}
+    outputs |= {f"gradients.{name}": gradient for name, gradient in gradients.items()}
+    return {name: value.float().numpy() for name, value in outputs.items()}
 
 
 def layer_reference(name: str) -> Reference:
-    """A layer's inputs (`inputs.NAME`, in order x, emb, text, bias) and what `differentiate` makes
-    of them.
+    """A layer's inputs, `inputs.NAME` for x, emb, text and bias, and the results of
+    `differentiate`.
     """
     import torch
 
@@ -211,6 +212,7 @@ def layer_reference(name: str) -> Reference:
     layer = getattr(twin, arguments.pop("kind"))(**arguments)
     weights = random_weights({key: value.shape for key, value in layer.named_parameters()}, seed=0)
     layer.load_state_dict({key: torch.tensor(value) for key, value in weights.items()}, strict=True)
+
     stream = np.random.default_rng(1)
     width_in = arguments.get("width_in", arguments["width"])
     shapes = {
@@ -229,25 +231,27 @@ def layer_reference(name: str) -> Reference:
 
 
 def unet_reference(name: str) -> Reference:
-    """The same of a U-Net (`inputs.NAME` in order x, logsnr, text, mask), without the gradients of
-    large parameters.
+    """A U-Net's inputs, `inputs.NAME` for x, logsnr, text and mask, and the results of
+    `differentiate` without the gradients of large parameters.
     """
     from pipeline.nn.unet import UNetConfig
     from tools.twin import UNet, twin
 
-    config, sizes = UNetConfig(**UNETS[name]["config"]), UNETS[name]["sizes"]
+    config = UNetConfig(**UNETS[name]["config"])
+    sizes = UNETS[name]["sizes"]
     shapes = {key: value.shape for key, value in UNet(config, **sizes).named_parameters()}
     network = twin(config, **sizes, weights=random_weights(shapes, seed=0))
+
     inputs = unet_inputs(1, **sizes)
     arrays = {f"inputs.{key}": value for key, value in inputs.items()} | differentiate(
         network, inputs, seed=2
     )
-    kept = {
+    stored = {
         key: value
         for key, value in arrays.items()
-        if not key.startswith("gradients.") or value.size <= SMALL
+        if not key.startswith("gradients.") or value.size <= MAX_STORED
     }
-    return kept, {"config": asdict(config), "sizes": sizes, "seed": 0}
+    return stored, {"config": asdict(config), "sizes": sizes, "seed": 0}
 
 
 REFERENCES: dict[str, Callable[[], Reference]] = {
@@ -260,20 +264,22 @@ REFERENCES: dict[str, Callable[[], Reference]] = {
 
 def main(argv: Sequence[str]) -> None:
     parser = Parser(
-        prog="python -m tools.references", description="Make the references in tests/data again."
+        prog="python -m tools.references",
+        description="Write the references in tests/references again.",
     )
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"which of {', '.join(REFERENCES)} (all)"
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(REFERENCES)} (default: all)"
     )
     names = parser.parse_args(argv).names or list(REFERENCES)
     for name in names:
         if name not in REFERENCES:
-            raise UserError(f"no reference named '{name}'; there are {', '.join(REFERENCES)}")
+            raise UserError(f"{name}: no such reference; give one of {', '.join(REFERENCES)}")
     for name in names:
         write(name)
 
 
 def write(name: str) -> None:
+    """Writes one reference. UserError if PyTorch or `transformers` is missing."""
     from safetensors.numpy import save_file
 
     try:
@@ -282,10 +288,11 @@ def write(name: str) -> None:
         raise UserError(
             f"{name}: {error}; install the extra, pip install -e '.[parity]'"
         ) from error
+
     path = FOLDER / f"{name}.safetensors"
     arrays = {key: np.ascontiguousarray(value) for key, value in arrays.items()}
     save_file(arrays, path, metadata={"config": json.dumps(config)})
-    path.chmod(0o644)  # safetensors leaves it to the owner alone
+    path.chmod(0o644)  # safetensors lets only the owner read it
     print(f"{path}: {path.stat().st_size // 1024} kB")
 
 

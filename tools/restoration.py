@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.errors import UserError
-from pipeline.imaging.contact_sheet import Row, sheet
+from pipeline.imaging.contact_sheet import Row, contact_sheet
 from pipeline.rng import generator
 from pipeline.terminal import Parser, positive, run
 
@@ -85,7 +85,7 @@ def main(argv: Sequence[str]) -> None:
                 # Each row of the overview shows another image.
                 rows.append(overview_row(title, cases[len(rows) % len(cases)], settings))
 
-    sheet(rows).save(arguments.out / "overview.png")
+    contact_sheet(rows).save(arguments.out / "overview.png")
     print("\n".join(lines))
     print(
         f"PSNR in dB (SSIM), means of {len(images)} images; {arguments.samples} samples of each; "
@@ -131,11 +131,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def check_stages(stages: Sequence[str]) -> None:
     """UserError for a stage that restores nothing, and for a task of two stages."""
     from pipeline.generate.cascade_folder import read_cascade
-    from pipeline.generate.restore import check_restores
+    from pipeline.generate.restore import stage_tasks
 
     stage_of: dict[str, str] = {}
     for folder in stages:
-        for task in check_restores(read_cascade(Path(folder))[0]):
+        for task in stage_tasks(read_cascade(Path(folder))[0]):
             if task in stage_of:
                 raise UserError(
                     f"{folder}: was trained for {task}, as {stage_of[task]} was; "
@@ -175,7 +175,7 @@ def cases_of(task: str, images: Sequence[NamedImage], seed: int) -> dict[str, li
 
     Inpainting has a second row with a hole in the centre, as Palette is measured.
     """
-    from pipeline.imaging.degradations import centre, degrade, with_hole
+    from pipeline.imaging.degradations import center_mask, degrade, with_hole
 
     def rng(i: int) -> np.random.Generator:
         return generator(seed, "damage", 0, i)
@@ -188,7 +188,7 @@ def cases_of(task: str, images: Sequence[NamedImage], seed: int) -> dict[str, li
     }
     if task == "inpainting":
         cases["inpainting_centre"] = [
-            Case(name, truth, with_hole(truth, centre(len(truth)), rng(i)))
+            Case(name, truth, with_hole(truth, center_mask(len(truth)), rng(i)))
             for i, (name, truth) in enumerate(images)
         ]
     return cases
@@ -202,10 +202,14 @@ def restore_cases(
 ) -> None:
     """Restores the images into the folder of this title; those that are there already stay."""
     from pipeline.data.image import to_uint8
-    from pipeline.generate.restore import Damage, RestoreOptions, restore
+    from pipeline.generate.restore import DamagedImage, RestoreOptions, restore
 
     inputs = [
-        Damage(case.name, to_uint8(case.degraded.source), case.degraded.mask[0] == 1)
+        DamagedImage(
+            name=case.name,
+            image=to_uint8(case.degraded.source),
+            mask=case.degraded.mask[0] == 1,
+        )
         for case in cases
     ]
     options = RestoreOptions(task=task, seed=settings.seed, samples=settings.samples)

@@ -1,10 +1,9 @@
-"""The U-Net in PyTorch: an independent reference for tests, and the limit that a benchmark compares
-to.
+"""The U-Net in PyTorch: an independent reference for tests, and the baseline of benchmarks.
 
-It shares with pipeline/nn/unet.py the configuration and the names of the parameters, so that
-weights pass from one to the other, and no line of arithmetic: every operator is PyTorch's own.
-Shapes as in pipeline/nn/blocks.py. Import this file late: PyTorch is the extra `parity`, and
-nothing that trains or samples needs it.
+It has the configuration and the parameter names of pipeline/nn/unet.py, so that weights can be
+copied between the two, but shares no arithmetic: every operator is PyTorch's own. Shapes as in
+pipeline/nn/unet.py. Import this file late: PyTorch is in the extra `parity`, and neither training
+nor sampling needs it.
 """
 
 from collections.abc import Mapping
@@ -15,17 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-if TYPE_CHECKING:  # a benchmark has PyTorch alone in its process
+if TYPE_CHECKING:  # the process of a benchmark does not import MindSpore
     from pipeline.nn.unet import UNetConfig
 
-Weights = Mapping[str, np.ndarray]  # by their names in MindSpore
+Weights = Mapping[str, np.ndarray]  # by parameter name
 
 
 def twin(
     config: "UNetConfig", channels_in: int, num_levels: int, text_width: int, weights: Weights
 ) -> "UNet":
-    """`unet(x_BCHW, logsnr_BT, text_BLD, mask_BL) -> (B, 3, H, W)`. RuntimeError if a name or shape
-    differs.
+    """The network `unet(x_BCHW, logsnr_BT, text_BLD, mask_BL) -> (B, 3, H, W)` with these weights.
+
+    RuntimeError if a name or shape differs.
     """
     network = UNet(config, channels_in, num_levels, text_width)
     network.load_state_dict(
@@ -42,7 +42,8 @@ class Norm(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.groups = max(n for n in range(1, 33) if width % n == 0 and width >= 4 * n)
-        self.gain, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+        self.gain = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.group_norm(x, self.groups, self.gain, self.bias, eps=1e-5)
@@ -51,7 +52,8 @@ class Norm(nn.Module):
 class LayerNorm(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.gamma, self.beta = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+        self.gamma = nn.Parameter(torch.ones(width))
+        self.beta = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.gamma.shape, self.gamma, self.beta, eps=1e-7)
@@ -61,8 +63,10 @@ class ResBlock(nn.Module):
     def __init__(self, width_in: int, width: int, emb: int, resample: str = "") -> None:
         super().__init__()
         self.resample = resample
-        self.norm1, self.conv1 = Norm(width_in), conv(width_in, width)
-        self.norm2, self.conv2 = Norm(width), conv(width, width)
+        self.norm1 = Norm(width_in)
+        self.conv1 = conv(width_in, width)
+        self.norm2 = Norm(width)
+        self.conv2 = conv(width, width)
         self.emb = nn.Linear(emb, 2 * width) if emb else None
         self.skip = conv(width_in, width, 1) if width_in != width else None
 
@@ -76,6 +80,7 @@ class ResBlock(nn.Module):
         if self.emb is not None:
             scale, shift = self.emb(emb)[:, :, None, None].chunk(2, dim=1)
             h = torch.addcmul(shift, h, 1 + scale)
+
         x = self.resize(x)
         return self.conv2(F.silu(h)) + (x if self.skip is None else self.skip(x))
 
@@ -83,20 +88,24 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     def __init__(self, width: int, head: int, text_width: int, cross: bool) -> None:
         super().__init__()
-        self.head, self.cross = head, cross
+        self.head = head
+        self.cross = cross
         self.norm = Norm(width)
         self.to_q = nn.Linear(width, width if cross else 3 * width)
         self.text_kv = nn.Linear(text_width, 2 * width)
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, emb: Tensor, text: Tensor, bias: Tensor) -> Tensor:
-        of_picture = self.to_q(self.norm(x).flatten(2).mT).unflatten(
-            2, (-1, x.shape[1])
-        )  # (B, N, q or q k v, C)
-        q, own = of_picture[:, :, 0], of_picture[:, :, 1:]
+        # (B, N, 1, C) for the query alone, (B, N, 3, C) with key and value.
+        qkv = self.to_q(self.norm(x).flatten(2).mT).unflatten(2, (-1, x.shape[1]))
+        q = qkv[:, :, 0]
+        image_kv = qkv[:, :, 1:]
+
         kv = self.text_kv(text).unflatten(2, (2, -1))
         if not self.cross:
-            kv, bias = torch.cat((own, kv), 1), F.pad(bias, (own.shape[1], 0))
+            kv = torch.cat((image_kv, kv), 1)
+            bias = F.pad(bias, (image_kv.shape[1], 0))
+
         k, v = kv.unbind(2)
         q, k, v = (part.unflatten(2, (-1, self.head)).transpose(1, 2) for part in (q, k, v))
         y = F.scaled_dot_product_attention(
@@ -129,7 +138,8 @@ class Stack(nn.Module):
 class NoiseLevelEmbedding(nn.Module):
     def __init__(self, width: int, emb: int) -> None:
         super().__init__()
-        self.dense1, self.dense2 = nn.Linear(width, emb), nn.Linear(emb, emb)
+        self.dense1 = nn.Linear(width, emb)
+        self.dense2 = nn.Linear(emb, emb)
 
     def forward(self, logsnr: Tensor) -> Tensor:
         time = torch.atan2((-logsnr / 4).exp(), (logsnr / 4).exp()) * 2000 / torch.pi
@@ -142,7 +152,8 @@ class NoiseLevelEmbedding(nn.Module):
 class AttentionPool(nn.Module):
     def __init__(self, text_width: int, emb: int) -> None:
         super().__init__()
-        self.q, self.kv = nn.Linear(text_width, emb), nn.Linear(text_width, 2 * emb)
+        self.q = nn.Linear(text_width, emb)
+        self.kv = nn.Linear(text_width, 2 * emb)
         self.out = nn.Linear(emb, emb)
 
     def forward(self, text: Tensor, bias: Tensor) -> Tensor:
@@ -159,25 +170,28 @@ class UNet(nn.Module):
         self, config: "UNetConfig", channels_in: int, num_levels: int, text_width: int
     ) -> None:
         super().__init__()
-        emb, patch, first = (
-            4 * config.channels,
-            config.patch,
-            config.channels * config.channel_mults[0],
-        )
+        emb = 4 * config.channels
+        patch = config.patch
+        first = config.channels * config.channel_mults[0]
         self.config = config
-        self.text_norm, self.text_in = (
-            LayerNorm(text_width),
-            nn.Linear(text_width, config.text_channels),
-        )
+
+        self.text_norm = LayerNorm(text_width)
+        self.text_in = nn.Linear(text_width, config.text_channels)
         self.text_pool = AttentionPool(config.text_channels, emb)
         self.levels = nn.ModuleList(
             NoiseLevelEmbedding(config.channels, emb) for _ in range(num_levels)
         )
         self.stem = conv(channels_in * patch**2, first)
-        down, middle, up = (adm if config.kind == "adm" else efficient)(config, emb)
-        self.down, self.middle, self.up = nn.ModuleList(down), middle, nn.ModuleList(up)
+
+        build = adm if config.kind == "adm" else efficient
+        down, middle, up = build(config, emb)
+        self.down = nn.ModuleList(down)
+        self.middle = middle
+        self.up = nn.ModuleList(up)
+
         last = first if config.kind == "adm" else 2 * first
-        self.norm, self.head = Norm(first), conv(last, 3 * patch**2)
+        self.norm = Norm(first)
+        self.head = conv(last, 3 * patch**2)
 
     def forward(self, x: Tensor, logsnr: Tensor, text: Tensor, mask: Tensor) -> Tensor:
         bias = torch.where(mask > 0, 0.0, -1e4).to(x.dtype)
@@ -186,6 +200,7 @@ class UNet(nn.Module):
             level(column) for level, column in zip(self.levels, logsnr.unbind(1), strict=True)
         ]
         emb = F.silu(self.text_pool(text, bias) + sum(levels))
+
         h = self.stem(F.pixel_unshuffle(x, self.config.patch))
         skips = [h]
         for stack in self.down:
@@ -195,6 +210,7 @@ class UNet(nn.Module):
         for stack in self.up:
             skip = skips.pop() if self.config.kind == "adm" else skips.pop() / 2**0.5
             h = stack(torch.cat((h, skip), 1), emb, text, bias)
+
         h = F.silu(self.norm(h))
         if self.config.kind == "efficient":
             h = torch.cat((h, skips.pop() / 2**0.5), 1)
@@ -205,23 +221,21 @@ Stacks = tuple[list[Stack], Stack, list[Stack]]
 
 
 def attend(config: "UNetConfig", level: int) -> list[nn.Module]:
-    kind, width = config.attention[level], config.channels * config.channel_mults[level]
-    return (
-        []
-        if kind == "none"
-        else [Attention(width, config.head_channels, config.text_channels, kind == "cross")]
-    )
+    """The attention that follows a block of this level, if any."""
+    kind = config.attention[level]
+    width = config.channels * config.channel_mults[level]
+    if kind == "none":
+        return []
+    return [Attention(width, config.head_channels, config.text_channels, cross=kind == "cross")]
 
 
 def adm(config: "UNetConfig", emb: int) -> Stacks:
-    """Widths follow the picture: what a way-up block takes is its input's width and that of the
-    skip it meets.
-    """
-    widths, depth = (
-        [config.channels * mult for mult in config.channel_mults],
-        len(config.channel_mults),
-    )
-    skips, down, up = [widths[0]], [], []  # widths of skip connections, the stem's first
+    """One block a stack; on the way up, a block's input is concatenated with a skip connection."""
+    widths = [config.channels * mult for mult in config.channel_mults]
+    depth = len(widths)
+
+    down = []
+    skips = [widths[0]]  # widths of skip connections, the stem's first
     for i, width in enumerate(widths):
         for _ in range(config.num_blocks[i]):
             down.append(Stack(ResBlock(skips[-1], width, emb), *attend(config, i)))
@@ -229,43 +243,49 @@ def adm(config: "UNetConfig", emb: int) -> Stacks:
         if i + 1 < depth:
             down.append(Stack(ResBlock(width, width, emb, "down")))
             skips.append(width)
+
     deep = widths[-1]
     middle = Stack(ResBlock(deep, deep, emb), *attend(config, depth - 1), ResBlock(deep, deep, emb))
+
+    up = []
     for i, width in reversed(list(enumerate(widths))):
         for block in range(config.num_blocks[i] + 1):
-            enter = width if block else widths[min(i + 1, depth - 1)]
-            grow = (
-                [ResBlock(width, width, emb, "up")] if i and block == config.num_blocks[i] else []
-            )
-            up.append(Stack(ResBlock(enter + skips.pop(), width, emb), *attend(config, i), *grow))
+            width_in = width if block else widths[min(i + 1, depth - 1)]
+            layers = [ResBlock(width_in + skips.pop(), width, emb), *attend(config, i)]
+            if i > 0 and block == config.num_blocks[i]:
+                layers.append(ResBlock(width, width, emb, "up"))
+            up.append(Stack(*layers))
     return down, middle, up
 
 
 def efficient(config: "UNetConfig", emb: int) -> Stacks:
-    """A level's blocks: the first takes the embedding; self-attention after each, cross-attention
-    after the last.
+    """One level a stack: its first block takes the embedding; self-attention follows each block,
+    cross-attention the last.
     """
     widths = [config.channels * mult for mult in config.channel_mults]
-    outside = widths[:1] + widths[:-1]  # width of the picture one level up
+    outer = widths[:1] + widths[:-1]  # width of the image one level up
 
-    def blocks(level: int, enter: int) -> list[nn.Module]:
-        width, count, layers = widths[level], config.num_blocks[level], []
+    def blocks(level: int, width_in: int) -> list[nn.Module]:
+        width = widths[level]
+        count = config.num_blocks[level]
+        layers: list[nn.Module] = []
         for n in range(count):
-            layers.append(ResBlock(width if n else enter, width, 0 if n else emb))
+            layers.append(ResBlock(width if n else width_in, width, 0 if n else emb))
             if n == count - 1 or config.attention[level] == "self":
                 layers += attend(config, level)
         return layers
 
-    *upper, low = range(len(widths))
-    down = [Stack(Resample(outside[i], widths[i], up=False), *blocks(i, widths[i])) for i in upper]
-    up = [Stack(*blocks(i, 2 * widths[i]), Resample(widths[i], outside[i], up=True)) for i in upper]
-    twice = [*blocks(low, widths[low]), *blocks(low, widths[low])]
-    return (
-        down,
-        Stack(
-            Resample(outside[low], widths[low], False),
-            *twice,
-            Resample(widths[low], outside[low], True),
-        ),
-        up[::-1],
+    *upper, lowest = range(len(widths))
+    middle = Stack(
+        Resample(outer[lowest], widths[lowest], up=False),
+        *blocks(lowest, widths[lowest]),
+        *blocks(lowest, widths[lowest]),
+        Resample(widths[lowest], outer[lowest], up=True),
     )
+
+    down = []
+    up = []
+    for i in upper:
+        down.append(Stack(Resample(outer[i], widths[i], up=False), *blocks(i, widths[i])))
+        up.append(Stack(*blocks(i, 2 * widths[i]), Resample(widths[i], outer[i], up=True)))
+    return down, middle, up[::-1]

@@ -1,13 +1,13 @@
-"""One attempt of a job on this node, from the first process that is started to the outcome.
+"""One attempt of a job on this node, from the start of the first process to the outcome.
 
-Five times a second it reads what the ranks, the launcher and the other nodes have written (`look`)
-and judges it (`judge`): the first of these that holds is the outcome.
+Five times a second it reads what the ranks, the launcher and the other nodes have written (`read`)
+and judges it (`judge`). The first of these that holds is the outcome:
 
-    a rank found a user's mistake                      its line, and 2
-    all ranks here are done, and those elsewhere       0, or 75 if a signal stopped them
-    a signal came, here or on another node             the ranks save and end; 1 if one of them does not
-    a rank or the launcher has failed (launch.jobs.diagnosis)  1, as soon as it is clear which was the first
-    another node has failed or says nothing any more   that node's code, or 1
+    a rank found a mistake of the user           its line, and 2
+    all ranks are done, here and elsewhere       0, or 75 if a signal stopped them
+    a signal came, here or on another node       the ranks save and end; 1 if one of them does not
+    a rank or the launcher has failed            1, once it is clear which failed first
+    another node has failed or is silent         that node's code, or 1
 """
 
 import signal
@@ -18,245 +18,311 @@ from pathlib import Path
 
 from launch.jobs import diagnosis, processes
 from launch.jobs.children import Children
+from launch.jobs.diagnosis import Failure
 from launch.jobs.heartbeats import HANG, PATIENCE, PAUSES
 from launch.jobs.logs import Tail, last_lines
 from launch.jobs.nodes import POLL, STOPPED, Outcome, Peers
-from launch.jobs.plan import MEETING, LaunchConfig, Process, find_port
-from launch.jobs.ranks import Watch
+from launch.jobs.plan import RENDEZVOUS_TIMEOUT, LaunchConfig, Process, find_port
+from launch.jobs.ranks import Rank, Watch
 
-Plan = Callable[[Path, int], list[Process]]  # the attempt's folder and port -> what to start
+# From the folder of an attempt and the port of the rendezvous to the processes to start.
+Plan = Callable[[Path, int], list[Process]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Seconds that are waited; tests wait less."""
+    """How long a supervisor waits, in seconds; tests wait less."""
 
+    # Without a new step, until a rank hangs; longer if its steps are slow.
     hang: float = HANG
-    settle: float = 2.0  # after the first sign of a failure, for those that explain it
-    stop: float = 60.0  # after SIGTERM, for the next sign that the ranks get on with it
-    leave: float = 30.0  # after a rank's last word, until its process is gone
-    end: float = 5.0  # from SIGTERM to SIGKILL, for what has no reason to live
-    meet: float = MEETING
-    node: float = 120.0  # without a sign of another node: network file systems show changes late
-    backoff: float = 2.0  # before the first restart, doubled for each that follows
+    # After the first sign of a failure, for the reports that explain it.
+    settle: float = 2.0
+    # After SIGTERM, for the next sign that the ranks follow it.
+    stop: float = 60.0
+    # After a rank's exit report, until its process has ended.
+    leave: float = 30.0
+    # From SIGTERM to SIGKILL, for processes that should have ended.
+    end: float = 5.0
+    # The same for the guard, which ends the processes of a supervisor that was killed.
+    guard: float = 10.0
+    # For the other nodes to start.
+    meet: float = RENDEZVOUS_TIMEOUT
+    # Without a sign of another node: network file systems show changes late.
+    node: float = 120.0
+    # Before the first restart; doubled for each that follows.
+    backoff: float = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeJob:
+    """A job as one node has it: what stays the same over its attempts."""
+
+    config: LaunchConfig
+    run_dir: Path
+    plan: Plan
+    limits: Limits
+    job_id: str  # in the environment of all its processes
+    signals: list[int]  # numbers of the signals that this process has received
+    remotes: Children  # the ssh connections by which node 0 starts the other nodes
 
 
 class Attempt:
-    """What is known of it; `signals` are those that came to this process, `remotes` what started
-    the other nodes.
+    """The state of an attempt; `folder` has its logs and heartbeats.
+
+    Times are of this process's monotonic clock, except where Unix seconds are mentioned.
     """
 
-    def __init__(
-        self,
-        config: LaunchConfig,
-        folder: Path,
-        mark: str,
-        limits: Limits,
-        signals: list[int],
-        remotes: Children,
-    ) -> None:
-        self.config, self.folder, self.limits, self.signals, self.remotes = (
-            config,
-            folder,
-            limits,
-            signals,
-            remotes,
-        )
-        self.launchers = Children(folder, mark, "launch.launcher")
-        self.watch = Watch(folder, config.ranks)
-        self.ranks = self.watch.ranks
-        self.tails = [Tail(folder / f"rank_{rank}.log", rank) for rank in config.ranks]
-        self.peers = Peers(config, folder, limits.node)
-        self.failures: dict[int | str, diagnosis.Failure] = {}  # by rank or launcher, as first seen
-        self.failed = self.stopped = self.done = (
-            0.0  # since when, by this process's clock; 0 is not yet
-        )
+    def __init__(self, job: NodeJob, folder: Path) -> None:
+        self.job = job
+        self.config = job.config
+        self.limits = job.limits
+        self.signals = job.signals
+        self.folder = folder
 
-    def run(self, plan: Plan) -> Outcome:
-        """Starts what `plan` says once all nodes are there, and returns when it is over or has to
-        be.
+        self.launchers = Children(folder, job.job_id, "launch.launcher")
+        self.watch = Watch(folder, job.config.ranks)
+        self.ranks = self.watch.ranks
+        self.tails = [Tail(folder / f"rank_{rank}.log", rank) for rank in job.config.ranks]
+        self.peers = Peers(job.config, folder, job.limits.node)
+
+        # By rank or launcher, each as it was first seen.
+        self.failures: dict[int | str, Failure] = {}
+        self.failed_at: float | None = None  # when the first failure was seen
+        self.stopped_at: float | None = None  # when the ranks were sent SIGTERM
+        self.done_at: float | None = None  # when all ranks here were done
+
+    def run(self) -> Outcome:
+        """Starts the processes once all nodes are there, and returns when the attempt is over.
+
+        Processes may then still run; the supervisor ends them.
         """
         if self.config.node_rank == 0 and self.config.launcher != "none":
             self.peers.port = find_port(self.config)
-        if (outcome := self.gather()) is not None:
+        if (outcome := self.wait_for_nodes()) is not None:
             return outcome
+
         port = self.peers.port if self.config.node_rank == 0 else self.peers.notes[0]["port"]
-        for process in plan(self.folder, port):
+        for process in self.job.plan(self.folder, port):
             self.launchers.start(process)
+
         while True:
-            self.look()
+            self.read()
             if (outcome := self.judge(time.monotonic())) is not None:
                 return outcome
             self.watch.wait(POLL)
 
     def close(self) -> None:
-        """When all processes are gone: shows the last of the logs."""
+        """Once all processes have ended: shows the rest of the logs."""
         self.watch.close()
         for tail in self.tails:
             tail.show(final=True)
 
-    def gather(self) -> Outcome | None:
-        """Waits for the other nodes; an outcome if they do not come."""
-        until = time.monotonic() + self.limits.meet
+    def wait_for_nodes(self) -> Outcome | None:
+        """Returns once all other nodes are there; an outcome if they do not come."""
+        deadline = time.monotonic() + self.limits.meet
         while True:
-            self.peers.tell()
-            self.peers.look()
+            self.peers.publish()
+            self.peers.read()
             missing = self.peers.missing()
-            if (verdict := self.peers.verdict()) or not missing:
-                return verdict
-            who = f"{'node' if len(missing) == 1 else 'nodes'} {', '.join(map(str, missing))} of {self.config.nodes}"
-            if self.signals or self.peers.stopped():
-                return Outcome(
-                    code=STOPPED, what=f"stopped while waiting for {who}; the same command goes on"
-                )
-            for name, code in self.remotes.codes.items():
+            failure = self.peers.failure()
+            if failure or not missing:
+                return failure
+
+            noun = "node" if len(missing) == 1 else "nodes"
+            names = f"{noun} {', '.join(map(str, missing))} of {self.config.nodes}"
+            if self.signals or self.peers.any_stopped():
+                message = f"stopped while waiting for {names}; the same command resumes"
+                return Outcome(code=STOPPED, message=message)
+
+            # An ssh connection that failed is the reason why its node does not come.
+            for name, code in self.job.remotes.exit_codes().items():
                 if code:
-                    said = last_lines(self.remotes.log(name), 1)
-                    return Outcome(
-                        code=1, what=f"{name} ended ({diagnosis.in_words(code)}): {said}"
-                    )
-            if time.monotonic() > until:
+                    how = diagnosis.describe_exit_code(code)
+                    output = last_lines(self.job.remotes.log(name), 1)
+                    return Outcome(code=1, message=f"{name} ended ({how}): {output}")
+
+            if time.monotonic() > deadline:
                 return Outcome(
                     code=1,
-                    what=f"{who} not here within {self.limits.meet:g} s: start the same command there with its "
-                    f"launch.node_rank; all nodes have to share {self.folder.parent.parent}",
+                    message=f"{names} not here within {self.limits.meet:g} s: start the same "
+                    "command there with its launch.node_rank; all nodes have to share "
+                    f"{self.job.run_dir}",
                 )
             time.sleep(POLL)
 
-    def look(self) -> None:
-        """Reads what there is to read."""
-        self.watch.look()
+    def read(self) -> None:
+        """Reads what ranks and nodes have written."""
+        self.watch.read()
         for tail in self.tails:
             tail.show()
-        self.peers.tell()
-        self.peers.look()
-        processes.reap([*self.launchers.pids, *self.remotes.pids])
+
+        self.peers.publish()
+        self.peers.read()
+        processes.reap([*self.launchers.pids, *self.job.remotes.pids])
 
     def judge(self, now: float) -> Outcome | None:
         """The attempt's outcome, once there is one."""
         for rank in self.ranks:
             if rank.end and rank.end.code == 2:
-                return Outcome(code=2, what=rank.end.error or "a rank was given what it cannot use")
+                return Outcome(code=2, message=rank.end.error or "a rank refused its input")
+
         if all(rank.finished for rank in self.ranks):
-            return self.leave(now)
-        if not self.signals and self.peers.stopped():
+            return self.finish(now)
+
+        if not self.signals and self.peers.any_stopped():
             self.signals.append(signal.SIGTERM)
         if self.signals and (outcome := self.stop(now)):
             return outcome
-        self.failures = self.find_failures(now) | self.failures
-        return self.conclude(now) if self.failures else self.peers.verdict()
 
-    def leave(self, now: float) -> Outcome | None:
-        """All ranks here are done: waits for those of the other nodes, and for those who started
-        them.
-        """
-        self.done = self.done or now
+        self.failures = self.find_failures(now) | self.failures
+        return self.conclude(now) if self.failures else self.peers.failure()
+
+    def finish(self, now: float) -> Outcome | None:
+        """All ranks here are done: waits for the ranks of other nodes and for the launchers."""
+        if self.done_at is None:
+            self.done_at = now
         outcome = Outcome(code=max(rank.end.code if rank.end else 0 for rank in self.ranks))
         self.peers.done = outcome.code
-        if (verdict := self.peers.verdict()) or (
-            self.peers.busy() and now - self.done < PATIENCE["finished"]
-        ):
-            return verdict
+
+        if failure := self.peers.failure():
+            return failure
+        if self.peers.any_running() and now - self.done_at < PATIENCE["finished"]:
+            return None
+
+        # MindSpore's scheduler may wait for a rank that ended without disconnecting, so that a
+        # launcher is not waited for longer than `end`.
         exits = [rank.exited for rank in self.ranks if rank.exited is not None]
-        gone = len(exits) == len(self.ranks) and (
-            # the scheduler may wait for a rank that had no time to say goodbye
-            not self.launchers.running or time.time() - max(exits) > self.limits.end
+        ranks_gone = len(exits) == len(self.ranks)
+        all_gone = ranks_gone and (
+            not self.launchers.running() or time.time() - max(exits) > self.limits.end
         )
-        alone = self.config.size == 1  # nobody to meet, and so the scheduler waits for nothing
-        return outcome if gone or alone or now - self.done > self.limits.leave else None
+        # A single rank is connected to nothing that could be left waiting.
+        single = self.config.size == 1
+        if all_gone or single or now - self.done_at > self.limits.leave:
+            return outcome
+        return None
 
     def stop(self, now: float) -> Outcome | None:
-        """After a signal the ranks save the same step and end. An outcome if they do not, or have
-        nothing to save.
+        """After a signal: the ranks save the same step and end.
+
+        An outcome if one of them does not, or if there is nothing to save.
         """
-        if not self.stopped:
-            self.stopped = now
-            alive = [rank.beat.pid for rank in self.ranks if rank.beat and rank.exited is None]
-            processes.send(alive, signal.SIGTERM)
-        if not any(
-            rank.pulse.trained for rank in self.ranks
-        ):  # compilers do not listen, and there is nothing to lose
+        if self.stopped_at is None:
+            self.stopped_at = now
+            pids = [rank.beat.pid for rank in self.ranks if rank.beat and rank.exited is None]
+            processes.send_signal(pids, signal.SIGTERM)
+
+        # While it compiles a rank handles no signals; before the first step nothing is lost.
+        if not any(rank.pulse.trained for rank in self.ranks):
             return Outcome(
-                code=STOPPED, what="stopped before the first step; the same command goes on"
+                code=STOPPED, message="stopped before the first step; the same command resumes"
             )
+
         saving = [
-            rank.pulse.since for rank in self.ranks if rank.busy and rank.pulse.phase in PAUSES
+            rank.pulse.since for rank in self.ranks if rank.running and rank.pulse.phase in PAUSES
         ]
-        slowest = max(rank.pulse.pace for rank in self.ranks)
-        limit = PATIENCE["checkpoint"] if saving else max(self.limits.stop, 4 * slowest)
-        if now - max([self.stopped, *saving, *(rank.left for rank in self.ranks)]) <= limit:
+        slowest_step = max(rank.pulse.median_step for rank in self.ranks)
+        limit = PATIENCE["checkpoint"] if saving else max(self.limits.stop, 4 * slowest_step)
+        last_sign = max([self.stopped_at, *saving, *(rank.end_read for rank in self.ranks)])
+        if now - last_sign <= limit:
             return None
+
         slow = ", ".join(str(rank.number) for rank in self.ranks if not rank.finished)
         return Outcome(
             code=1,
-            what=f"told to stop, rank {slow} did not within {limit:.0f} s and was killed; the newest checkpoint is as "
-            "it was, and the same command goes on from it",
+            message=f"rank {slow} did not stop within {limit:.0f} s of the signal and was killed; "
+            "the newest checkpoint is intact, and the same command resumes from it",
         )
 
-    def find_failures(self, now: float) -> dict[int | str, diagnosis.Failure]:
-        """What is wrong with ranks and with those who started them."""
-        clock, hang, settle = time.time(), self.limits.hang, self.limits.settle
-        excused = any(
-            pulse.pausing(now) for pulse in (*(rank.pulse for rank in self.ranks), self.watch.zero)
-        )
-        found: dict[int | str, diagnosis.Failure | None] = {
-            rank.number: diagnosis.of_rank(rank, now, clock, hang, settle, excused)
+    def find_failures(self, now: float) -> dict[int | str, Failure]:
+        """What is wrong with ranks and launchers at this moment."""
+        unix_now = time.time()
+        pulses = [*(rank.pulse for rank in self.ranks), self.watch.rank_0_pulse]
+        excused = any(pulse.pausing(now) for pulse in pulses)
+
+        failures: dict[int | str, Failure | None] = {
+            rank.number: diagnosis.rank_failure(
+                rank,
+                now=now,
+                unix_now=unix_now,
+                hang=self.limits.hang,
+                settle=self.limits.settle,
+                excused=excused,
+            )
             for rank in self.ranks
         }
-        for name, code in self.launchers.codes.items():
-            if (
-                self.signals and -code in self.signals
-            ):  # it was sent to all that this job is; msrun's ranks live on
+
+        for name, code in self.launchers.exit_codes().items():
+            # A signal that was sent to all processes of the job; the ranks of msrun live on.
+            if self.signals and -code in self.signals:
                 continue
-            found[name] = diagnosis.of_launcher(
-                name, code, now - self.launchers.seen[name], clock, settle
+            failures[name] = diagnosis.launcher_failure(
+                name,
+                code,
+                ended_for=now - self.launchers.ended_at[name],
+                unix_now=unix_now,
+                settle=self.limits.settle,
             )
+
         if any(rank.beat is None for rank in self.ranks):
-            found["died_before_heartbeat"] = diagnosis.died_before_heartbeat(
-                self.ranks, diagnosis.parse_msrun_exits(self.launchers.said), clock
+            exit_codes = diagnosis.parse_msrun_exits(self.launchers.output())
+            failures["died_before_heartbeat"] = diagnosis.died_before_heartbeat(
+                self.ranks, exit_codes, unix_now
             )
-        return {who: failure for who, failure in found.items() if failure}
+
+        return {source: failure for source, failure in failures.items() if failure}
 
     def conclude(self, now: float) -> Outcome | None:
-        """Which failure was the first, as soon as that is clear; then the other nodes need not be
-        heard.
-        """
-        self.failed = self.failed or now
-        since, settle = now - self.failed, self.limits.settle
-        if since < settle:
+        """Which failure was the first, as soon as that is clear."""
+        if self.failed_at is None:
+            self.failed_at = now
+        elapsed = now - self.failed_at
+        settle = self.limits.settle
+        if elapsed < settle:
             return None
-        self.failures |= {rank.number: diagnosis.suspended(rank) for rank in self.watch.suspended()}
-        exits = {rank.number: rank.exited for rank in self.ranks if rank.exited is not None}
-        failure = diagnosis.first(self.failures.values(), exits)
-        if (
-            failure.silent and failure.rank is not None
-        ):  # by now its launcher may have said how it ended
-            code = self.death(failure.rank)
-            if code is None and since < 3 * settle:
-                return None
-            failure = failure if code is None else replace(failure, what=diagnosis.in_words(code))
-        verdict = self.peers.verdict()
-        if verdict is None and self.peers.others and not failure.silent and since < 2 * settle:
-            return None  # it may be another node's that was first
-        before = [verdict.what] if verdict and not failure.silent else []
-        said = [
-            last_lines(self.folder / f"{name}.log", 12 if len(failure.logs) == 1 else 4)
-            for name in failure.logs
-        ]
-        failure = replace(failure, detail=failure.detail or "\n".join(said))
-        story = diagnosis.story(failure, self.ranks, now)
-        return Outcome(code=1, what="\n".join([*before, story, f"logs: {self.folder}"]))
 
-    def death(self, number: int) -> int | None:
-        """How the process of a rank ended that left no word, if that is known."""
-        rank = next(rank for rank in self.ranks if rank.number == number)
-        if rank.code is not None:
-            return rank.code
-        if (
-            code := self.launchers.codes.get("rank_0")
-        ) is not None:  # launcher none: it is the rank's own
+        self.failures |= {
+            rank.number: diagnosis.suspended_failure(rank) for rank in self.watch.suspended()
+        }
+        exits = {rank.number: rank.exited for rank in self.ranks if rank.exited is not None}
+        failure = diagnosis.first_failure(self.failures.values(), exits)
+
+        # The launcher's log may say by now how a rank without an exit report ended.
+        if failure.silent and failure.rank is not None:
+            code = self.exit_code(self.ranks[failure.rank - self.config.ranks[0]])
+            if code is None and elapsed < 3 * settle:
+                return None
+            if code is not None:
+                failure = replace(failure, message=diagnosis.describe_exit_code(code))
+
+        # An error may follow from a failure on another node, which needs time to arrive here.
+        peer_failure = self.peers.failure()
+        may_follow = bool(self.peers.others) and not failure.silent
+        if may_follow and peer_failure is None and elapsed < 2 * settle:
+            return None
+
+        lines = [peer_failure.message] if peer_failure and not failure.silent else []
+        lines.append(diagnosis.describe(self.with_log(failure), self.ranks, now))
+        lines.append(f"logs: {self.folder}")
+        return Outcome(code=1, message="\n".join(lines))
+
+    def with_log(self, failure: Failure) -> Failure:
+        """`failure` with the last lines of its logs as its detail, if it has none."""
+        num_lines = 12 if len(failure.logs) == 1 else 4
+        ends = [last_lines(self.folder / f"{name}.log", num_lines) for name in failure.logs]
+        return replace(failure, detail=failure.detail or "\n".join(ends))
+
+    def exit_code(self, rank: Rank) -> int | None:
+        """How the process of a rank without an exit report ended, if that is known."""
+        if rank.exit_code is not None:
+            return rank.exit_code
+
+        # With launcher none, the launcher is the rank itself.
+        code = self.launchers.exit_codes().get("rank_0")
+        if code is not None:
             return code
-        said = self.launchers.said
-        return diagnosis.parse_msrun_exits(said).get(
-            rank.beat.pid if rank.beat else 0, diagnosis.parse_mpirun_signal(said)
-        )
+
+        output = self.launchers.output()
+        by_pid = diagnosis.parse_msrun_exits(output)
+        pid = rank.beat.pid if rank.beat else 0
+        return by_pid.get(pid, diagnosis.parse_mpirun_signal(output))

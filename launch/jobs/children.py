@@ -1,32 +1,37 @@
-"""The processes that a node starts itself: the launcher of its ranks, and on node 0 what starts the
-other nodes.
+"""The processes that a supervisor starts itself: the launcher of its ranks, and on node 0 the ssh
+connections to the other nodes.
 """
 
 import subprocess
 import time
 from pathlib import Path
 
-from launch.jobs import processes
 from launch.jobs.plan import Process
+from launch.jobs.processes import JOB_VARIABLE
 from pipeline.errors import UserError
 from pipeline.runtime import child_environment
 
 
 class Children:
-    """Processes by name, marked as the job's, which `option` asks for; each has NAME.log in
-    `folder`.
+    """Processes by name, started with the job's id; each has NAME.log in `folder`.
+
+    `option` is the configuration key that asks for them, which errors name.
     """
 
-    def __init__(self, folder: Path, mark: str, option: str) -> None:
-        self.folder, self.mark, self.option = folder, mark, option
+    def __init__(self, folder: Path, job_id: str, option: str) -> None:
+        self.folder = folder
+        self.job_id = job_id
+        self.option = option
         self.started: dict[str, subprocess.Popen[bytes]] = {}
-        self.seen: dict[str, float] = {}  # when one was seen to have ended, by this process's clock
+        # Monotonic time at which the end of a process was noticed.
+        self.ended_at: dict[str, float] = {}
 
     def start(self, process: Process) -> None:
-        """In a session of its own, as Ctrl-C is the supervisor's to pass on. UserError if there is
-        no such program.
+        """Starts the process in a session of its own: the supervisor passes Ctrl-C on.
+
+        UserError if the program is not installed.
         """
-        environment = child_environment({**process.environment, processes.NAME: self.mark})
+        environment = child_environment({**process.environment, JOB_VARIABLE: self.job_id})
         with self.log(process.name).open("ab") as log:
             try:
                 self.started[process.name] = subprocess.Popen(
@@ -39,32 +44,29 @@ class Children:
                 )
             except OSError as error:
                 raise UserError(
-                    f"{self.option}: {process.argv[0]} cannot be started ({error.strerror}); install it, or give "
-                    "another value"
+                    f"{self.option}: {process.argv[0]} cannot be started ({error.strerror}); "
+                    "install it, or give another value"
                 ) from None
 
     @property
     def pids(self) -> list[int]:
         return [process.pid for process in self.started.values()]
 
-    @property
-    def codes(self) -> dict[str, int]:
+    def exit_codes(self) -> dict[str, int]:
         """The exit codes of those that have ended, as subprocess gives them."""
         polled = {name: process.poll() for name, process in self.started.items()}
-        ended = {name: code for name, code in polled.items() if code is not None}
-        for name in ended:
-            self.seen.setdefault(name, time.monotonic())
-        return ended
+        codes = {name: code for name, code in polled.items() if code is not None}
+        for name in codes:
+            self.ended_at.setdefault(name, time.monotonic())
+        return codes
 
-    @property
     def running(self) -> bool:
-        return len(self.codes) < len(self.started)
+        return len(self.exit_codes()) < len(self.started)
 
     def log(self, name: str) -> Path:
         return self.folder / f"{name}.log"
 
-    @property
-    def said(self) -> str:
+    def output(self) -> str:
         """All that they have printed."""
         return "".join(self.log(name).read_text(errors="replace") for name in self.started)
 

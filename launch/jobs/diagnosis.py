@@ -1,11 +1,11 @@
-"""From what was seen of an attempt to what went wrong with it, in words: pure functions.
+"""From what was observed of an attempt to what went wrong, in words: pure functions.
 
-The faults of the ranks (`of_rank`), of those that were gone before they could be known (`died_before_heartbeat`)
-and of the launcher (`of_launcher`) are collected; `first` finds the one that the others followed
-from, and `story` tells it.
+The failures of ranks (`rank_failure`), of ranks that ended before they could be observed
+(`died_before_heartbeat`) and of launchers (`launcher_failure`) are collected; `first_failure` finds
+the one that caused the others, and `describe` puts it into words.
 
-Times are Unix seconds, as the ranks write them: `clock` is this moment. How long a rank has been
-silent is counted by this process's own clock, whose moment is `now`.
+There are two clocks. `unix_now` is in Unix seconds, as are the times that ranks write. `now` is of
+this process's monotonic clock, by which silence is counted.
 """
 
 import re
@@ -15,138 +15,180 @@ from dataclasses import dataclass
 
 from launch.jobs.ranks import Rank
 
-NOTICED = 0.5  # seconds between a process's end and our notice, when the machine is busy
-BEFORE = 1.0  # seconds by which what killed the ranks was earlier than what is seen of it
-QUIET = 10.0  # seconds of silence that are worth a word, when another rank has failed
+# Seconds from a process's end until it is noticed, on a busy machine.
+NOTICE_DELAY = 0.5
+# Seconds by which what killed the ranks came before the first sign of it.
+CAUSE_LEAD = 1.0
+# Seconds of silence of other ranks that are mentioned when one has failed.
+NOTABLE_SILENCE = 10.0
+MAX_DETAIL_LINES = 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """What ended an attempt: who, when, how, in words."""
+    """What ended an attempt."""
 
-    rank: int | None = None
-    time: float
-    what: str
-    detail: str = ""  # its traceback
-    logs: tuple[str, ...] = ()  # those whose last lines may say more, by name
-    silent: bool = False  # its process ended without a word
+    rank: int | None = None  # None if it is not a rank's
+    time: float  # Unix seconds
+    message: str
+    detail: str = ""  # a traceback, or the last lines of logs
+    logs: tuple[str, ...] = ()  # names of logs whose last lines may say more
+    silent: bool = False  # its process ended without an exit report
 
 
-def of_rank(
-    rank: Rank, now: float, clock: float, hang: float, settle: float, excused: bool
+def rank_failure(
+    rank: Rank, *, now: float, unix_now: float, hang: float, settle: float, excused: bool
 ) -> Failure | None:
-    """What is wrong with a rank: `excused`, as another one saves or samples, it need not make
-    steps.
+    """What is wrong with a rank, or None.
+
+    `hang`: seconds without a new step that are a hang, at least. `settle`: seconds that a failed
+    rank has for its exit report. `excused`: another rank saves or samples, so that this one need
+    not make steps.
     """
-    beat, silence, log = rank.beat, now - rank.pulse.since, f"rank_{rank.number}"
     if rank.finished:
         return None
+
     if rank.end:
-        what, _, detail = (rank.end.error or f"exit code {rank.end.code}").partition("\n")
-        return Failure(rank=rank.number, time=rank.end.time, what=what, detail=detail)
+        message, _, detail = (rank.end.error or f"exit code {rank.end.code}").partition("\n")
+        return Failure(rank=rank.number, time=rank.end.time, message=message, detail=detail)
+
+    silence = now - rank.pulse.since
+    beat = rank.beat
     if beat and beat.phase == "failed":
-        if rank.exited is None and silence <= settle:  # its last word may be on its way
+        if rank.exited is None and silence <= settle:  # its exit report may follow
             return None
-        what, _, detail = (beat.error or "does not say why it failed").partition("\n")
-        return Failure(rank=rank.number, time=beat.time, what=what, detail=detail)
+        message, _, detail = (beat.error or "failed without an error message").partition("\n")
+        return Failure(rank=rank.number, time=beat.time, message=message, detail=detail)
+
+    logs = (f"rank_{rank.number}",)
     if rank.exited is not None:
         return Failure(
             rank=rank.number,
             time=rank.exited,
-            what="ended without a word",
-            logs=(log,),
+            message="ended without an exit report",
+            logs=logs,
             silent=True,
         )
-    if (excused and rank.pulse.phase == "training") or silence <= rank.pulse.limit(hang=hang):
+
+    waits_for_another = excused and rank.pulse.phase == "training"
+    if waits_for_another or silence <= rank.pulse.limit(hang):
         return None
-    what = f"hangs: {rank.pulse.phase}, nothing new for {silence:.0f} s"
-    return Failure(rank=rank.number, time=clock - silence, what=what, logs=(log,))
+    return Failure(
+        rank=rank.number,
+        time=unix_now - silence,
+        message=f"hangs: {rank.pulse.phase}, nothing new for {silence:.0f} s",
+        logs=logs,
+    )
 
 
 def died_before_heartbeat(
-    ranks: Sequence[Rank], parse_msrun_exits: Mapping[int, int], clock: float
+    ranks: Sequence[Rank], exit_codes: Mapping[int, int], unix_now: float
 ) -> Failure | None:
-    """A rank that ended before its first heartbeat: msrun, waiting for its scheduler, has only
-    written it down.
+    """A rank that ended before its first heartbeat, or None.
+
+    `exit_codes` are those by pid that msrun's log has (`parse_msrun_exits`). msrun only logs the
+    end of a rank and goes on waiting for its scheduler.
     """
-    pid = next(iter(parse_msrun_exits), None)
-    logs = tuple(f"rank_{rank.number}" for rank in ranks if not rank.beat)
-    if pid is None or not logs or pid in [rank.beat.pid for rank in ranks if rank.beat]:
+    pid = next(iter(exit_codes), None)
+    silent_ranks = [rank for rank in ranks if not rank.beat]
+    known_pids = [rank.beat.pid for rank in ranks if rank.beat]
+    if pid is None or not silent_ranks or pid in known_pids:
         return None
-    what = f"a rank ended before its first heartbeat ({in_words(parse_msrun_exits[pid])})"
-    return Failure(time=clock - BEFORE, what=what, logs=logs)
+
+    how = describe_exit_code(exit_codes[pid])
+    return Failure(
+        time=unix_now - CAUSE_LEAD,
+        message=f"a rank ended before its first heartbeat ({how})",
+        logs=tuple(f"rank_{rank.number}" for rank in silent_ranks),
+    )
 
 
-def of_launcher(
-    name: str, code: int, seconds: float, clock: float, settle: float
+def launcher_failure(
+    name: str, code: int, *, ended_for: float, unix_now: float, settle: float
 ) -> Failure | None:
-    """A launcher that was seen to have ended `seconds` ago.
+    """What is wrong with a launcher that was seen to have ended `ended_for` seconds ago, or None.
 
-    Killed, it is the cause; else it ended because of a rank, of which we may have still to read.
+    A launcher that was killed is the cause of what follows. Else it ended because of a rank, whose
+    exit report may be still to read: `settle` seconds are allowed for that.
     """
-    if code >= 0 and seconds <= settle:
+    if code >= 0 and ended_for <= settle:
         return None
-    what = f"{name} ended ({in_words(code)})"
-    return Failure(time=clock - (BEFORE if code < 0 else 0), what=what, logs=(name,))
+    return Failure(
+        time=unix_now - (CAUSE_LEAD if code < 0 else 0),
+        message=f"{name} ended ({describe_exit_code(code)})",
+        logs=(name,),
+    )
 
 
-def suspended(rank: Rank) -> Failure:
-    """A process that was stopped, since its last heartbeat."""
-    when = rank.beat.time if rank.beat else 0.0
-    return Failure(rank=rank.number, time=when, what="is stopped, by SIGSTOP or a debugger")
+def suspended_failure(rank: Rank) -> Failure:
+    """Of a rank whose process is stopped, since its last heartbeat."""
+    return Failure(
+        rank=rank.number,
+        time=rank.beat.time if rank.beat else 0.0,
+        message="is stopped, by SIGSTOP or a debugger",
+    )
 
 
-def first(failures: Iterable[Failure], exits: Mapping[int, float]) -> Failure:
-    """Which of them came first; `exits` is when ranks' processes ended, as far as they have.
+def first_failure(failures: Iterable[Failure], exits: Mapping[int, float]) -> Failure:
+    """The failure from which the others followed.
 
-    The others died of it, in one of two ways. A rank whose neighbour was killed raises an error of
+    `exits` are the Unix times at which ranks' processes ended, as far as they have.
+
+    A failure spreads in one of two ways. A rank whose neighbour was killed raises an error of
     communication later; that rank lives a little longer than its neighbour. A rank whose neighbour
-    raised is killed by msrun or mpirun, once the neighbour's process has ended. So a death without
-    a word came before an error if the rank of the error was then still alive.
+    raised is killed by msrun or mpirun, once the neighbour's process has ended. So a silent death
+    came before an error if the rank with the error was still alive then.
     """
     ordered = sorted(failures, key=lambda failure: failure.time)
-    told = [failure for failure in ordered if not failure.silent]
+    reported = [failure for failure in ordered if not failure.silent]
     silent = [failure for failure in ordered if failure.silent]
-    if not told or not silent:
+    if not reported or not silent:
         return ordered[0]
-    cause, death = told[0], silent[0]
-    alive = cause.rank is None or death.time < exits.get(cause.rank, float("inf"))
-    return death if alive and death.time - NOTICED < cause.time else cause
+
+    error = reported[0]
+    death = silent[0]
+    alive = error.rank is None or death.time < exits.get(error.rank, float("inf"))
+    return death if alive and death.time - NOTICE_DELAY < error.time else error
 
 
 def parse_msrun_exits(log: str) -> dict[int, int]:
-    """Exit codes by process id: of the workers that msrun's log says have failed."""
-    found = re.findall(r"Worker process (\d+) exit with exception. Error code: (-?\d+)", log)
-    return {int(pid): int(code) for pid, code in found}
+    """Exit codes by pid of the workers that msrun's log reports as failed."""
+    matches = re.findall(r"Worker process (\d+) exit with exception. Error code: (-?\d+)", log)
+    return {int(pid): int(code) for pid, code in matches}
 
 
 def parse_mpirun_signal(log: str) -> int | None:
-    """The exit code of the rank of which mpirun's log says that a signal ended it."""
-    found = re.search(r"exited on signal (\d+)", log)
-    return -int(found[1]) if found else None
+    """The exit code (-signal) of the rank that mpirun's log reports as ended by a signal."""
+    match = re.search(r"exited on signal (\d+)", log)
+    return -int(match[1]) if match else None
 
 
-def story(failure: Failure, ranks: Sequence[Rank], now: float) -> str:
-    """A failure for people: who, where, how; what is known of it; what the others did meanwhile."""
-    head = failure.what
+def describe(failure: Failure, ranks: Sequence[Rank], now: float) -> str:
+    """A failure in words: rank, pid, host and step; its details; the state of the other ranks."""
+    headline = failure.message
     for rank in ranks:
         if rank.number == failure.rank:
             beat = rank.beat
             where = f" (pid {beat.pid} on {beat.host}, step {beat.step})" if beat else ""
-            head = f"rank {rank.number}{where}: {failure.what}"
-    lines = [head]
-    if failure.rank != 0:  # what rank 0 printed has been shown
-        lines += [f"  {line}" for line in failure.detail.splitlines()[-20:]]
+            headline = f"rank {rank.number}{where}: {failure.message}"
+
+    lines = [headline]
+    if failure.rank != 0:  # the output of rank 0 has been shown already
+        lines += [f"  {line}" for line in failure.detail.splitlines()[-MAX_DETAIL_LINES:]]
+
     for rank in ranks:
+        beat = rank.beat
         silence = now - rank.pulse.since
-        if rank.number != failure.rank and rank.exited is None and rank.beat and silence > QUIET:
-            what = f"{rank.beat.phase}, step {rank.beat.step}, nothing new for {silence:.0f} s"
-            lines.append(f"meanwhile rank {rank.number}: {what}")
+        other = rank.number != failure.rank and rank.exited is None
+        if other and beat and silence > NOTABLE_SILENCE:
+            state = f"{beat.phase}, step {beat.step}, nothing new for {silence:.0f} s"
+            lines.append(f"meanwhile rank {rank.number}: {state}")
+
     return "\n".join(lines)
 
 
-def in_words(code: int) -> str:
-    """An exit code as subprocess gives it."""
+def describe_exit_code(code: int) -> str:
+    """An exit code as subprocess gives it, in words."""
     if code >= 0:
         return f"exit code {code}"
     try:

@@ -1,30 +1,30 @@
-"""What the ranks write about themselves, and for how long they may write the same.
+"""What the ranks report about themselves, and how long they may report the same.
 
-An attempt's folder has, of each rank R on whatever node,
+An attempt's folder holds for each rank R, on whatever node,
 
     rank_R.json      its heartbeat, replaced at every change of phase and at most once a second:
-                     {"rank", "pid", "host", "phase", "step", "time": Unix seconds, "error": its
-                     last traceback or null}
-    rank_R.end.json  {"code", "error": one line and then the traceback, or null, "time"}: its last word, written by
-                     `launch.jobs.worker` before it exits, as msrun and mpirun do not pass exit codes on.
+                     {"rank", "pid", "host", "phase", "step", "time": Unix seconds,
+                     "error": its last error or null}
+    rank_R.end.json  {"code", "error": one line and then the traceback, or null, "time"}: its exit
+                     report, written by `launch.jobs.worker`, as msrun and mpirun pass no exit
+                     codes on
     rank_R.log       what it printed
 
-A rank that was killed leaves no word: it is known by its process (`launch.jobs.ranks`). One that
-hangs, by a heartbeat that says the same for longer than its phase may take: in training, 20 of its
-own median steps.
+A rank that is killed leaves no exit report: its end is seen at its process (`launch.jobs.ranks`). A
+rank that hangs is recognized by a heartbeat that does not change for longer than its phase may
+take; in training, for 20 of its own median steps.
 """
 
 import json
 import statistics
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.train.heartbeat import Phase
 
-# Seconds in which a phase has to come to an end, or its step to change: what no sane run exceeds.
+# Seconds within which a phase has to end: more than any healthy run takes.
 PATIENCE = {
     "starting": 1800.0,
     "compiling": 7200.0,
@@ -32,9 +32,9 @@ PATIENCE = {
     "sampling": 7200.0,
     "finished": 120.0,
 }
-HANG = 60.0  # seconds without a new step, and at least
-MEDIANS = 20  # times the median step
-PAUSES = ("checkpoint", "sampling")  # in which all others wait for the one
+HANG = 60.0  # seconds without a new step after which a rank hangs, at least
+HANG_STEPS = 20  # and number of its median steps, at least
+PAUSES = ("checkpoint", "sampling")  # phases of one rank in which all others wait for it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,90 +46,99 @@ class Beat:
     host: str
     phase: Phase
     step: int
-    time: float
+    time: float  # Unix seconds
     error: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class End:
-    """A rank's last word."""
+    """A rank's exit report."""
 
     code: int
     error: str | None
-    time: float
+    time: float  # Unix seconds
 
 
-def read(path: Path) -> dict[str, Any] | None:
-    """The JSON object in `path`; None if there is none, or not a whole one."""
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in `path`; None if there is no file or no whole object in it."""
     try:
-        found = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return content if isinstance(content, dict) else None
 
 
 def read_beat(folder: Path, rank: int) -> Beat | None:
-    found = read(folder / f"rank_{rank}.json")
+    content = read_json(folder / f"rank_{rank}.json")
+    if content is None:
+        return None
+
     names = Beat.__dataclass_fields__
     try:
-        return (
-            Beat(**{name: value for name, value in found.items() if name in names})
-            if found
-            else None
-        )
-    except TypeError:  # a field is missing: not ours
+        return Beat(**{name: value for name, value in content.items() if name in names})
+    except TypeError:  # a field is missing, so that it is not a heartbeat
         return None
 
 
 def read_end(folder: Path, rank: int) -> End | None:
-    found = read(folder / f"rank_{rank}.end.json")
-    return End(code=found["code"], error=found.get("error"), time=found["time"]) if found else None
+    content = read_json(folder / f"rank_{rank}.end.json")
+    if not content:
+        return None
+    return End(code=content["code"], error=content.get("error"), time=content["time"])
 
 
 @dataclass(kw_only=True)
 class Pulse:
-    """How long a rank has been saying the same, by the reader's clock: those of the nodes may
-    differ.
+    """How long a rank's heartbeat has not changed.
+
+    All times are of this process's monotonic clock: the clocks of the nodes may differ.
     """
 
-    since: float  # when what it says last changed
+    since: float  # when phase or step last changed
     beat: Beat | None = None
-    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=99))  # of its last steps
-    stepped: float | None = None  # when its step last changed
+    step_changed: float | None = None  # when the step last changed
+    # Seconds of each of the last steps.
+    step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=99))
     trained: bool = False  # whether it has begun a step
 
-    def feel(self, beat: Beat | None, now: float) -> None:
-        """Takes what was read at `now`."""
-        if beat is None or (
-            self.beat and (beat.phase, beat.step) == (self.beat.phase, self.beat.step)
-        ):
+    def update(self, beat: Beat | None, now: float) -> None:
+        """Takes the heartbeat that was read at `now`."""
+        if beat is None:
             return
-        if self.beat and beat.step > self.beat.step:
-            if self.stepped is not None and self.beat.phase == beat.phase == "training":
-                self.seconds.append((now - self.stepped) / (beat.step - self.beat.step))
-            self.stepped = now
-        elif self.beat and beat.phase != self.beat.phase:
-            self.stepped = now  # a checkpoint's time is not the next step's
-        self.beat, self.since = beat, now
-        self.trained = self.trained or beat.phase in ("training", "checkpoint", "sampling")
+
+        previous = self.beat
+        if previous is not None:
+            if (beat.phase, beat.step) == (previous.phase, previous.step):
+                return
+
+            if beat.step > previous.step:
+                both_training = previous.phase == beat.phase == "training"
+                if self.step_changed is not None and both_training:
+                    seconds = (now - self.step_changed) / (beat.step - previous.step)
+                    self.step_seconds.append(seconds)
+                self.step_changed = now
+            elif beat.phase != previous.phase:
+                self.step_changed = now  # the time of a checkpoint is not part of the next step
+
+        self.beat = beat
+        self.since = now
+        self.trained = self.trained or beat.phase in ("training", *PAUSES)
 
     @property
     def phase(self) -> Phase:
         return self.beat.phase if self.beat else "starting"
 
+    @property
+    def median_step(self) -> float:
+        """Seconds of its median step; 0 before the first is known."""
+        return statistics.median(self.step_seconds) if self.step_seconds else 0.0
+
     def pausing(self, now: float) -> bool:
-        """Whether it saves or samples, as long as that may take: the others wait for it in their
-        next step.
-        """
+        """Whether it saves or samples, within the time for that: the others wait in their step."""
         return self.phase in PAUSES and now - self.since < self.limit()
 
-    @property
-    def pace(self) -> float:
-        """Its median step, in seconds; 0 as long as there is none."""
-        return statistics.median(self.seconds) if self.seconds else 0.0
-
-    def limit(self, patience: Mapping[str, float] = PATIENCE, hang: float = HANG) -> float:
-        """Seconds for which it may say the same."""
+    def limit(self, hang: float = HANG) -> float:
+        """Seconds for which the heartbeat may stay the same."""
         if self.phase == "training":
-            return max(hang, MEDIANS * self.pace)
-        return patience.get(self.phase, hang)
+            return max(hang, HANG_STEPS * self.median_step)
+        return PATIENCE.get(self.phase, hang)

@@ -1,9 +1,9 @@
-"""This node's ranks as they are seen from outside: what they write (`launch.jobs.heartbeats`), and
+"""This node's ranks, observed from outside: by what they write (`launch.jobs.heartbeats`) and by
 their processes.
 
-A rank's process is known from its first heartbeat on, which has its id. The kernel wakes us when it
-ends, by a descriptor (pidfd), and says how, in /proc, until its parent has asked: so it is only
-sometimes known.
+A rank's process is known from its first heartbeat on, which has its pid. The kernel wakes this
+process when it ends, by a descriptor (pidfd). /proc has its exit status only until its parent has
+collected it, so that the status is not always known.
 """
 
 import os
@@ -20,14 +20,14 @@ from launch.jobs.nodes import STOPPED
 
 @dataclass(kw_only=True)
 class Rank:
-    """What is known of one."""
+    """What is known of a rank."""
 
     number: int
     pulse: Pulse
-    end: End | None = None
-    left: float = 0.0  # when that was read, by this process's clock
-    exited: float | None = None  # when its process ended, Unix seconds
-    code: int | None = None  # and how, as subprocess gives it, where that could be seen
+    end: End | None = None  # its exit report
+    end_read: float = 0.0  # monotonic time at which that was read
+    exited: float | None = None  # Unix seconds at which its process ended
+    exit_code: int | None = None  # of its process as subprocess gives it, if it was seen
 
     @property
     def beat(self) -> Beat | None:
@@ -35,74 +35,78 @@ class Rank:
 
     @property
     def finished(self) -> bool:
-        """Whether it has done its part, to the end or to the step where all were stopped."""
+        """Whether it has trained to the end, or to the step at which all were stopped."""
         if self.end:
             return self.end.code in (0, STOPPED)
         return self.exited is not None and self.beat is not None and self.beat.phase == "finished"
 
     @property
-    def busy(self) -> bool:
+    def running(self) -> bool:
         return self.end is None and self.exited is None
 
 
 class Watch:
-    """Sees the ranks of an attempt: all that is read of them is read here."""
+    """Observes the ranks of an attempt: all that is read of them is read here."""
 
     def __init__(self, folder: Path, numbers: Iterable[int]) -> None:
         now = time.monotonic()
         self.folder = folder
         self.ranks = [Rank(number=number, pulse=Pulse(since=now)) for number in numbers]
-        self.zero = Pulse(since=now)  # of rank 0, on whatever node: it saves and samples for all
-        self.poll, self.watched = (
-            select.poll(),
-            dict[int, Rank](),
-        )  # descriptor of a rank's process -> the rank
+        # Of rank 0, on whatever node: it saves and samples for all.
+        self.rank_0_pulse = Pulse(since=now)
 
-    def look(self) -> None:
-        """Reads what there is to read."""
+        self.poller = select.poll()
+        self.by_descriptor: dict[int, Rank] = {}  # pidfd of a rank's process -> the rank
+
+    def read(self) -> None:
+        """Reads heartbeats and exit reports."""
         now = time.monotonic()
         for rank in self.ranks:
-            known = rank.beat and rank.beat.pid
-            rank.pulse.feel(read_beat(self.folder, rank.number), now)
-            if rank.beat and rank.beat.pid != known:
+            previous_pid = rank.beat.pid if rank.beat else None
+            rank.pulse.update(read_beat(self.folder, rank.number), now)
+            if rank.beat and rank.beat.pid != previous_pid:
                 self.follow(rank, rank.beat.pid)
+
             if rank.end is None and (end := read_end(self.folder, rank.number)):
-                rank.end, rank.left = end, now
-        self.zero.feel(read_beat(self.folder, 0), now)
+                rank.end = end
+                rank.end_read = now
+
+        self.rank_0_pulse.update(read_beat(self.folder, 0), now)
 
     def follow(self, rank: Rank, pid: int) -> None:
+        """From now on `wait` notices the end of the rank's process."""
         try:
             descriptor = os.pidfd_open(pid)
-        except OSError:
+        except OSError:  # it has ended already
             self.note_exit(rank)
         else:
-            self.watched[descriptor] = rank
-            self.poll.register(descriptor, select.POLLIN)
+            self.by_descriptor[descriptor] = rank
+            self.poller.register(descriptor, select.POLLIN)
 
     def wait(self, seconds: float) -> None:
-        """For as long, or until a rank's process ends."""
-        for descriptor, _ in self.poll.poll(seconds * 1000):
-            rank = self.watched.pop(descriptor)
-            self.poll.unregister(descriptor)
+        """Returns after `seconds`, or as soon as a rank's process ends."""
+        for descriptor, _ in self.poller.poll(seconds * 1000):
+            rank = self.by_descriptor.pop(descriptor)
+            self.poller.unregister(descriptor)
             os.close(descriptor)
             self.note_exit(rank)
 
     def note_exit(self, rank: Rank) -> None:
         rank.exited = rank.exited or time.time()
-        if rank.beat and (facts := processes.stat(rank.beat.pid)) and facts[0] == "Z":
-            rank.code = os.waitstatus_to_exitcode(facts[3])
+        process = processes.stat(rank.beat.pid) if rank.beat else None
+        if process and process.state == "Z":
+            rank.exit_code = os.waitstatus_to_exitcode(process.wait_status)
 
     def suspended(self) -> list[Rank]:
-        """Those whose processes are stopped: that is why others give up waiting for them, and they
-        cannot say so.
-        """
-        states = [
-            (rank, rank.beat and processes.stat(rank.beat.pid))
-            for rank in self.ranks
-            if rank.exited is None
-        ]
-        return [rank for rank, facts in states if facts and facts[0] in "Tt"]
+        """The ranks whose processes are stopped (SIGSTOP), for which the others wait in vain."""
+        suspended = []
+        for rank in self.ranks:
+            if rank.exited is None and rank.beat:
+                process = processes.stat(rank.beat.pid)
+                if process and process.state in "Tt":
+                    suspended.append(rank)
+        return suspended
 
     def close(self) -> None:
-        for descriptor in self.watched:
+        for descriptor in self.by_descriptor:
             os.close(descriptor)

@@ -1,8 +1,6 @@
-"""MindSpore's scheduler, through which the ranks of a job find one another; under mpirun it has to
-be started apart.
+"""MindSpore's scheduler, through which the ranks of a job connect; mpirun does not start it.
 
-By environment it is MS_ROLE=MS_SCHED; then meeting the others lasts until the last of them has
-left.
+The environment makes it one (MS_ROLE=MS_SCHED); it then runs until the last rank has disconnected.
 """
 
 from pipeline.runtime import start_communication

@@ -1,9 +1,8 @@
-"""What `cascade status` says of a run: everything that its folder tells, without MindSpore and
-while it runs.
+"""The report of `cascade status`: what a run's folder tells, without MindSpore and while it runs.
 
-The locks tell whether the run is alive (its supervisor's between two attempts too), metrics.jsonl
-how far and how fast it is, the checkpoints from where it would go on, the log folders how often it
-was started, and its heartbeats what each rank does.
+The locks tell whether the run is alive (the supervisor's also between two attempts), metrics.jsonl
+how far and how fast it is, the checkpoints from where it would resume, the log folders how often it
+was started, and the heartbeats what each rank does.
 """
 
 import json
@@ -20,65 +19,75 @@ from launch.jobs.nodes import attempts
 from launch.jobs.plan import NODE_LOCK
 from pipeline.config import read_yaml
 from pipeline.errors import UserError
-from pipeline.files import holder
+from pipeline.files import lock_holder
 from pipeline.train import checkpoint
 
-RECENT = 20  # reports of which the speed is the median
-TAIL = 2**16  # bytes of metrics.jsonl that hold them
+RECENT = 20  # reports over whose median the speed is computed
+TAIL_BYTES = 2**16  # of metrics.jsonl, more than these reports take
 
 
-def status(run: Path) -> dict[str, Any]:
-    """UserError if `run` is no run folder."""
-    if not (run / "config.yaml").is_file():
+def status(run_dir: Path) -> dict[str, Any]:
+    """The state of a run. UserError if `run_dir` is not a run folder."""
+    if not (run_dir / "config.yaml").is_file():
         raise UserError(
-            f"{run}: no config.yaml; give a run folder, the `run` of a stage's configuration"
+            f"{run_dir}: no config.yaml; give a run folder, the `run` of a stage's configuration"
         )
-    config = read_yaml(run / "config.yaml")
-    reports = tail(run / "metrics.jsonl")
-    last = reports[-1] if reports else {}
-    steps, total = last.get("step", 0), config["train"]["steps"]
+
+    config = read_yaml(run_dir / "config.yaml")
+    total_steps = config["train"]["steps"]
+    reports = last_reports(run_dir / "metrics.jsonl")
+    newest = reports[-1] if reports else {}
+    step = newest.get("step", 0)
     seconds = median(report["seconds"] for report in reports[-RECENT:]) if reports else None
-    saved = checkpoint.steps(run / "checkpoints")
-    folders = list(attempts(run).values())
-    pid = holder(run, NODE_LOCK.format(0)) or holder(run)
-    finished = (run / "stage" / "stage.json").exists() and steps >= total
+
+    checkpoints = checkpoint.steps(run_dir / "checkpoints")
+    checkpoint_age = None
+    if checkpoints:
+        checkpoint_age = age(run_dir / "checkpoints" / f"step_{checkpoints[-1]:07d}")
+
+    attempt_folders = list(attempts(run_dir).values())
+    pid = lock_holder(run_dir, NODE_LOCK.format(0)) or lock_holder(run_dir)
+    if pid:
+        state = "running"
+    elif (run_dir / "stage" / "stage.json").exists() and step >= total_steps:
+        state = "finished"
+    else:
+        state = "stopped" if checkpoints or reports else "not begun"
+
     return {
-        "run": str(run),
-        "state": "running"
-        if pid
-        else "finished"
-        if finished
-        else "stopped"
-        if saved or reports
-        else "not begun",
+        "run": str(run_dir),
+        "state": state,
         "pid": pid,
-        "step": steps,
-        "steps": total,
-        "loss": last.get("loss"),
+        "step": step,
+        "steps": total_steps,
+        "loss": newest.get("loss"),
         "images_per_second": config["data"]["global_batch"] / seconds if seconds else None,
-        "seconds_left": (total - steps) * seconds if seconds else None,
-        "reported": age(run / "metrics.jsonl"),
-        "checkpoint": saved[-1] if saved else None,
-        "saved": age(run / "checkpoints" / f"step_{saved[-1]:07d}") if saved else None,
-        "restarts": max(0, len(folders) - 1),
-        "quarantined": sum(1 for _ in lines(run / "quarantine.jsonl")),
-        "ranks": ranks(folders[-1]) if folders else [],
+        "seconds_left": (total_steps - step) * seconds if seconds else None,
+        "reported": age(run_dir / "metrics.jsonl"),
+        "checkpoint": checkpoints[-1] if checkpoints else None,
+        "saved": checkpoint_age,
+        "restarts": max(0, len(attempt_folders) - 1),
+        "quarantined": sum(1 for _ in lines(run_dir / "quarantine.jsonl")),
+        "ranks": rank_states(attempt_folders[-1]) if attempt_folders else [],
     }
 
 
-def tail(path: Path) -> list[dict[str, Any]]:
-    """The last whole reports."""
+def last_reports(path: Path) -> list[dict[str, Any]]:
+    """The last reports of metrics.jsonl; a line that is being written is left out."""
     if not path.exists():
         return []
+
     with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - TAIL))
-        found = []
-        for line in file.read().split(b"\n")[:-1]:
-            try:
-                found.append(json.loads(line))
-            except ValueError:  # the first may have lost its beginning
-                continue
-    return found
+        file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+        whole_lines = file.read().split(b"\n")[:-1]
+
+    reports = []
+    for line in whole_lines:
+        try:
+            reports.append(json.loads(line))
+        except ValueError:  # the first one, cut by the seek
+            continue
+    return reports
 
 
 def lines(path: Path) -> Iterator[str]:
@@ -87,15 +96,15 @@ def lines(path: Path) -> Iterator[str]:
             yield from file
 
 
-def ranks(attempt: Path) -> list[dict[str, Any]]:
-    """The last heartbeat of each rank, with its age in seconds."""
-    names = (re.fullmatch(r"rank_(\d+)\.json", path.name) for path in attempt.iterdir())
-    found = []
-    for number in sorted(int(name[1]) for name in names if name):
-        if beat := read_beat(attempt, number):
-            said = {name: getattr(beat, name) for name in ("rank", "host", "phase", "step")}
-            found.append(said | {"age": age(attempt / f"rank_{number}.json")})
-    return found
+def rank_states(attempt: Path) -> list[dict[str, Any]]:
+    """The last heartbeat of each rank, and its age in seconds."""
+    matches = [re.fullmatch(r"rank_(\d+)\.json", path.name) for path in attempt.iterdir()]
+    states = []
+    for rank in sorted(int(match[1]) for match in matches if match):
+        if beat := read_beat(attempt, rank):
+            state = {name: getattr(beat, name) for name in ("rank", "host", "phase", "step")}
+            states.append(state | {"age": age(attempt / f"rank_{rank}.json")})
+    return states
 
 
 def age(path: Path) -> float | None:
@@ -103,54 +112,65 @@ def age(path: Path) -> float | None:
     return max(0.0, time.time() - path.stat().st_mtime) if path.exists() else None
 
 
-def as_text(found: dict[str, Any]) -> str:
-    """A status for reading."""
-    state = f"{found['state']} (pid {found['pid']})" if found["pid"] else found["state"]
-    parts = [
-        ("run", found["run"]),
+# For reading.
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """A status for reading, one line a fact."""
+    state = f"{report['state']} (pid {report['pid']})" if report["pid"] else report["state"]
+    rows = [
+        ("run", report["run"]),
         ("state", state),
-        ("step", f"{found['step']:,} of {found['steps']:,}"),
+        ("step", f"{report['step']:,} of {report['steps']:,}"),
     ]
-    if found["loss"] is not None:
-        parts.append(("loss", f"{found['loss']:.4g}, reported {ago(found['reported'])}"))
-    if found["images_per_second"]:
-        parts.append(
-            (
-                "speed",
-                f"{found['images_per_second']:.1f} images/s, {duration(found['seconds_left'])} left",
-            )
-        )
-    if found["checkpoint"] is not None:
-        parts.append(("checkpoint", f"step {found['checkpoint']:,}, written {ago(found['saved'])}"))
-    parts += [("restarts", found["restarts"]), ("quarantined", f"{found['quarantined']:,}")]
-    near = enumerate(found["ranks"])  # neighbours on one host that do the same are one line
-    for (host, phase, _), together in groupby(
-        near, lambda e: (e[1]["host"], e[1]["phase"], e[1]["rank"] - e[0])
-    ):
-        beats = [beat for _, beat in together]
-        numbers, steps = (
-            span([beat["rank"] for beat in beats]),
-            span([beat["step"] for beat in beats]),
-        )
-        oldest = max(beat["age"] for beat in beats)
-        parts.append((f"rank {numbers}", f"{phase}, step {steps}, {host}, {ago(oldest)}"))
-    return "\n".join(f"{name:<14}{value}" for name, value in parts)
+
+    if report["loss"] is not None:
+        rows.append(("loss", f"{report['loss']:.4g}, reported {ago(report['reported'])}"))
+    if report["images_per_second"]:
+        left = duration(report["seconds_left"])
+        rows.append(("speed", f"{report['images_per_second']:.1f} images/s, {left} left"))
+    if report["checkpoint"] is not None:
+        saved = ago(report["saved"])
+        rows.append(("checkpoint", f"step {report['checkpoint']:,}, written {saved}"))
+
+    rows.append(("restarts", report["restarts"]))
+    rows.append(("quarantined", f"{report['quarantined']:,}"))
+    rows += rank_rows(report["ranks"])
+    return "\n".join(f"{name:<14}{value}" for name, value in rows)
+
+
+def rank_rows(ranks: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Name and text of the ranks; consecutive ranks on a host in the same phase are one row."""
+
+    def group(item: tuple[int, dict[str, Any]]) -> tuple[str, str, int]:
+        place, state = item
+        # Rank minus place is constant as long as the ranks are consecutive.
+        return state["host"], state["phase"], state["rank"] - place
+
+    rows = []
+    for (host, phase, _), items in groupby(enumerate(ranks), group):
+        states = [state for _, state in items]
+        numbers = span([state["rank"] for state in states])
+        steps = span([state["step"] for state in states])
+        oldest = max(state["age"] for state in states)
+        rows.append((f"rank {numbers}", f"{phase}, step {steps}, {host}, {ago(oldest)}"))
+    return rows
 
 
 def span(numbers: Sequence[int]) -> str:
-    """The lowest and the highest."""
+    """The lowest and the highest number: 3-7, or 3 if they are equal."""
     return "-".join(map(str, sorted({min(numbers), max(numbers)})))
 
 
 def duration(seconds: float) -> str:
-    """The two largest units: 3 d 4 h, 12 min 5 s, 8 s."""
-    left = round(seconds)
-    words: list[str] = []
-    for name, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
-        number, left = divmod(left, size)
-        if number or (name == "s" and not words):
-            words.append(f"{number} {name}")
-    return " ".join(words[:2])
+    """In its two largest units: 3 d 4 h, 12 min 5 s, 8 s."""
+    remaining = round(seconds)
+    parts: list[str] = []
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, remaining = divmod(remaining, size)
+        if count or (unit == "s" and not parts):
+            parts.append(f"{count} {unit}")
+    return " ".join(parts[:2])
 
 
 def ago(seconds: float) -> str:

@@ -1,19 +1,17 @@
-"""Starts a job's processes on this node and owns them to the last: whatever happens, the job ends
-soon, says truthfully what happened, and leaves nothing behind.
+"""Starts a job's processes on this node and owns them to the end: whatever happens, the job ends
+soon, says what happened, and leaves no process behind.
 
-msrun and mpirun are good at starting and poor at the rest: msrun passes no signal on, waits for its
-scheduler without a limit and forgets its ranks when it is killed; both kill all other ranks as soon
-as one exits with a code. So they only start the ranks. The rest is known from outside: by
-heartbeats and by the processes themselves (`launch.jobs.ranks`), and from the other nodes
-(`launch.jobs.nodes`). One start of all ranks is an attempt (`launch.jobs.attempt`); a job is one or
-more.
+msrun and mpirun start the ranks, and no more is left to them: msrun passes no signals on, waits for
+its scheduler without a limit and leaves its ranks behind when it is killed; both kill all other
+ranks as soon as one exits with a code. The state of a job is observed from outside: by heartbeats
+and processes (`launch.jobs.ranks`) and by the notes of the other nodes (`launch.jobs.nodes`). One
+start of all ranks is an attempt (`launch.jobs.attempt`); a job is one attempt or more.
 
     all ranks are done  0
-    SIGTERM, SIGINT     goes to the ranks, which save and end: 75. A second SIGINT does not wait for
-        them: 130
+    SIGTERM, SIGINT     is passed on to the ranks, which save and end: 75. After a second SIGINT all
+                        are killed: 130
     a user's mistake    that a rank found: its line, and 2
-    any other failure   ends all ranks and names the first that failed: 1, or the next of `restarts`
-        attempts
+    any other failure   ends all ranks and is named: 1, or the next of `restarts` attempts
 """
 
 import contextlib
@@ -25,9 +23,10 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 from launch.jobs import processes
-from launch.jobs.attempt import Attempt, Limits, Plan
+from launch.jobs.attempt import Attempt, Limits, NodeJob, Plan
 from launch.jobs.children import Children
 from launch.jobs.nodes import POLL, STOPPED, Outcome, Peers, open_attempt
 from launch.jobs.plan import NODE_LOCK, LaunchConfig, Process
@@ -36,180 +35,219 @@ from pipeline.files import lock
 from pipeline.runtime import child_environment
 from pipeline.train import checkpoint
 
-BACKOFF = 60.0  # seconds between two attempts, at most
+MAX_BACKOFF = 60.0  # seconds between two attempts, at most
 
 
 def supervise(
     config: LaunchConfig,
-    run: Path,
+    run_dir: Path,
     plan: Plan,
+    *,
     remotes: Sequence[Process] = (),
     limits: Limits | None = None,
 ) -> int:
-    """The job on this node, from its first attempt to its last; the exit code. UserError for the
-    user's mistakes.
+    """Runs this node's part of a job, from its first attempt to its last; the exit code.
 
-    `remotes` start the other nodes. For the main thread of a process that does nothing else: it
-    takes the signals and adopts all orphans.
+    `remotes` start the other nodes. To be called from the main thread of a process that does
+    nothing else: it handles signals and adopts all orphans. UserError for the user's mistakes.
     """
-    mark, signals = secrets.token_hex(8), list[int]()
-    with lock(run, NODE_LOCK.format(config.node_rank)), handling(signals), guarded(mark) as guard:
+    job_id = secrets.token_hex(8)
+    signals: list[int] = []
+    limits = limits or Limits()
+    with (
+        lock(run_dir, NODE_LOCK.format(config.node_rank)),
+        recording_signals(signals),
+        guarded(job_id, limits.guard) as guard_pid,
+    ):
         processes.adopt_orphans()
-        (run / "logs").mkdir(exist_ok=True)
-        nodes = Children(run / "logs", mark, "launch.hosts")
+        (run_dir / "logs").mkdir(exist_ok=True)
+        nodes = Children(run_dir / "logs", job_id, "launch.hosts")
         for process in remotes:
             nodes.start(process)
-        outcome = Job(config, run, plan, limits or Limits(), signals, mark, guard, nodes).work()
+
+        job = NodeJob(
+            config=config,
+            run_dir=run_dir,
+            plan=plan,
+            limits=limits,
+            job_id=job_id,
+            signals=signals,
+            remotes=nodes,
+        )
+        outcome = Supervisor(job, guard_pid).run()
+
     if outcome.code == 2:
-        raise UserError(outcome.what)
-    say(outcome.what)
+        raise UserError(outcome.message)
+    say(outcome.message)
     return outcome.code
 
 
 @contextlib.contextmanager
-def handling(signals: list[int]) -> Iterator[None]:
-    """SIGTERM and SIGINT are noted in `signals` meanwhile; a second SIGINT raises."""
+def recording_signals(signals: list[int]) -> Iterator[None]:
+    """Appends each SIGTERM and SIGINT to `signals`; a second SIGINT raises KeyboardInterrupt."""
 
-    def note(number: int, frame: FrameType | None) -> None:
-        again = number == signal.SIGINT and number in signals
+    def record(number: int, frame: FrameType | None) -> None:
+        repeated = number == signal.SIGINT and number in signals
         signals.append(number)
-        if again and signals.count(number) == 2:  # a third must not disturb the ending
+        # Not at the third: the processes are being ended then.
+        if repeated and signals.count(number) == 2:
             raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.signal(number, record) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 @contextlib.contextmanager
-def guarded(mark: str) -> Iterator[int]:
-    """A process, by its id, that ends all that is marked should this one be killed: then its input
-    closes.
+def guarded(job_id: str, grace: float) -> Iterator[int]:
+    """Runs the job's guard (`launch.jobs.processes`); its pid.
+
+    When this process ends, even by SIGKILL, the guard's input closes and it ends the job's
+    processes: SIGTERM, and SIGKILL after `grace` seconds.
     """
-    argv = [sys.executable, "-m", "launch.jobs.processes", mark]
+    argv = [sys.executable, "-m", "launch.jobs.processes", job_id, str(grace)]
     with subprocess.Popen(
         argv, stdin=subprocess.PIPE, env=child_environment({}), start_new_session=True
     ) as guard:
         yield guard.pid
 
 
-class Job:
-    """A node's share of it: attempts, until one is the last. `nodes` are what started the others,
-    with node 0.
-    """
+class AttemptEnd(NamedTuple):
+    """The end of an attempt, and whether the job ends with it."""
 
-    def __init__(
-        self, config: LaunchConfig, run: Path, plan: Plan, limits: Limits, signals: list[int], mark: str, guard: int,
-        nodes: Children,
-    ) -> None:  # fmt: skip
-        self.config, self.run, self.plan, self.limits, self.signals = (
-            config,
-            run,
-            plan,
-            limits,
-            signals,
-        )
-        self.mark, self.guard, self.nodes = mark, guard, nodes
-        self.used = 0  # restarts since the newest checkpoint
+    outcome: Outcome
+    last: bool
 
-    def work(self) -> Outcome:
-        """How the last attempt ended."""
-        last = None
+
+class Supervisor:
+    """A node's part of a job: attempts, until one is the last."""
+
+    def __init__(self, job: NodeJob, guard_pid: int) -> None:
+        self.job = job
+        self.guard_pid = guard_pid
+        self.restarts = 0  # since the newest checkpoint
+
+    def run(self) -> Outcome:
+        """Makes attempts; the outcome of the last."""
+        job = self.job
+        previous: int | None = None
         while True:
             opened = open_attempt(
-                self.config, self.run, last, self.limits.meet, lambda: bool(self.signals)
+                job.config,
+                job.run_dir,
+                previous=previous,
+                timeout=job.limits.meet,
+                stopping=lambda: bool(job.signals),
             )
             if isinstance(opened, Outcome):
                 return opened
-            folder, last = self.run / "logs" / f"attempt-{opened}", opened
-            attempt = Attempt(self.config, folder, self.mark, self.limits, self.signals, self.nodes)
-            outcome, over = self.carry_out(attempt)
-            if over:
-                if outcome.code == 1 and self.config.restarts and not self.signals:
-                    given_up = (
-                        f"{self.run}: given up after {self.used} restarts without a new checkpoint"
-                    )
-                    return Outcome(code=1, what=f"{outcome.what}\n{given_up}")
-                return outcome
-            say(outcome.what)
+            previous = opened
+
+            attempt = Attempt(job, job.run_dir / "logs" / f"attempt-{opened}")
+            end = self.run_attempt(attempt)
+            if end.last:
+                return self.final_outcome(end.outcome)
+
+            say(end.outcome.message)
             self.pause()
-            if self.signals:
-                outcome = Outcome(
-                    code=STOPPED,
-                    what=f"{self.run}: stopped between attempts; the same command goes on",
-                )
-                self.dismiss(attempt.peers, outcome, self.limits.leave)
+            if job.signals:
+                message = f"{job.run_dir}: stopped between attempts; the same command resumes"
+                outcome = Outcome(code=STOPPED, message=message)
+                self.release_nodes(attempt.peers, outcome, job.limits.leave)
                 return outcome
 
-    def carry_out(self, attempt: Attempt) -> tuple[Outcome, bool]:
-        """An attempt until nothing is left of it: how it ended, and whether the job is over with
-        it.
-        """
-        saved, grace = self.saved(), self.limits.end
-        outcome, over = Outcome(code=1, what="interrupted"), True
+    def final_outcome(self, outcome: Outcome) -> Outcome:
+        """The last attempt's outcome, with the number of restarts if they were used up."""
+        job = self.job
+        if outcome.code != 1 or not job.config.restarts or job.signals:
+            return outcome
+
+        ending = f"{job.run_dir}: given up after {self.restarts} restarts without a new checkpoint"
+        return Outcome(code=1, message=f"{outcome.message}\n{ending}")
+
+    def run_attempt(self, attempt: Attempt) -> AttemptEnd:
+        """Runs an attempt until none of its processes is left."""
+        job = self.job
+        step_before = self.newest_step()
+        grace = job.limits.end
+        outcome = Outcome(code=1, message="interrupted")
+        last = True
         try:
-            outcome = attempt.run(self.plan)
-            self.used = 0 if self.saved() > saved else self.used
-            over = outcome.code != 1 or bool(self.signals) or not self.may_restart()
-            attempt.peers.tell(outcome)  # the others need not wait for the end of what runs here
+            outcome = attempt.run()
+            if self.newest_step() > step_before:
+                self.restarts = 0
+            last = outcome.code != 1 or bool(job.signals) or not self.may_restart()
+            attempt.peers.publish(outcome)  # the other nodes need not wait until all here has ended
         except UserError as error:
-            outcome = Outcome(code=2, what=str(error))
+            outcome = Outcome(code=2, message=str(error))
         except KeyboardInterrupt:
             grace = 0.0
             raise
         finally:
-            spare = [self.guard, *self.nodes.pids]
-            left = processes.end(self.mark, grace, spare, [*spare, *attempt.launchers.pids])
-            attempt.close()
-            if over:
-                self.dismiss(attempt.peers, outcome, self.limits.leave if grace else 0.0)
-        if left:
-            say(
-                f"{self.run}: processes {left} cannot be ended, not even by SIGKILL: they wait for a disk or a device"
+            exclude = [self.guard_pid, *job.remotes.pids]
+            remaining = processes.end_processes(
+                job.job_id,
+                grace,
+                exclude=exclude,
+                children=[*exclude, *attempt.launchers.pids],
             )
-        return outcome, over
+            attempt.close()
+            if last:
+                patience = job.limits.leave if grace else 0.0
+                self.release_nodes(attempt.peers, outcome, patience)
 
-    def saved(self) -> int:
-        """The newest step that was saved whole."""
-        return max(checkpoint.steps(self.run / "checkpoints"), default=-1)
+        if remaining:
+            say(
+                f"{job.run_dir}: processes {remaining} do not end, not even by SIGKILL: they wait "
+                "for a disk or a device"
+            )
+        return AttemptEnd(outcome, last)
+
+    def newest_step(self) -> int:
+        """The step of the newest complete checkpoint; -1 if there is none."""
+        return max(checkpoint.steps(self.job.run_dir / "checkpoints"), default=-1)
 
     def may_restart(self) -> bool:
-        """Node 0 decides for all; the others follow it."""
-        return (
-            self.used < self.config.restarts
-            if self.config.node_rank == 0
-            else self.config.restarts > 0
-        )
+        """Whether another attempt may follow: node 0 decides, the others follow it."""
+        config = self.job.config
+        if config.node_rank == 0:
+            return self.restarts < config.restarts
+        return config.restarts > 0
 
     def pause(self) -> None:
-        """Before a restart, longer each time; until a signal comes."""
-        seconds = min(BACKOFF, self.limits.backoff * 2**self.used)
-        self.used += 1
+        """Waits before a restart, longer each time; a signal ends it."""
+        job = self.job
+        seconds = min(MAX_BACKOFF, job.limits.backoff * 2**self.restarts)
+        self.restarts += 1
         say(
-            f"{self.run}: restart {self.used} of {self.config.restarts} without a new checkpoint, in {seconds:g} s"
+            f"{job.run_dir}: restart {self.restarts} of {job.config.restarts} without a new "
+            f"checkpoint, in {seconds:g} s"
         )
-        until = time.monotonic() + seconds
-        while time.monotonic() < until and not self.signals:
+
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not job.signals:
             time.sleep(POLL)
 
-    def dismiss(self, peers: Peers, outcome: Outcome, patience: float) -> None:
-        """The job is over, which ends the other nodes once they have read it; then also what
-        started them.
+    def release_nodes(self, peers: Peers, outcome: Outcome, patience: float) -> None:
+        """Publishes that the job is over, waits for the other nodes to end, and ends their ssh.
+
+        A node that starts only now needs a beat that changes, so the note is published repeatedly.
         """
-        until = time.monotonic() + patience
+        deadline = time.monotonic() + patience
         while True:
-            peers.tell(outcome, over=True)  # and goes on telling, for one that has only now come
-            if not self.nodes.running or time.monotonic() >= until:
+            peers.publish(outcome, over=True)
+            if not self.job.remotes.running() or time.monotonic() >= deadline:
                 break
             time.sleep(POLL)
-        self.nodes.kill()
+
+        self.job.remotes.kill()
 
 
 def say(text: str) -> None:
-    """On stderr; who started this may be gone, and the job goes on all the same."""
+    """Prints to stderr. Its reader may be gone, which must not end the job."""
     with contextlib.suppress(OSError):
         if text:
             print(text, file=sys.stderr, flush=True)

@@ -1,9 +1,9 @@
-"""`cascade train-all`: the stages of a cascade as the independent jobs that they are, in turn or
-several at once.
+"""`cascade train-all`: the stages of a cascade as the independent jobs that they are, one after the
+other or several at once.
 
-Each job is `cascade train CONFIG`, with its own launcher and its own restarts; a stage that fails
-does not stop the others, and one that is finished ends at once. The same command again goes on with
-what is left.
+Each job is `cascade train CONFIG`, with its own launcher and its own restarts. A stage that fails
+does not stop the others, and one that is finished ends at once. The same command resumes what is
+not finished.
 """
 
 import signal
@@ -15,101 +15,119 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
-from launch.jobs.plan import command
+from launch.jobs.nodes import STOPPED
+from launch.jobs.plan import train_command
 from launch.jobs.status import duration, status
 from pipeline.config import apply_overrides, build, read_yaml
 from pipeline.errors import UserError
 
-POLL = 0.2  # seconds between looks at the jobs
-GRACE = 5.0  # seconds for the last lines of a job that has ended
-OUTCOMES = {0: "finished", 2: "refused", 75: "stopped, resumable"}
+POLL = 0.2  # seconds between two looks at the jobs
+OUTPUT_TIMEOUT = 5.0  # seconds for the last lines of a job that has ended
+EXIT_STATES = {0: "finished", 2: "refused", STOPPED: "stopped, resumable"}
 
 
-@dataclass
-class Job:
+@dataclass(kw_only=True)
+class StageJob:
     """A stage's job, before, while and after it runs."""
 
     name: str
     argv: list[str]
-    run: Path
-    process: subprocess.Popen[str] | None = None
-    reader: threading.Thread | None = None
-    code: int | None = None
-    last: str = ""  # line that it said: why it was refused
+    run_dir: Path
+    process: "subprocess.Popen[str] | None" = None  # once it is started
+    reader: threading.Thread | None = None  # copies its output
+    exit_code: int | None = None  # once it has ended
+    last_line: str = ""  # of its output: why it failed or was refused
+
+    @property
+    def running(self) -> bool:
+        return self.process is not None and self.exit_code is None
 
 
-def plan(path: str, overrides: Sequence[str]) -> list[Job]:
-    """The jobs of a cascade's file in the order of its stages. UserError if two have one run
-    folder.
+def plan_jobs(path: str, overrides: Sequence[str]) -> list[StageJob]:
+    """The jobs of a cascade's file in the order of its stages.
+
+    UserError if two stages have the same run folder.
     """
     from pipeline.generate.cascade_folder import CascadeConfig
 
     jobs = []
     for entry in build(CascadeConfig, read_yaml(path)).stages:
-        run = apply_overrides(read_yaml(entry.config), overrides).get("run")
-        jobs.append(Job(entry.name, command(entry.config, overrides), Path(str(run))))
-    runs = [job.run for job in jobs]
+        run_dir = Path(str(apply_overrides(read_yaml(entry.config), overrides).get("run")))
+        argv = train_command(entry.config, overrides)
+        jobs.append(StageJob(name=entry.name, argv=argv, run_dir=run_dir))
+
+    run_dirs = [job.run_dir for job in jobs]
     for job in jobs:
-        if runs.count(job.run) > 1:
+        if run_dirs.count(job.run_dir) > 1:
             raise UserError(
-                f"{path}: {job.name} and another stage have the run folder {job.run}; give each its own"
+                f"{path}: {job.name} and another stage have the run folder {job.run_dir}; give "
+                "each its own"
             )
     return jobs
 
 
-def train_all(jobs: Sequence[Job], at_once: int) -> int:
+def train_all(jobs: Sequence[StageJob], at_once: int) -> int:
     """Runs the jobs, `at_once` at a time, and prints where each is; the exit code of all.
 
     0: all finished. 1: one failed. 2: one was refused. 75: stopped by a signal.
     """
-    stopped: list[int] = []
+    signals: list[int] = []
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        stopped.append(number)
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        signals.append(number)
         for job in jobs:
             if job.process and job.process.poll() is None:
                 job.process.send_signal(number)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {
+        number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)
+    }
     started = time.monotonic()
     try:
-        waiting = list(jobs)
-        while True:
-            running = [job for job in jobs if job.process and job.code is None]
-            for job in running:
-                assert job.process
-                job.code = job.process.poll()
-            if stopped:
-                waiting.clear()
-            elif waiting and sum(job.code is None for job in running) < at_once:
-                start(waiting.pop(0), alone=at_once == 1)
-                continue
-            if not waiting and all(job.code is not None for job in running):
-                break
-            time.sleep(POLL)
+        run_jobs(jobs, at_once, signals)
     finally:
         for job in jobs:
-            if job.process and job.process.poll() is None:
-                job.process.kill()
-                job.process.wait()
-            if job.reader:
-                job.reader.join(
-                    GRACE
-                )  # longer only if something that it left behind holds its output open
-        for number, handler in before.items():
+            close(job)
+        for number, handler in previous.items():
             signal.signal(number, handler)
+
     print(summary(jobs, time.monotonic() - started), file=sys.stderr)
-    codes = {job.code for job in jobs}
-    return 75 if stopped else 0 if codes == {0} else 2 if codes <= {0, 2} else 1
+    if signals:
+        return STOPPED
+    exit_codes = {job.exit_code for job in jobs}
+    if exit_codes == {0}:
+        return 0
+    return 2 if exit_codes <= {0, 2} else 1
 
 
-def start(job: Job, alone: bool) -> None:
-    """Starts a job in a session of its own: what Ctrl-C sends, it gets once, from here. What
-    several say at once is marked with the stage's name.
+def run_jobs(jobs: Sequence[StageJob], at_once: int, signals: Sequence[int]) -> None:
+    """Starts the jobs in turn and returns when all have ended; after a signal starts no more."""
+    waiting = list(jobs)
+    while True:
+        for job in jobs:
+            if job.process and job.running:
+                job.exit_code = job.process.poll()
+        num_running = sum(job.running for job in jobs)
+
+        if signals:
+            waiting.clear()
+        elif waiting and num_running < at_once:
+            start(waiting.pop(0), prefixed=at_once > 1)
+            continue
+
+        if not waiting and not num_running:
+            return
+        time.sleep(POLL)
+
+
+def start(job: StageJob, prefixed: bool) -> None:
+    """Starts a job and copies its output to stderr, each line after the stage's name if `prefixed`.
+
+    It has a session of its own, so that Ctrl-C reaches it once, from `train_all`.
     """
-    job.process = subprocess.Popen(
+    # Assigned at once: a signal may come at any moment and has to reach it.
+    job.process = process = subprocess.Popen(
         job.argv,
         start_new_session=True,
         stdout=subprocess.PIPE,
@@ -117,32 +135,46 @@ def start(job: Job, alone: bool) -> None:
         text=True,
         errors="replace",
     )
+    prefix = f"[{job.name}] " if prefixed else ""
 
     def copy() -> None:
-        assert job.process
-        assert job.process.stdout
-        with job.process.stdout as lines:
+        assert process.stdout
+        with process.stdout as lines:
             for line in lines:
-                job.last = line.strip() or job.last
-                print(
-                    line if alone else f"[{job.name}] {line}", end="", file=sys.stderr, flush=True
-                )
+                job.last_line = line.strip() or job.last_line
+                print(f"{prefix}{line}", end="", file=sys.stderr, flush=True)
 
     job.reader = threading.Thread(target=copy, daemon=True)
     job.reader.start()
 
 
-def summary(jobs: Sequence[Job], seconds: float) -> str:
-    """Where each stage is."""
+def close(job: StageJob) -> None:
+    """Ends a job that still runs, and waits for its output."""
+    if job.process and job.process.poll() is None:
+        job.process.kill()
+        job.process.wait()
+
+    # The output stays open longer only if a process that the job left behind holds it.
+    if job.reader:
+        job.reader.join(OUTPUT_TIMEOUT)
+
+
+def summary(jobs: Sequence[StageJob], seconds: float) -> str:
+    """Where each stage is, one line each."""
     lines = [f"after {duration(seconds)}:"]
     for job in jobs:
-        outcome = (
-            "not begun"
-            if job.code is None
-            else OUTCOMES.get(job.code, f"failed (exit code {job.code})")
-        )
-        found: dict[str, Any] = status(job.run) if (job.run / "config.yaml").exists() else {}
-        where = f"step {found['step']:,} of {found['steps']:,}" if found else "no run folder"
-        why = f": {job.last}" if job.last and job.code not in (0, 75, None) else ""
-        lines.append(f"  {job.name:<10} {outcome:<18} {where}, {job.run}{why}")
+        code = job.exit_code
+        state = "not begun"
+        if code is not None:
+            state = EXIT_STATES.get(code, f"failed (exit code {code})")
+
+        where = "no run folder"
+        if (job.run_dir / "config.yaml").exists():
+            report = status(job.run_dir)
+            where = f"step {report['step']:,} of {report['steps']:,}"
+
+        failed = code not in (0, STOPPED, None)
+        reason = f": {job.last_line}" if failed and job.last_line else ""
+        lines.append(f"  {job.name:<10} {state:<18} {where}, {job.run_dir}{reason}")
+
     return "\n".join(lines)

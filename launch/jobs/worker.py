@@ -1,10 +1,10 @@
-"""What trains: a rank of a job, `python -m launch.jobs.worker CONFIG key=value ...`, or the whole
-job in this process.
+"""The program that trains: a rank of a job, `python -m launch.jobs.worker CONFIG key=value ...`, or
+the whole job in this process.
 
-A rank under a supervisor prints into its own log, and leaves a last word in the attempt's folder
-(`launch.jobs.heartbeats`): the exit codes of ranks get lost under msrun and mpirun. Those two also
-kill all other ranks when one exits with a code, so that a rank that stopped after saving, 75, exits
-with 0: the others may be saving still.
+A rank under a supervisor prints into its own log and writes an exit report into the attempt's
+folder (`launch.jobs.heartbeats`): exit codes of ranks get lost under msrun and mpirun. Those two
+also kill all other ranks when one exits with a code. So a rank that stopped after saving exits with
+0 rather than 75: the others may still be saving.
 """
 
 import json
@@ -21,7 +21,7 @@ from typing import NoReturn
 from launch.jobs.nodes import STOPPED
 from pipeline.errors import JobError, UserError
 from pipeline.files import write_atomically
-from pipeline.runtime import attempt, is_scheduler, job, start_communication
+from pipeline.runtime import attempt_dir, is_scheduler, rank_info, start_communication
 from pipeline.terminal import run
 from pipeline.train.heartbeat import Heartbeat, describe
 
@@ -32,50 +32,62 @@ def train(path: str, overrides: Sequence[str]) -> int:
     from pipeline.stage.registry import read_stage_config, stage_class
 
     setup_logging()
-    stopped: list[int] = []
+    signals: list[int] = []
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        if stopped and number == signal.SIGINT:  # a second Ctrl-C does not wait for the step
+    def record(number: int, frame: FrameType | None) -> None:
+        # A second Ctrl-C does not wait for the end of the step.
+        if signals and number == signal.SIGINT:
             raise KeyboardInterrupt
-        stopped.append(number)
+        signals.append(number)
 
     config, _ = read_stage_config(path, overrides)
+
     from pipeline.train import loop
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
+        signal.signal(number, record)
+
     stage = stage_class(config.kind)(config)
-    return 0 if loop.train(stage, lambda: bool(stopped)) else STOPPED
+    return 0 if loop.train(stage, lambda: bool(signals)) else STOPPED
 
 
-def rank(folder: Path, argv: Sequence[str]) -> NoReturn:
-    """A rank of the attempt in `folder`."""
-    number = job().rank
-    output = os.open(folder / f"rank_{number}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    for descriptor in (1, 2):  # MindSpore's C++ writes there too
-        os.dup2(output, descriptor)
-    Heartbeat(folder, number).beat(
-        "starting"
-    )  # before what takes long: from now on its process is known
-    code, error = 1, None
+def run_rank(folder: Path, argv: Sequence[str]) -> NoReturn:
+    """Runs a rank of the attempt whose folder this is, and exits."""
+    rank = rank_info().rank
+    redirect_output(folder / f"rank_{rank}.log")
+
+    # Before what takes long: from its first heartbeat on, the supervisor watches this process.
+    Heartbeat(folder, rank).beat("starting")
+
+    code = 1
+    error: str | None = None
     try:
         code = train(argv[0], argv[1:])
     except UserError as mistake:
-        code, error = 2, str(mistake)
+        code = 2
+        error = str(mistake)
     except JobError as problem:
         error = str(problem)
-    except BaseException as fault:
-        error = f"{describe(fault)}\n{traceback.format_exc()}"
+    except BaseException as bug:
+        error = f"{describe(bug)}\n{traceback.format_exc()}"
         print(error, file=sys.stderr, flush=True)
-    word = {"code": code, "error": error, "time": time.time()}
-    write_atomically(folder / f"rank_{number}.end.json", json.dumps(word).encode())
+
+    report = {"code": code, "error": error, "time": time.time()}
+    write_atomically(folder / f"rank_{rank}.end.json", json.dumps(report).encode())
     sys.exit(0 if code == STOPPED else code)
 
 
+def redirect_output(log: Path) -> None:
+    """Sends stdout and stderr to `log` by their descriptors, as MindSpore's C++ prints too."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    for standard in (1, 2):
+        os.dup2(descriptor, standard)
+
+
 if __name__ == "__main__":
-    if is_scheduler():  # msrun starts that by the same command
+    if is_scheduler():  # msrun starts its scheduler by the same command
         start_communication()
-    elif (place := attempt()) is not None:
-        rank(place, sys.argv[1:])
+    elif (attempt_folder := attempt_dir()) is not None:
+        run_rank(attempt_folder, sys.argv[1:])
     else:
         run(lambda argv: train(argv[0], argv[1:]))

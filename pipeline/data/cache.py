@@ -1,16 +1,15 @@
-"""Ranges of remote files on a local disk, so that what was read once is not fetched again.
+"""Ranges of remote files on a local disk, so that each is fetched once.
 
-Each range is a file of its own: the CRC-32 of the bytes, then the bytes. Its name is the SHA-256 of
-what it is a range of and of which version, so that a file that has changed on its server is simply
-not found here. Nothing is fsynced, and need not be: whatever a crash or a bad disk leaves fails its
-CRC and is fetched again.
+Each range is a file: the CRC-32 of the bytes, then the bytes. Its name is the SHA-256 of the key
+(location, version, offset, size), so a file that changed on its server is a miss. Nothing is
+fsynced: whatever a crash or a bad disk leaves fails its CRC and is fetched again.
 
-The folder is bounded, least recently used first (a file's time is that of its last use), by one
-rule that keeps nothing in memory however many files there are: for every sixteenth of `limit` that
-is written, look through the folder once and make room for it. A process alone thus stays within
-`limit`, but for what its threads are writing at the moment, and looks at 16 files for each that it
-writes. Processes that share a folder see each other's files whenever they look; in between, each
-after the first may exceed `limit` by its sixteenth.
+The size of the folder is limited; the least recently used files go first (a file's modification
+time is that of its last use). No state is kept in memory: each time a sixteenth of `limit` has been
+written, the folder is scanned and room is made for the next sixteenth. One process therefore stays
+within `limit`, except for what its threads are writing at the moment, and looks at 16 files for
+each that it writes. Processes that share a folder see each other's files at their scans; in
+between, each process after the first may exceed `limit` by its sixteenth.
 """
 
 import contextlib
@@ -23,25 +22,36 @@ import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 log = logging.getLogger("cascade")
-PARTS = 16  # of the limit; more of them bound several processes tighter and look more often
+
+SCANS = 16  # per `limit` bytes written; more bound several processes tighter and cost more
 CRC = 4  # bytes
 
 
+class CachedFile(NamedTuple):
+    """A file in the folder; sorts by last use."""
+
+    last_used: int  # ns
+    size: int  # bytes
+    path: str
+
+
 class RangeCache:
-    """For any number of threads and processes. It never fails: on a full or broken disk it warns
-    once and does less.
+    """For any number of threads and processes. A full or broken disk is no error: one warning is
+    logged, and nothing more is stored.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
-        self.folder, self.limit = folder, limit  # bytes
-        self._room = 0  # bytes that may be written before the folder is looked through
+        self.folder = folder
+        self.limit = limit  # bytes
+        self._room = 0  # bytes that may be written before the next scan
         self._lock = threading.Lock()
         self._warned = False
 
     def get(self, *key: str | int) -> bytes | None:
-        """What was put under `key`, whole, or None."""
+        """The bytes stored under `key`; None if there are none or they are damaged."""
         path = self._path(key)
         try:
             data = path.read_bytes()
@@ -50,38 +60,38 @@ class RangeCache:
         except OSError as error:
             self._warn(error)
             return None
-        if len(data) <= CRC or zlib.crc32(memoryview(data)[CRC:]) != int.from_bytes(
-            data[:CRC], "big"
-        ):
+
+        expected = int.from_bytes(data[:CRC], "big")
+        if len(data) <= CRC or zlib.crc32(memoryview(data)[CRC:]) != expected:
             return None  # the next put replaces it
-        with contextlib.suppress(
-            OSError
-        ):  # gone in between, or a folder to read only: the bytes are good
+
+        # Fails if another process removed the file or the folder is read only; the bytes are valid.
+        with contextlib.suppress(OSError):
             os.utime(path, ns=(time.time_ns(),) * 2)
         return data[CRC:]
 
     def put(self, data: bytes, *key: str | int) -> None:
-        """Keeps `data` for a later `get`, unless it exceeds the limit by itself."""
-        path, size = self._path(key), len(data) + CRC
+        """Stores `data` for a later `get`, unless it alone exceeds the limit."""
+        path = self._path(key)
+        size = len(data) + CRC
         if size > self.limit:
             return
-        side = path.with_name(
-            f".tmp-{secrets.token_hex(8)}"
-        )  # what a kill leaves grows old and goes like the others
+
+        # What a killed process leaves under this name grows old and is evicted like the others.
+        temporary = path.with_name(f".tmp-{secrets.token_hex(8)}")
         try:
             self._make_room(size)
             path.parent.mkdir(parents=True, exist_ok=True)
-            side.write_bytes(zlib.crc32(data).to_bytes(CRC, "big") + data)
-            os.utime(
-                side, ns=(time.time_ns(),) * 2
-            )  # the kernel's own clock ticks too slowly to tell uses apart
-            side.replace(path)
-        except FileNotFoundError:  # somebody empties the folder
+            temporary.write_bytes(zlib.crc32(data).to_bytes(CRC, "big") + data)
+            # The kernel's own clock is too coarse to order uses.
+            os.utime(temporary, ns=(time.time_ns(),) * 2)
+            temporary.replace(path)
+        except FileNotFoundError:  # another process empties the folder
             return
         except OSError as error:
-            self.limit = 0  # nothing more is put, as it would most likely fail again, slowly
+            self.limit = 0  # no further puts: they would most likely fail too, slowly
             with contextlib.suppress(OSError):
-                side.unlink(missing_ok=True)
+                temporary.unlink(missing_ok=True)
             self._warn(error)
 
     def _path(self, key: tuple[str | int, ...]) -> Path:
@@ -89,41 +99,42 @@ class RangeCache:
         return self.folder / name[:2] / name
 
     def _make_room(self, size: int) -> None:
+        """Reserves `size` bytes; evicts files if that needs a scan."""
         with self._lock:
             if size > self._room:
-                room = max(size, self.limit // PARTS)
-                files = sorted(self._files())
-                excess = sum(size for _, size, _ in files) + room - self.limit
-                for _, freed, path in files:
-                    if excess <= 0:
-                        break
-                    Path(path).unlink(missing_ok=True)
-                    excess -= freed
+                room = max(size, self.limit // SCANS)
+                self._evict(room)
                 self._room = room
             self._room -= size
 
-    def _files(self) -> Iterator[tuple[int, int, str]]:
-        """(time of the last use, bytes, path) of each file; only folders of our own making are
-        looked into.
-        """
-        for number in range(256):
-            with (
-                contextlib.suppress(FileNotFoundError),
-                os.scandir(self.folder / f"{number:02x}") as entries,
-            ):
+    def _evict(self, room: int) -> None:
+        """Removes files, least recently used first, until `room` bytes are free."""
+        files = sorted(self._files())
+        excess = sum(file.size for file in files) + room - self.limit
+        for file in files:
+            if excess <= 0:
+                break
+            Path(file.path).unlink(missing_ok=True)
+            excess -= file.size
+
+    def _files(self) -> Iterator[CachedFile]:
+        """All files in the subfolders that this class creates; other folders are not touched."""
+        for prefix in range(256):
+            subfolder = self.folder / f"{prefix:02x}"
+            with contextlib.suppress(FileNotFoundError), os.scandir(subfolder) as entries:
                 for entry in entries:
-                    with contextlib.suppress(
-                        FileNotFoundError
-                    ):  # another process is making room too
+                    # Another process may be evicting files at the same time.
+                    with contextlib.suppress(FileNotFoundError):
                         stat = entry.stat()
-                        yield stat.st_mtime_ns, stat.st_size, entry.path
+                        yield CachedFile(stat.st_mtime_ns, stat.st_size, entry.path)
 
     def _warn(self, error: OSError) -> None:
         with self._lock:
-            warned, self._warned = self._warned, True
+            warned = self._warned
+            self._warned = True
         if not warned:
             log.warning(
-                "%s: the cache of remote shards fails (%s); going on without",
+                "%s: the cache of remote shards fails (%s); continuing without it",
                 self.folder,
                 error.strerror,
             )

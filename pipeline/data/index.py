@@ -1,9 +1,9 @@
-"""The index of a shard: what a tar holds and where, so that any sample can be read by itself.
+"""The index of a shard: the samples of a tar and their offsets, for random access.
 
-Training wants sample number i in any order; streaming a tar gives none of that. So each tar is read
-once, all of it, and what was found is kept in `00000.index.safetensors` beside it or in a cache
-folder: places, sizes and CRC-32 of each sample's files, width and height from the picture's header,
-the texts themselves, which are small beside the pictures, and all that is wrong.
+Training reads sample i in any order, which a streamed tar does not allow. So each tar is read once
+from end to end, and the result is stored in `00000.index.safetensors` next to it or in a cache
+folder: offset, size and CRC-32 of each sample's files, width and height from the image's header,
+the texts themselves, which are small compared with the images, and all faults.
 """
 
 import hashlib
@@ -25,23 +25,21 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from pipeline.data.source import Sources, Stat, is_remote
-from pipeline.data.tar import ABSENT, Fault, scan
+from pipeline.data.tar import ABSENT, Fault, Sample, scan
 from pipeline.errors import JobError, UserError
 from pipeline.files import try_lock, write_tensors_atomically
 
-FORMAT = "2"  # since KEY.cls counts
+FORMAT = "2"  # 2: KEY.cls becomes a field of KEY.json
 FILES = ("image", "txt", "json")  # the columns of offset, size and crc32
 TEXTS = ("key", "files", "txt", "json")  # the columns of ends
-THREADS = 8  # that look at shards: they wait for disks and servers
-MANY = 2**28  # bytes from which on shards are indexed by several processes
-SPOT = (
-    8  # samples whose checksums tell whether a shard that was copied or touched is still the same
-)
+THREADS = 8  # that check shards: they wait for disks and servers
+PARALLEL_BYTES = 2**28  # shards of this size in total are indexed by several processes
+SPOT_CHECKS = 8  # samples whose checksums are compared when a shard has a new date
 
 
 @dataclass(frozen=True)
 class Index:
-    """The index of one shard in `path`; columns are read when they are asked for."""
+    """The index of one shard; columns are read from `path` on demand."""
 
     path: Path
     location: str  # of the shard
@@ -52,225 +50,265 @@ class Index:
     content: str  # SHA-256 of all checksums
 
     def column(self, name: str) -> np.ndarray:
-        """offset, size (bytes, -1 where there is no such file), crc32: (N, 3) by FILES; pixels: (N,
-        2), width and height; caption_length: (N,), characters of KEY.txt; ends: (N, 4) by TEXTS;
-        texts: bytes.
+        """One column of N rows, a row a sample.
+
+        offset, size (bytes, -1 if there is no such file), crc32: (N, 3), by FILES
+        pixels: (N, 2), width and height
+        caption_length: (N,), characters of KEY.txt
+        ends: (N, 4), by TEXTS, of the text in `texts`: bytes
         """
-        with safe_open(
-            self.path, "numpy"
-        ) as file:  # opened anew: ten thousand maps at once are too many
+        # Opened for each read: ten thousand memory maps at once would exceed the system's limit.
+        with safe_open(self.path, "numpy") as file:
             return file.get_tensor(name)
 
     def texts(self, rows: np.ndarray) -> Iterator[dict[str, str]]:
-        """Key, files, txt and json of some rows, which are in order."""
+        """Key, files, txt and json of some rows, which are sorted."""
         if not len(rows):
             return
-        begin, stop = (
-            int(rows[0]),
-            int(rows[-1]) + 1,
-        )  # no more is read: a training batch asks row by row
+        # Only this range is read: a training batch asks for one row at a time.
+        begin = int(rows[0])
+        stop = int(rows[-1]) + 1
         with safe_open(self.path, "numpy") as file:
+            # A text starts where the one before it ends, so the row before is read too.
             ends = file.get_slice("ends")[max(begin - 1, 0) : stop]
             first = int(ends[0, -1]) if begin else 0
             blob = file.get_slice("texts")[first : int(ends[-1, -1])].tobytes()
+
         ends = ends[begin > 0 :] - first
         starts = np.concatenate([[0], ends.ravel()])[:-1].reshape(ends.shape)
-        for start, end in zip(
-            starts[rows - begin].tolist(), ends[rows - begin].tolist(), strict=True
+        chosen = rows - begin
+        for row_starts, row_ends in zip(
+            starts[chosen].tolist(), ends[chosen].tolist(), strict=True
         ):
             yield {
-                name: blob[a:b].decode(errors="surrogateescape")
-                for name, a, b in zip(TEXTS, start, end, strict=True)
+                name: blob[start:end].decode(errors="surrogateescape")
+                for name, start, end in zip(TEXTS, row_starts, row_ends, strict=True)
             }
 
     def fault(self, sources: Sources) -> str | None:
-        """Why the shard is no longer the one that was indexed, or None.
+        """Why the shard is no longer the one that was indexed; None if it is.
 
-        One that only looks touched (it was copied, say) is believed if a few samples in it have
-        their checksums.
+        A shard of the same size with a new date (a copy, for example) is accepted if a few of its
+        samples have their checksums.
         """
         now = sources.stat(self.location)
         if now.size != self.stat.size:
             return f"has {now.size:,} bytes and had {self.stat.size:,} when it was indexed"
-        if now.stamp == self.stat.stamp:
+        if now.version == self.stat.version or not self.num_samples:
             return None
-        rows = (
-            np.unique(np.linspace(0, self.num_samples - 1, SPOT).astype(int))
-            if self.num_samples
-            else []
+
+        # The same size and another date: compare the bytes of a few samples.
+        rows = np.unique(np.linspace(0, self.num_samples - 1, SPOT_CHECKS).astype(int))
+        offsets, sizes, checksums = (
+            self.column(name)[rows].ravel().tolist() for name in ("offset", "size", "crc32")
         )
-        offsets, sizes, sums = (self.column(name)[rows] for name in ("offset", "size", "crc32"))
-        for offset, size, crc32 in zip(offsets.ravel(), sizes.ravel(), sums.ravel(), strict=True):
-            if (
-                size > 0
-                and zlib.crc32(sources.read(self.location, int(offset), int(size))) != crc32
-            ):
+        for offset, size, crc32 in zip(offsets, sizes, checksums, strict=True):
+            if size > 0 and zlib.crc32(sources.read(self.location, offset, size)) != crc32:
                 return f"has changed at byte {offset:,} since it was indexed"
         return None
 
 
 def index_path(location: str, cache: Path | None) -> Path:
-    """Where the index of a shard is, or is to be written: see `sidecar_path`."""
+    """The file of a shard's index, see `sidecar_path`."""
     return sidecar_path(location, "index", cache)
 
 
-def sidecar_path(location: str, what: str, cache: Path | None) -> Path:
-    """The file that keeps `what` of a shard: next to it, or in the cache folder, if there is one,
-    unless it already lies next to it.
+def sidecar_path(location: str, name: str, cache: Path | None) -> Path:
+    """The file `name` of a shard: next to it, or in the cache folder if there is one, unless the
+    file already exists next to the shard.
 
-    In the cache, shards of one name in different folders are told apart by a digest of the whole
-    location.
+    In the cache, a digest of the whole location separates shards of one name in different folders.
+    UserError for a remote shard without a cache folder.
     """
-    name = f"{location.rpartition('/')[2].removesuffix('.tar')}.{what}.safetensors"
-    local = None if is_remote(location) else Path(location).with_name(name)
+    file_name = f"{location.rpartition('/')[2].removesuffix('.tar')}.{name}.safetensors"
+
+    # A file next to the shard takes precedence over the cache: it may have come with the data set.
+    local = None if is_remote(location) else Path(location).with_name(file_name)
     if local and (cache is None or local.exists()):
         return local
     if cache is None:
         raise UserError(
-            f"{location}: what is known of remote shards is kept in a folder: name one in data.cache"
+            f"{location}: indexes of remote shards need a folder: name one in data.cache"
         )
-    return cache / "shards" / f"{hashlib.sha256(location.encode()).hexdigest()[:12]}-{name}"
+
+    digest = hashlib.sha256(location.encode()).hexdigest()[:12]
+    return cache / "shards" / f"{digest}-{file_name}"
 
 
 def read_index(path: Path, location: str) -> Index | None:
-    """The index in `path`, or None if it is not there or not whole."""
+    """The index in `path`; None if it is missing, damaged or of another format."""
     try:
         with safe_open(path, "numpy") as file:
-            facts = file.metadata()
-        if facts["format"] != FORMAT:
+            metadata = file.metadata()
+        if metadata["format"] != FORMAT:
             return None
-        faults = tuple(Fault(*fault) for fault in json.loads(facts["faults"]))
-        stat = Stat(int(facts["size"]), facts["stamp"])
         return Index(
-            path, location, stat, int(facts["samples"]), faults, facts["digest"], facts["content"]
+            path=path,
+            location=location,
+            stat=Stat(int(metadata["size"]), metadata["stamp"]),
+            num_samples=int(metadata["samples"]),
+            faults=tuple(Fault(*fault) for fault in json.loads(metadata["faults"])),
+            digest=metadata["digest"],
+            content=metadata["content"],
         )
     except (SafetensorError, OSError, KeyError, ValueError, TypeError):
         return None
 
 
-def build(
+def build_indexes(
     locations: Sequence[str],
     sources: Sources,
     cache: Path | None,
     workers: int,
-    outdated: bool = False,
+    *,
+    rebuild_outdated: bool = False,
     progress: bool = True,
+    parallel_bytes: int = PARALLEL_BYTES,
 ) -> None:
-    """Writes the indexes that are missing or damaged and, if `outdated`, those that no longer fit
-    their shards.
+    """Writes the indexes that are missing or damaged and, with `rebuild_outdated`, those that no
+    longer fit their shards.
 
-    In `workers` processes if there is much to read, and beside other jobs that do the same: none is
-    written twice. UserError where the files cannot be written.
+    From `parallel_bytes` on, in `workers` processes. Other jobs may do the same at the same time:
+    each index is written once. UserError if the files cannot be written.
     """
+
+    def is_needed(location: str) -> bool:
+        return needs_rebuild(location, sources, cache, rebuild_outdated)
+
+    # Reading thousands of indexes, and asking servers for sizes, is slow one by one.
     with ThreadPoolExecutor(THREADS) as threads:
-        needed = threads.map(
-            lambda location: needs_rebuild(location, sources, cache, outdated), locations
-        )
-        left = [location for location, need in zip(locations, needed, strict=True) if need]
-        many = sum(stat.size for stat in threads.map(sources.stat, left)) > MANY
-    one = partial(build_one, cache=cache, outdated=outdated)
-    # New processes rather than forked ones: a caller may have threads (MindSpore's), which do not
-    # survive a fork.
-    pool = (
-        ProcessPoolExecutor(workers, get_context("spawn"))
-        if many and min(workers, len(left)) > 1
-        else None
-    )
+        needed = list(threads.map(is_needed, locations))
+        pending = [location for location, need in zip(locations, needed, strict=True) if need]
+        num_bytes = sum(stat.size for stat in threads.map(sources.stat, pending))
+
+    build = partial(build_index, cache=cache, rebuild_outdated=rebuild_outdated)
+
+    # Starting processes costs more than indexing a few small shards.
+    parallel = num_bytes > parallel_bytes and min(workers, len(pending)) > 1
+    # Spawned rather than forked: the caller may have threads (MindSpore's), which do not survive a
+    # fork.
+    pool = ProcessPoolExecutor(workers, get_context("spawn")) if parallel else None
     try:
         with (
             pool or nullcontext(),
-            tqdm(total=len(left), unit="shard", disable=not (progress and left)) as bar,
+            tqdm(total=len(pending), unit="shard", disable=not (progress and pending)) as bar,
         ):
-            while left:
-                others = []
-                for each, done in zip(left, (pool.map if pool else map)(one, left), strict=True):
-                    bar.update(done)
-                    others += [] if done else [each]
-                left = others
-                time.sleep(1 if left else 0)  # another process has them; if it dies, they are ours
+            while pending:
+                locked_by_others = []
+                results = (pool.map if pool else map)(build, pending)
+                for location, built in zip(pending, results, strict=True):
+                    bar.update(built)
+                    if not built:
+                        locked_by_others.append(location)
+
+                # Look again: should the other process die, these become ours.
+                pending = locked_by_others
+                time.sleep(1 if pending else 0)
     except BrokenProcessPool:
         raise JobError(
-            "a process that indexed shards was killed, for its memory perhaps; the same command goes on"
+            "a process that indexed shards was killed, possibly for lack of memory; run the same "
+            "command again to continue"
         ) from None
 
 
-def needs_rebuild(location: str, sources: Sources, cache: Path | None, outdated: bool) -> bool:
-    """Whether a shard's index has to be made: it is missing or damaged or, if that counts,
-    `outdated`.
-    """
+def needs_rebuild(
+    location: str, sources: Sources, cache: Path | None, rebuild_outdated: bool
+) -> bool:
+    """Whether a shard's index is missing or damaged or, with `rebuild_outdated`, does not fit."""
     index = read_index(index_path(location, cache), location)
-    return index is None or (outdated and index.fault(sources) is not None)
+    return index is None or (rebuild_outdated and index.fault(sources) is not None)
 
 
-def build_one(location: str, cache: Path | None, outdated: bool) -> bool:
-    """False if another process is at it."""
-    path, sources = index_path(location, cache), Sources()
-    with try_lock(path) as mine:
-        if (
-            mine
-            and needs_rebuild(location, sources, cache, outdated)
-            and not reuse_index(sources, location, path)
-        ):
+def build_index(location: str, cache: Path | None, rebuild_outdated: bool) -> bool:
+    """Writes a shard's index if that is needed. False if another process is writing it."""
+    path = index_path(location, cache)
+    sources = Sources()
+    with try_lock(path, fix="name another folder in data.cache") as locked:
+        if not locked:
+            return False
+        # Another process may have written it before the lock was acquired.
+        needed = needs_rebuild(location, sources, cache, rebuild_outdated)
+        if needed and not reuse_index(sources, location, path):
             write_index(sources, location, path)
-        return mine
+        return True
 
 
 def reuse_index(sources: Sources, location: str, path: Path) -> bool:
-    """Takes the index that lies beside a shard, on its server say, if there is one that fits; it is
-    dated anew.
+    """Copies the index next to a shard (on its server, for example) if there is one that fits, with
+    the shard's present version.
     """
     data = sources.fetch(f"{location.removesuffix('.tar')}.index.safetensors")
     if data is None:
         return False
+
+    # safetensors reads files only, and this one may not fit.
     with TemporaryDirectory(dir=path.parent) as folder:
-        found = Path(folder) / path.name
-        found.write_bytes(data)
-        index = read_index(found, location)
+        copy = Path(folder) / path.name
+        copy.write_bytes(data)
+        index = read_index(copy, location)
         if index is None or index.fault(sources) is not None:
             return False
-        with safe_open(found, "numpy") as file:
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
-            facts = {**file.metadata(), "stamp": sources.stat(location).stamp}
-    write_tensors_atomically(path, arrays, facts)
+        with safe_open(copy, "numpy") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+            # With the present version, the next check does not read samples again.
+            metadata = {**file.metadata(), "stamp": sources.stat(location).version}
+
+    write_tensors_atomically(path, arrays, metadata)
     return True
 
 
 def write_index(sources: Sources, location: str, path: Path) -> None:
-    """Reads a shard from its first byte to its last and writes its index."""
+    """Reads a shard from end to end and writes its index."""
     stat = sources.stat(location)
     with sources.open(location) as file:
         samples, faults = scan(file, stat.size)
-    texts: list[bytes] = []
-    for key, files in samples.items():
-        made = (
-            {"image"} if files.get("json", ABSENT).size >= 0 else {"image", "json"}
-        )  # not files of the tar
-        names = " ".join(name for name in files if name not in made)
-        texts += [name.encode(errors="surrogateescape") for name in (key, names)]
-        texts += [files.get(name, ABSENT).data for name in FILES[1:]]
-    shape = (len(samples), len(FILES))
-    found = [files.get(name, ABSENT) for files in samples.values() for name in FILES]
-    blob = b"".join(texts)
-    ends = np.cumsum([len(text) for text in texts], dtype=np.int64).reshape(-1, len(TEXTS))
-    captions = [len(files.get("txt", ABSENT).data.decode()) for files in samples.values()]
-    arrays: dict[str, np.ndarray] = {
-        "offset": np.array([file.offset for file in found], np.int64).reshape(shape),
-        "size": np.array([file.size for file in found], np.int64).reshape(shape),
-        "crc32": np.array([file.crc32 for file in found], np.uint32).reshape(shape),
-        "pixels": np.array([file.pixels for file in found[:: len(FILES)]], np.uint32).reshape(
-            -1, 2
-        ),
-        "caption_length": np.array(captions, np.int32),
-        "ends": ends,
-        "texts": np.frombuffer(blob, np.uint8),
-    }
-    facts = {
+
+    arrays = _index_arrays(samples)
+    metadata = {
         "format": FORMAT,
         "size": str(stat.size),
-        "stamp": stat.stamp,
+        "stamp": stat.version,
         "samples": str(len(samples)),
         "faults": json.dumps(faults),
-        "digest": hashlib.sha256(ends.tobytes() + blob).hexdigest(),
+        "digest": hashlib.sha256(arrays["ends"].tobytes() + arrays["texts"].tobytes()).hexdigest(),
         "content": hashlib.sha256(arrays["crc32"].tobytes()).hexdigest(),
     }
-    write_tensors_atomically(path, arrays, facts)
+    write_tensors_atomically(path, arrays, metadata)
+
+
+def _index_arrays(samples: dict[str, Sample]) -> dict[str, np.ndarray]:
+    """The columns of an index, see `Index.column`."""
+    texts: list[bytes] = []
+    for key, sample in samples.items():
+        texts += _sample_texts(key, sample)
+    ends = np.cumsum([len(text) for text in texts], dtype=np.int64).reshape(-1, len(TEXTS))
+
+    # A row of FILES for each sample, flat.
+    files = [sample.get(name, ABSENT) for sample in samples.values() for name in FILES]
+
+    shape = (len(samples), len(FILES))
+    pixels = [file.pixels for file in files[:: len(FILES)]]
+    caption_lengths = [len(sample.get("txt", ABSENT).data.decode()) for sample in samples.values()]
+    return {
+        "offset": np.array([file.offset for file in files], np.int64).reshape(shape),
+        "size": np.array([file.size for file in files], np.int64).reshape(shape),
+        "crc32": np.array([file.crc32 for file in files], np.uint32).reshape(shape),
+        "pixels": np.array(pixels, np.uint32).reshape(-1, 2),
+        "caption_length": np.array(caption_lengths, np.int32),
+        "ends": ends,
+        "texts": np.frombuffer(b"".join(texts), np.uint8),
+    }
+
+
+def _sample_texts(key: str, sample: Sample) -> list[bytes]:
+    """By TEXTS: the key, the file types in the tar, KEY.txt and KEY.json."""
+    # Entries that `scan` adds: the image under its second name, and a json with the class alone.
+    added = {"image"} if sample.get("json", ABSENT).size >= 0 else {"image", "json"}
+    file_types = " ".join(name for name in sample if name not in added)
+
+    # tarfile decodes names that are not UTF-8 with surrogates.
+    return [
+        key.encode(errors="surrogateescape"),
+        file_types.encode(errors="surrogateescape"),
+        *(sample.get(name, ABSENT).data for name in FILES[1:]),
+    ]

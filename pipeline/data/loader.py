@@ -1,38 +1,71 @@
-"""Batches by step: sample numbers, bytes, pictures, prompts and, from the stage, the arrays that
-its network takes.
+"""Batches by step: sample ids, bytes, images, prompts and, from the stage, its named inputs.
 
-A batch is a pure function of the configuration and the step, and each of its places one of the step
-and the place. So the work is cut into small pieces, in the order in which the samples lie in their
-shards, for a pool of threads that runs ahead: reading, decoding and drawing noise release Python's
-lock. (Threads rather than processes: nothing has to be copied between them, and there is no worker
-whose death could be taken for a preemption. Measured in tools/bench.) A picture that cannot be used
-is written down in `quarantine.jsonl` and another one takes its place, the same one in every run.
+A batch is a pure function of the configuration and the step, and each of its positions one of the
+step and the position. So the work is cut into small pieces, in the order in which the samples lie
+in their shards, for a pool of threads that runs ahead: reading, decoding and drawing noise release
+Python's lock. (Threads rather than processes: nothing has to be copied between them, and there is
+no worker whose death could be mistaken for a preemption. `tools.bench data` measures it.) An image
+that cannot be used is listed in `quarantine.jsonl` and another takes its place, the same one in
+every run.
+
+Shapes: B positions of this process, S side of the images, or of the window that training sees.
 """
 
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from pipeline.data import image
+from pipeline.data import image as images
 from pipeline.data.decode import BadImage, decode
 from pipeline.data.order import Order
 from pipeline.data.quarantine import Quarantine
-from pipeline.data.shards import Damaged, Shards
+from pipeline.data.shards import DamagedSample, Shards
 from pipeline.errors import UserError
-from pipeline.rng import generator
-from pipeline.text.prompts import Arrays, Prompts
+from pipeline.rng import Draws, generator
+from pipeline.stage.inputs import Arrays
+from pipeline.text.prompts import Prompts
 
-ATTEMPTS = 16  # stand-ins tried for one place before the data set is called broken
-AHEAD = 2  # steps that are prepared while one is trained
+MAX_REPLACEMENTS = 16  # tried for one position before the data set is called broken
+PREFETCH = 2  # steps that are prepared while one is trained
 PIECE = 16  # samples a thread takes at a time, at most
 
-Piece = tuple[list[int], Arrays]  # positions in the global batch, and their rows
-Arrange = Callable[..., Arrays]
+# uint8 images (B, S, S, 3), their prompt, the draws of their positions -> one step's arrays
+MakeInputs = Callable[[np.ndarray, Arrays, Draws], Arrays]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSize:
+    """The side to which images are brought, and of the window of them that is used, in pixels."""
+
+    side: int
+    window: int | None = None  # None: all of the image
+
+    @property
+    def used(self) -> int:
+        return self.window or self.side
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Some samples of a step: their positions in the global batch, their ids and their images."""
+
+    step: int
+    positions: list[int]
+    sample_ids: list[int]
+    images: np.ndarray  # uint8 (B, S, S, 3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Some positions of a batch and their rows of its arrays."""
+
+    positions: Sequence[int]
+    arrays: Arrays
 
 
 class Loader:
@@ -41,144 +74,152 @@ class Loader:
     Args:
         shards, prompts: the samples and what conditions them.
         seed: of the run.
-        size: side to which pictures are brought, in pixels.
-        window: side S of the window of them that is wanted, drawn for each place; None: all, S is
-            `size`.
-        arrange: (step, positions in the global batch, uint8 (B, S, S, 3), *prompt) -> the arrays of
-            one training step, whose rows must not depend on one another.
+        size: of the images; where there is a window, one is drawn for each position.
+        make_inputs: the stage's `training_inputs`; its rows must not depend on one another.
         quarantine: the file for what cannot be used.
-        share: which slice of the global batch this process makes.
+        share: which slice of the global batch this process loads.
     """
 
     def __init__(
         self,
         shards: Shards,
         prompts: Prompts,
+        *,
         seed: int,
-        size: int,
-        window: int | None,
-        arrange: Arrange,
+        size: ImageSize,
+        make_inputs: MakeInputs,
         quarantine: Path,
         share: range,
     ) -> None:
-        self.config, self.seed, self.shards, self.prompts = shards.config, seed, shards, prompts
-        self.size, self.window, self.arrange, self.share = size, window or size, arrange, share
+        self.config = shards.config
+        self.shards = shards
+        self.prompts = prompts
+        self.seed = seed
+        self.size = size
+        self.make_inputs = make_inputs
+        self.share = share
         self.order = Order(seed, shards.sizes, shards.weights, self.config.shuffle_shards)
         self.quarantine = Quarantine(quarantine, len(shards), self.config.max_damage)
         for shard, fault in shards.faults:
             self.quarantine.write(shard, fault.key, fault.reason)
 
-    def picture(self, number: int, step: int | None, position: int) -> np.ndarray:
-        """Sample `number` as uint8 (S, S, 3), cut as `position` of `step` has it (None: in the
-        middle).
+    def sample_ids(self, step: int) -> np.ndarray:
+        """The samples of this process's share of `step` (from 0), before any is replaced; int64."""
+        ids = self.order.ids(step, self.config.global_batch)
+        return ids[self.share.start : self.share.stop]
 
-        Raises BadImage or Damaged.
+    def image(self, sample_id: int, step: int | None, position: int) -> np.ndarray:
+        """A sample as uint8 (S, S, 3), cropped as `position` of `step` has it (None: the middle).
+
+        Raises:
+            BadImage, DamagedSample: it cannot be used.
         """
         u = v = x = y = 0.5
         if step is not None and self.config.crop == "random":
             u, v = generator(self.seed, "crop", step, position).random(2)
-        if step is not None and self.window < self.size:
+        if step is not None and self.size.used < self.size.side:
             x, y = generator(self.seed, "window", step, position).random(2)
-        square = image.crop_resize(decode(self.shards.image(number), self.size), self.size, u, v)
-        return image.window(square, self.window, x, y)
 
-    def usable(self, number: int, step: int | None, position: int) -> tuple[int, np.ndarray]:
-        """Sample `number`, or the first stand-in that can be used, and its picture."""
-        first = number
-        for attempt in range(ATTEMPTS):
+        decoded = decode(self.shards.image(sample_id), self.size.side)
+        square = images.crop_resize(decoded, self.size.side, u, v)
+        return images.crop(square, self.size.used, x, y)
+
+    def usable_image(
+        self, sample_id: int, step: int | None, position: int
+    ) -> tuple[int, np.ndarray]:
+        """The sample, or the first replacement that can be used, and its image.
+
+        Raises:
+            UserError: none can.
+        """
+        candidate = sample_id
+        for attempt in range(MAX_REPLACEMENTS):
             try:
-                return number, self.picture(number, step, position)
-            except (BadImage, Damaged) as error:
-                self.quarantine.add(*self.shards.name(number), str(error))
-                number = self.order.replacement(step or 0, position, attempt)
+                return candidate, self.image(candidate, step, position)
+            except (BadImage, DamagedSample) as error:
+                self.quarantine.add(*self.shards.name(candidate), str(error))
+                candidate = self.order.replacement(step or 0, position, attempt)
         raise UserError(
-            f"data.shards: {':'.join(self.shards.name(first))} and {ATTEMPTS} stand-ins cannot be used; the reasons "
-            f"are in {self.quarantine.path}; repair or remove those shards"
+            f"data.shards: {':'.join(self.shards.name(sample_id))} and {MAX_REPLACEMENTS} "
+            f"replacements cannot be used; the reasons are in {self.quarantine.path}; repair or "
+            "remove those shards"
         )
-
-    def ids(self, step: int) -> np.ndarray:
-        """The samples of this process's share of `step` (from 0), before any is replaced; int64."""
-        return self.order.ids(step, self.config.global_batch)[self.share.start : self.share.stop]
 
     def pieces(self, step: int) -> list[list[tuple[int, int]]]:
-        """(sample, position) of this process's share, cut into pieces in the order of the shards."""
-        places = sorted(zip(self.ids(step).tolist(), self.share, strict=True))
-        size = min(PIECE, math.ceil(len(places) / self.config.workers))
-        return [places[start : start + size] for start in range(0, len(places), size)]
+        """(sample id, position) of this process's share, cut into pieces in the shards' order."""
+        samples = sorted(zip(self.sample_ids(step).tolist(), self.share, strict=True))
+        size = min(PIECE, math.ceil(len(samples) / self.config.workers))
+        return [samples[start : start + size] for start in range(0, len(samples), size)]
 
-    def pictures(
-        self, step: int | None, piece: Sequence[tuple[int, int]]
-    ) -> tuple[list[int], list[int], np.ndarray]:
-        """The samples that were used, their positions, and their pictures uint8 (B, S, S, 3)."""
-        self.quarantine.look(len(piece))
-        numbers, pictures = [], np.empty((len(piece), self.window, self.window, 3), np.uint8)
-        for place, (number, position) in enumerate(
-            piece
-        ):  # copied at once: a window keeps its whole picture's memory
-            number, pictures[place] = self.usable(number, step, position)
-            numbers.append(number)
-        return numbers, [position for _, position in piece], pictures
+    def load_images(self, step: int | None, samples: Sequence[tuple[int, int]]) -> Piece:
+        """The images of these samples, replaced where they cannot be used."""
+        self.quarantine.count_drawn(len(samples))
+        sample_ids = []
+        batch = np.empty((len(samples), self.size.used, self.size.used, 3), np.uint8)
+        for row, (sample_id, position) in enumerate(samples):
+            used_id, image = self.usable_image(sample_id, step, position)
+            sample_ids.append(used_id)
+            batch[row] = image  # copied at once: a window keeps its whole image's memory
+        positions = [position for _, position in samples]
+        return Piece(step=step or 0, positions=positions, sample_ids=sample_ids, images=batch)
 
-    def rows(
-        self, step: int, numbers: list[int], positions: list[int], pictures: np.ndarray
-    ) -> Piece:
-        """These positions of the batch."""
-        prompt = self.prompts.embed(numbers, self.seed, step, positions)
-        return positions, self.arrange(step, positions, pictures, *prompt)
+    def rows(self, piece: Piece) -> Rows:
+        """A piece's rows of the batch, with its prompts and the stage's draws."""
+        prompt = self.prompts.embed(piece.sample_ids, self.seed, piece.step, piece.positions)
+        draws = Draws(seed=self.seed, step=piece.step, positions=piece.positions)
+        arrays = self.make_inputs(piece.images, prompt, draws)
+        return Rows(positions=piece.positions, arrays=arrays)
 
-    def first(self, num: int) -> Arrays:
-        """Pictures and prompt of samples 0 to `num` - 1 (again from 0 if there are fewer), to be
-        looked at.
+    def first(self, num_samples: int) -> tuple[np.ndarray, Arrays]:
+        """Images and prompt of the first samples (again from the first if there are fewer), for
+        sample grids.
         """
-        numbers, positions, pictures = self.pictures(
-            None, [(i % len(self.shards), i) for i in range(num)]
-        )
-        return pictures, *self.prompts.embed(numbers, self.seed, 0, positions)
+        samples = [(i % len(self.shards), i) for i in range(num_samples)]
+        piece = self.load_images(None, samples)
+        prompt = self.prompts.embed(piece.sample_ids, self.seed, 0, piece.positions)
+        return piece.images, prompt
 
     def batches(self, start: int, stop: int) -> Iterator[Arrays]:
         """The batches of steps `start` to `stop` - 1, prepared ahead in threads."""
-        # MindSpore compiles and runs in one thread: where captions are encoded now, that is left to
-        # the caller's.
-        whole = self.prompts.threadsafe
+        # MindSpore compiles and runs in one thread: where captions are encoded during training,
+        # the threads load images only, and the caller's thread does the rest.
+        in_threads = self.prompts.threadsafe
 
-        def make(step: int, piece: list[tuple[int, int]]) -> Any:
-            done = self.pictures(step, piece)
-            return self.rows(step, *done) if whole else done
+        def load(step: int, samples: list[tuple[int, int]]) -> Piece | Rows:
+            piece = self.load_images(step, samples)
+            return self.rows(piece) if in_threads else piece
 
-        def gather(pieces: list[Future]) -> Any:
+        def gather(pieces: list[Future[Piece | Rows]]) -> list[Piece | Rows] | Arrays:
             parts = [piece.result() for piece in pieces]
-            return join(self.share, parts) if whole else parts
+            return self.join(parts) if in_threads else parts
 
         with (
             ThreadPoolExecutor(1, "loader") as gatherer,
             ThreadPoolExecutor(self.config.workers, "loader") as threads,
         ):
-            ahead: deque[Future] = deque()
+            prefetched: deque[Future[list[Piece | Rows] | Arrays]] = deque()
             try:
                 for step in range(start, stop):
-                    for later in range(step + len(ahead), min(step + 1 + AHEAD, stop)):
+                    first_missing = step + len(prefetched)
+                    for later in range(first_missing, min(step + 1 + PREFETCH, stop)):
                         pieces = [
-                            threads.submit(make, later, piece) for piece in self.pieces(later)
+                            threads.submit(load, later, samples) for samples in self.pieces(later)
                         ]
-                        ahead.append(gatherer.submit(gather, pieces))
-                    done = ahead.popleft().result()
-                    yield (
-                        done
-                        if whole
-                        else join(self.share, [self.rows(step, *part) for part in done])
-                    )
+                        prefetched.append(gatherer.submit(gather, pieces))
+                    batch = prefetched.popleft().result()
+                    yield batch if isinstance(batch, dict) else self.join(batch)
             finally:
                 gatherer.shutdown(wait=False, cancel_futures=True)
                 threads.shutdown(wait=False, cancel_futures=True)
 
-
-def join(share: range, parts: list[Piece]) -> Arrays:
-    """Pieces of a batch, each with its positions, as one batch in order."""
-    batch: Arrays = ()
-    for positions, arrays in parts:
-        batch = batch or tuple(
-            np.empty((len(share), *array.shape[1:]), array.dtype) for array in arrays
-        )
-        for whole, part in zip(batch, arrays, strict=True):
-            whole[np.subtract(positions, share.start)] = part
-    return batch
+    def join(self, parts: Sequence[Piece | Rows]) -> Arrays:
+        """The pieces of a batch as one batch, in the order of its positions."""
+        batch: Arrays = {}
+        for part in parts:
+            rows = self.rows(part) if isinstance(part, Piece) else part
+            places = np.subtract(rows.positions, self.share.start)
+            for name, array in rows.arrays.items():
+                if name not in batch:
+                    batch[name] = np.empty((len(self.share), *array.shape[1:]), array.dtype)
+                batch[name][places] = array
+        return batch

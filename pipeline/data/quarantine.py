@@ -1,5 +1,6 @@
-"""`quarantine.jsonl`: what was left out and why, one line a sample, once over all runs in the
-folder and all processes of a job; and the limit beyond which a run does not go on.
+"""`quarantine.jsonl`: the samples that were left out, and the limit beyond which a run stops.
+
+One line for each sample, over all runs in the folder and all processes of a job.
 """
 
 import json
@@ -11,63 +12,71 @@ from pipeline.errors import UserError
 from pipeline.files import write_atomically
 
 log = logging.getLogger("cascade")
-ENOUGH = 1000  # samples looked at before the share of damaged ones means something
+
+MIN_DRAWN = 1000  # samples: the fraction of damaged ones is of at least as many
 
 
 class Quarantine:
-    """The file, and this process's count of what it looked at.
+    """The file, and this process's counts of drawn and of unusable samples.
 
     Args:
         path: of the file.
         num_samples: of the data set.
-        max_damage: share of the samples looked at that may be unusable.
+        max_damage: fraction of the drawn samples that may be unusable.
     """
 
     def __init__(self, path: Path, num_samples: int, max_damage: float) -> None:
-        self.path, self.num_samples, self.max_damage = path, num_samples, max_damage
-        self.lock = threading.Lock()
-        self.drawn, self.bad = 0, set[tuple[str, str]]()
+        self.path = path
+        self.num_samples = num_samples
+        self.max_damage = max_damage
+        self.num_drawn = 0
+        self.unusable = set[tuple[str, str]]()  # (shard, key), of this process
+        self._lock = threading.Lock()
+
+        # A full disk may have cut the last line short.
         text = path.read_text() if path.exists() else ""
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:  # a full disk cut the last line short
-            write_atomically(path, whole.encode())
-        self.known = self.read()
+        complete_lines = text[: text.rfind("\n") + 1]
+        if complete_lines != text:
+            write_atomically(path, complete_lines.encode())
+        self.listed = self.read()
 
     def read(self) -> set[tuple[str, str]]:
-        """Shard and key of what the file lists."""
+        """(shard, key) of all lines of the file."""
+        # Absent until the first sample is left out.
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         return {(entry["shard"], entry["key"]) for entry in map(json.loads, lines)}
 
-    def look(self, number: int) -> None:
-        """`number` more samples were looked at."""
-        with self.lock:
-            self.drawn += number
+    def count_drawn(self, num_samples: int) -> None:
+        """Counts samples that were drawn, usable or not."""
+        with self._lock:
+            self.num_drawn += num_samples
 
     def add(self, shard: str, key: str, reason: str) -> None:
-        """A sample that training came upon. UserError if they are too many."""
+        """Records a sample that proved unusable in training. UserError if there are too many."""
         self.write(shard, key, reason)
-        with self.lock:
-            self.bad.add((shard, key))
-            bad, seen = (
-                len(self.bad),
-                max(min(self.drawn, self.num_samples), min(self.num_samples, ENOUGH)),
+        with self._lock:
+            self.unusable.add((shard, key))
+            num_unusable = len(self.unusable)
+            # A small data set is drawn many times, and early in a run a fraction means little.
+            num_drawn = min(self.num_samples, max(self.num_drawn, MIN_DRAWN))
+
+        if num_unusable > self.max_damage * num_drawn:
+            raise UserError(
+                f"data.max_damage: {num_unusable} of about {num_drawn} drawn samples are unusable, "
+                f"more than {self.max_damage:.1%}; the last: {shard}:{key}, {reason}; the others "
+                f"are listed in {self.path}; repair or remove the shards, or raise it"
             )
-        if bad <= self.max_damage * seen:
-            return
-        raise UserError(
-            f"data.max_damage: {bad} of about {seen} samples looked at cannot be used, more than "
-            f"{self.max_damage:.1%}, the last of them {shard}:{key}, which {reason}; the others are in {self.path}; "
-            "repair or remove the shards, or raise it"
-        )
 
     def write(self, shard: str, key: str, reason: str) -> None:
-        """Writes a line unless there is one."""
-        with self.lock:
-            if (shard, key) not in self.known:
-                self.known |= self.read()  # the job's other processes write it too
-            if (shard, key) in self.known:
+        """Writes a line unless there is one for this sample."""
+        with self._lock:
+            # The job's other processes write to the file too.
+            if (shard, key) not in self.listed:
+                self.listed |= self.read()
+            if (shard, key) in self.listed:
                 return
-            self.known.add((shard, key))
+            self.listed.add((shard, key))
+            entry = {"shard": shard, "key": key, "reason": reason}
             with self.path.open("a") as file:
-                file.write(json.dumps({"shard": shard, "key": key, "reason": reason}) + "\n")
+                file.write(json.dumps(entry) + "\n")
         log.warning("%s:%s is left out: %s", shard, key, reason)

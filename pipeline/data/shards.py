@@ -1,8 +1,8 @@
-"""All samples of a run's data sets, numbered through and read by number.
+"""All samples of a run's data sets, numbered consecutively and read by their number.
 
-Only counts are held of each shard; its index is opened when a sample of it is wanted, and the last
-few stay. So ten thousand shards cost little to open, and a step, whose samples come from a window
-of shards, finds theirs open.
+Only counts are held for each shard; its index is opened when a sample of it is read, and the most
+recent ones stay open. So ten thousand shards cost little to open, and a step, whose samples come
+from a few shards that are shuffled together, finds theirs open.
 """
 
 import hashlib
@@ -22,129 +22,149 @@ import numpy as np
 
 from pipeline.config import ConfigError
 from pipeline.data.filters import FilterConfig, select
-from pipeline.data.index import THREADS, Index, build, index_path, read_index
+from pipeline.data.index import THREADS, Index, build_indexes, index_path, read_index
 from pipeline.data.order import BLOCK, quotas
-from pipeline.data.source import Sources, distinct, expand
+from pipeline.data.source import Sources, check_unique, expand
 from pipeline.data.tar import Fault
 from pipeline.errors import UserError
 from pipeline.text.captions import captions
 
-OPEN = 64  # tables of shards in memory, each some hundred kilobytes
-GIB = 2**30
+MAX_OPEN = 64  # tables in memory, each of some hundred kilobytes
+GIB = 2**30  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where samples come from, which are taken, in what order, and how many make a step."""
+    """The data sets of a run, the order of their samples and the size of a batch."""
 
-    # Tars, with braces and *; or several data sets and their weights. (MindSpore hashes
-    # configurations it compiles in.)
+    # MindSpore hashes the configurations that it compiles in, hence hash=False for dicts.
+
+    # Tars, with braces and *; or several data sets, each with its weight.
     shards: str | tuple[str, ...] | dict[str, float] = field(hash=False)
     global_batch: int = 2048  # samples a step over all ranks
-    shuffle_shards: int = 8  # shards whose samples are shuffled together
-    crop: Literal["center", "random"] = (
-        "center"  # where the square is cut out of a picture that is none
-    )
-    captions: dict[str, float] = field(
-        default_factory=lambda: {"txt": 1.0}, hash=False
-    )  # txt, fields of KEY.json; {}: none
-    filter: FilterConfig = FilterConfig()
-    max_damage: float = 0.1  # share of samples that may be unusable before the run stops
+    shuffle_shards: int = 8  # number of shards whose samples are shuffled together
+    crop: Literal["center", "random"] = "center"  # position of the square in the image
+    # Caption fields and their weights: txt, or fields of KEY.json; {} for none.
+    captions: dict[str, float] = field(default_factory=lambda: {"txt": 1.0}, hash=False)
+    filter: FilterConfig = FilterConfig()  # which samples are used
+    max_damage: float = 0.1  # fraction of samples that may be unusable before the run stops
     workers: int = 2  # threads that prepare batches
-    cache: str | None = (
-        None  # folder for indexes and embeddings (default: beside the shards) and what http(s) gave
-    )
-    cache_gib: float = 64  # of what http(s) gave
+    # Folder for indexes and embeddings (default: next to the shards) and for ranges from servers.
+    cache: str | None = None
+    cache_gib: float = 64  # limit of those ranges, GiB
 
     def __post_init__(self) -> None:
         for name in ("global_batch", "shuffle_shards", "workers"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: {getattr(self, name)} is not positive; give 1 or more")
+            value = getattr(self, name)
+            if value < 1:
+                raise ConfigError(f"{name}: {value} is not positive; give 1 or more")
         if not 0 <= self.max_damage <= 1:
-            raise ConfigError(f"max_damage: {self.max_damage} is not a share in [0, 1]")
-        for name in ("shards", "captions"):
-            weights = getattr(self, name)
-            if isinstance(weights, dict) and (
-                (name == "shards" and not weights) or min(weights.values(), default=1) <= 0
-            ):
-                raise ConfigError(
-                    f"{name}: {weights}; give each entry a weight above 0, or leave it out"
-                )
+            raise ConfigError(f"max_damage: {self.max_damage} is not a fraction in [0, 1]")
+
+        self._check_weights("captions", self.captions)
+        if isinstance(self.shards, dict):
+            if not self.shards:
+                raise ConfigError("shards: {}; give at least one data set with its weight")
+            self._check_weights("shards", self.shards)
         if 0 in quotas(list(self.sets.values())):
             raise ConfigError(
-                f"shards: {self.shards}; a weight is so small that {BLOCK:,} samples have none of it"
+                f"shards: {self.shards}; a weight is so small that {BLOCK:,} samples have none "
+                "of it"
+            )
+
+    @staticmethod
+    def _check_weights(name: str, weights: Mapping[str, float]) -> None:
+        if min(weights.values(), default=1) <= 0:
+            raise ConfigError(
+                f"{name}: {weights}; give each entry a weight above 0, or remove the entry"
             )
 
     @property
     def sets(self) -> dict[tuple[str, ...], float]:
-        """The patterns of each data set and its weight."""
+        """The patterns of each data set, and its weight."""
         if isinstance(self.shards, dict):
+            # Each pattern is a data set of its own.
             return {(pattern,): weight for pattern, weight in self.shards.items()}
         return {(self.shards,) if isinstance(self.shards, str) else self.shards: 1.0}
-
-    def sources(self) -> Sources:
-        """What reads the shards, with connections and what is known of servers of its own."""
-        return Sources(
-            Path(self.cache) / "ranges" if self.cache else None, int(self.cache_gib * GIB)
-        )
 
     @property
     def cache_folder(self) -> Path | None:
         return Path(self.cache) if self.cache else None
 
+    def sources(self) -> Sources:
+        """A new reader of the shards, with connections of its own."""
+        ranges = Path(self.cache) / "ranges" if self.cache else None
+        return Sources(ranges, int(self.cache_gib * GIB))
 
-class Damaged(ValueError):
-    """A sample cannot be used; says why."""
+
+class DamagedSample(ValueError):
+    """A sample cannot be used; the message is the reason."""
 
 
-class Table(NamedTuple):
-    """What of a shard's index is needed to read its samples, one row each."""
+class SampleTable(NamedTuple):
+    """The part of a shard's index that reading an image needs; a row for each sample."""
 
     rows: np.ndarray  # in the index
-    offset: np.ndarray  # of the picture in the tar
-    size: np.ndarray
+    offset: np.ndarray  # of the image in the tar, bytes
+    size: np.ndarray  # bytes
     crc32: np.ndarray
 
 
 class Shards:
-    """The usable samples of some data sets, numbered from 0 by set, shard and place in the shard.
+    """The usable samples of the data sets, numbered from 0 by set, shard and position in the shard.
 
     Attributes:
         indexes: of all shards.
-        sizes, weights: of each data set the samples in each of its shards, and its weight.
-        removed: how many samples each filter removed.
+        sizes: for each data set the number of samples of each of its shards.
+        weights: of each data set.
+        removed: the number of samples that each filter removes.
     """
 
     def __init__(self, config: DataConfig, sources: Sources, sets: list[list[Index]]) -> None:
-        self.config, self.sources = config, sources
+        self.config = config
+        self.sources = sources
         self.indexes = [index for indexes in sets for index in indexes]
+
+        # Only counts are kept: the rows of a shard are selected again when it is opened.
+        def count(index: Index) -> tuple[int, Counter[str]]:
+            rows, removed = select(index, config.filter, config.captions)
+            return len(rows), removed
+
         with ThreadPoolExecutor(THREADS) as threads:
-            selected = list(threads.map(lambda index: _count(index, config), self.indexes))
-        counts = iter([count for count, _ in selected])
+            selected = list(threads.map(count, self.indexes))
+
+        # The counts are in the order of all shards: regroup them by data set.
+        counts = iter([num_samples for num_samples, _ in selected])
         self.sizes = [[next(counts) for _ in indexes] for indexes in sets]
         self.weights = list(config.sets.values())
         self.removed: Counter[str] = sum((removed for _, removed in selected), Counter())
+
+        # The first sample of each shard, and the total.
         self._starts = [0, *accumulate(size for sizes in self.sizes for size in sizes)]
-        self._table = lru_cache(OPEN)(self.table)
+        self._table = lru_cache(MAX_OPEN)(self.table)
 
     @classmethod
     def open(cls, config: DataConfig, progress: bool = True) -> "Shards":
-        """The samples of `config.shards`, indexed now where they are not yet.
+        """The samples of `config.shards`; missing indexes are written first.
 
-        Raises UserError for shards that cannot be, for an index that no longer fits its shard, for
-        a data set of which no sample is left, and if more is damaged than `config.max_damage`.
+        UserError for shards that do not exist, an index that does not fit its shard, a data set
+        without usable samples, and more damaged samples than `config.max_damage` allows.
         """
         sources = config.sources()
-        shards = cls(config, sources, indexed(config, sources, progress=progress))
+        shards = cls(config, sources, open_indexes(config, sources, progress=progress))
+
+        # A set without samples has a weight that nothing could fill.
         for patterns, sizes in zip(config.sets, shards.sizes, strict=True):
             if not sum(sizes):
                 raise UserError(
-                    f"data.shards: {', '.join(patterns)}: no sample is left; {shards.account()}"
+                    f"data.shards: {', '.join(patterns)}: no sample passes; "
+                    f"{shards.exclusion_summary()}"
                 )
-        if shards.damage > config.max_damage:
+        if shards.damaged_fraction > config.max_damage:
             raise UserError(
-                f"data.max_damage: {shards.damage:.1%} of the samples are damaged, more than {config.max_damage:.1%}; "
-                f"{shards.account()}; repair the shards or raise it"
+                f"data.max_damage: {shards.damaged_fraction:.1%} of the samples are damaged, more "
+                f"than {config.max_damage:.1%}; {shards.exclusion_summary()}; repair the shards or "
+                "raise it"
             )
         return shards
 
@@ -153,25 +173,29 @@ class Shards:
 
     @property
     def faults(self) -> Iterator[tuple[str, Fault]]:
-        """All that is wrong with the shards, each with its shard."""
+        """All faults, each with the location of its shard."""
         return ((index.location, fault) for index in self.indexes for fault in index.faults)
 
     @property
-    def damage(self) -> float:
-        """The share of samples that are damaged; a stretch of a tar counts as the samples it would
-        hold.
+    def damaged_fraction(self) -> float:
+        """The fraction of samples that are damaged. A damaged range of a tar counts as the number
+        of samples of average size that it would hold.
         """
-        found = sum(index.num_samples for index in self.indexes)
-        size = sum(index.stat.size for index in self.indexes) - sum(
-            fault.size for _, fault in self.faults
+        num_readable = sum(index.num_samples for index in self.indexes)
+        total_bytes = sum(index.stat.size for index in self.indexes)
+        damaged_bytes = sum(fault.size for _, fault in self.faults)
+        readable_bytes = max(total_bytes - damaged_bytes, 1)
+
+        # A fault of a single sample has size 0 and counts as one.
+        num_lost = sum(
+            max(1.0, fault.size * num_readable / readable_bytes) for _, fault in self.faults
         )
-        lost = sum(max(1.0, fault.size * found / max(size, 1)) for _, fault in self.faults)
-        return lost / max(found + lost, 1)
+        return num_lost / max(num_readable + num_lost, 1)
 
     @property
     def digest(self) -> str:
-        """SHA-256, in hexadecimal, of what decides which sample is which: texts and checksums of
-        all shards, counts.
+        """SHA-256, in hexadecimal, of everything that the numbering of the samples and their
+        content depend on: texts and checksums of all shards, counts, weights.
         """
         facts = [
             [(index.digest, index.content) for index in self.indexes],
@@ -180,91 +204,103 @@ class Shards:
         ]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
-    def account(self) -> str:
-        """In words, what was left out and why."""
+    def exclusion_summary(self) -> str:
+        """One line of text: how many samples were left out, by reason."""
+        parts = [f"{count:,} {reason}" for reason, count in self.removed.most_common()]
         faults = list(self.faults)
-        parts = [f"{number:,} {reason}" for reason, number in self.removed.most_common()]
+
+        # One example suffices: `quarantine.jsonl` lists them all.
         if faults:
             location, fault = faults[0]
             parts.append(
-                f"{len(faults):,} damaged (the first, {location}:{fault.key}, {fault.reason})"
+                f"{len(faults):,} damaged (the first: {location}:{fault.key}, {fault.reason})"
             )
         return "left out: " + (", ".join(parts) or "nothing")
 
     def location(self, i: int) -> tuple[int, int]:
-        """(shard, row in its index) of sample `i`."""
+        """(shard, row in its index) of sample `i`. Raises IndexError."""
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of {len(self)}")
+
+        # Shards without samples have equal starts: the last of them is the one with sample `i`.
         shard = bisect_right(self._starts, i) - 1
         return shard, int(self._table(shard).rows[i - self._starts[shard]])
 
-    def table(self, shard: int) -> Table:
+    def table(self, shard: int) -> SampleTable:
+        """Read from the index of `shard`."""
         rows = self.rows(shard)
-        return Table(
+        index = self.indexes[shard]
+        return SampleTable(
             rows,
-            *(self.indexes[shard].column(name)[rows, 0] for name in ("offset", "size", "crc32")),
+            offset=index.column("offset")[rows, 0],
+            size=index.column("size")[rows, 0],
+            crc32=index.column("crc32")[rows, 0],
         )
 
     def rows(self, shard: int) -> np.ndarray:
-        """The rows of a shard's index that are samples here."""
+        """The rows of a shard's index that pass the filters."""
         return select(self.indexes[shard], self.config.filter, self.config.captions)[0]
 
     def name(self, i: int) -> tuple[str, str]:
         """Shard and key of sample `i`."""
         shard, row = self.location(i)
-        return self.indexes[shard].location, next(self.indexes[shard].texts(np.array([row])))["key"]
+        return self.indexes[shard].location, self._texts(shard, row)["key"]
 
     def image(self, i: int) -> bytes:
-        """The picture's file, as it lies in the shard. Raises Damaged if it is not what was
-        indexed.
-        """
+        """The image file of sample `i`. Raises DamagedSample if it is not the indexed one."""
         shard, _ = self.location(i)
-        table, row = self._table(shard), i - self._starts[shard]
+        table = self._table(shard)
+        row = i - self._starts[shard]
         data = self.sources.read(
             self.indexes[shard].location, int(table.offset[row]), int(table.size[row])
         )
+
+        # The shard may have been written to, or the disk may be failing.
         if zlib.crc32(data) != table.crc32[row]:
-            raise Damaged("its bytes are no longer those that were indexed")
+            raise DamagedSample("has changed since it was indexed")
         return data
 
     def meta(self, i: int) -> dict[str, Any]:
-        """The fields of sample `i`: KEY.json's, and the number in KEY.cls as `cls`."""
+        """The fields of sample `i`: those of KEY.json, and the number in KEY.cls as `cls`."""
         shard, row = self.location(i)
-        return dict(json.loads(next(self.indexes[shard].texts(np.array([row])))["json"] or "{}"))
+        return dict(json.loads(self._texts(shard, row)["json"] or "{}"))
 
     def captions(self, shard: int, rows: np.ndarray) -> Iterator[Mapping[str, list[str]]]:
-        """The captions of some rows of a shard's index, by field."""
+        """The captions of some rows of a shard's index, by caption field."""
         for text in self.indexes[shard].texts(rows):
             meta = json.loads(text["json"] or "{}")
             yield {name: captions(text["txt"], meta, name) for name in self.config.captions}
 
+    def _texts(self, shard: int, row: int) -> dict[str, str]:
+        return next(self.indexes[shard].texts(np.array([row])))
 
-def indexed(
-    config: DataConfig, sources: Sources, outdated: bool = False, progress: bool = True
+
+def open_indexes(
+    config: DataConfig, sources: Sources, rebuild_outdated: bool = False, progress: bool = True
 ) -> list[list[Index]]:
-    """The indexes of each data set's shards, made now where they are missing, and if `outdated`
-    where they no longer fit. UserError otherwise.
+    """The indexes of each data set's shards. Missing ones are written first and, with
+    `rebuild_outdated`, those that do not fit their shards; otherwise these are a UserError.
     """
     cache = config.cache_folder
     sets = [expand(patterns) for patterns in config.sets]
-    every = [location for locations in sets for location in locations]
-    distinct(every, "in two data sets")
+    locations = [location for members in sets for location in members]
+    check_unique(locations, "in two data sets")
 
-    def fitting(location: str) -> Index:
+    def read(location: str) -> Index:
+        # Another process may have replaced the shard since `build_indexes`.
         index = read_index(index_path(location, cache), location)
         reason = index.fault(sources) if index else "has no index"
         if not index or reason:
-            raise UserError(f"{location}: {reason}; run `python -m tools.index '{location}'`")
+            raise UserError(f"{location}: {reason}; run `cascade index '{location}'`")
         return index
 
-    build(every, sources, cache, config.workers, outdated, progress)
+    build_indexes(
+        locations,
+        sources,
+        cache,
+        config.workers,
+        rebuild_outdated=rebuild_outdated,
+        progress=progress,
+    )
     with ThreadPoolExecutor(THREADS) as threads:
-        return [list(threads.map(fitting, locations)) for locations in sets]
-
-
-def _count(index: Index, config: DataConfig) -> tuple[int, Counter[str]]:
-    """How many samples pass, and what removed the others; not which: that is looked up when a shard
-    is opened.
-    """
-    rows, removed = select(index, config.filter, config.captions)
-    return len(rows), removed
+        return [list(threads.map(read, members)) for members in sets]

@@ -1,8 +1,8 @@
-"""Where the bytes of a shard come from: a disk, or a web server.
+"""Bytes of shards on disks and web servers.
 
-A location is a path or an `http:`/`https:` URL, and both are read in any order, from any thread.
-Nothing else is spoken here: `pipe:` runs a program, and each of `s3:`, `gs:`, `hdfs:` wants a
-client, an account and a way to fail of its own, while every object store speaks HTTP as well.
+A location is a path or an `http:`/`https:` URL; both are read at any offset, from any thread. No
+other scheme is supported: `pipe:` runs a program, and `s3:`, `gs:` and `hdfs:` each need a client,
+an account and error handling of their own, while every object store speaks HTTP as well.
 """
 
 import glob
@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, BinaryIO
 from urllib.parse import unquote
 
 from pipeline.data.cache import RangeCache
-from pipeline.data.web import Stat, Web
+from pipeline.data.web import RetryPolicy, Stat, Web
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-PIECE = 4 << 20  # bytes of a range when a file is read from end to end
+READ_SIZE = 4 << 20  # bytes of a range when a file is read from end to end
 
 
 def is_remote(location: str) -> bool:
@@ -30,105 +30,127 @@ def is_remote(location: str) -> bool:
 
 
 def expand(patterns: tuple[str, ...]) -> list[str]:
-    """The locations that `patterns` name, in their order (those of a `*` sorted), each once; local
-    ones are there.
+    """The locations that `patterns` name, in this order (matches of a `*` sorted), each once; local
+    files exist.
 
-    UserError for a pattern that names nothing, a missing file, a URL of another kind than http,
-    https and file.
+    UserError for a pattern without a match, a missing file, a repeated location, or a URL of
+    another scheme than http, https and file.
     """
-    from webdataset.shardlists import (
-        expand_urls,
-    )  # late: webdataset imports torch where that is installed
+    # Imported here: webdataset imports torch where that is installed.
+    from webdataset.shardlists import expand_urls
 
     locations: list[str] = []
     for pattern in patterns:
         try:
             names = expand_urls(pattern)
-        except (
-            ValueError,
-            AssertionError,
-        ) as error:  # unbalanced braces; ${NAME} without WDS_NAME in the environment
+        # Unbalanced braces; ${NAME} without WDS_NAME in the environment.
+        except (ValueError, AssertionError) as error:
             raise UserError(
                 f"data.shards: {pattern}: {error}; write it like {{00000..00127}}.tar"
             ) from error
+
         for name in names:
             if not is_remote(name):
-                locations += _files(name)
+                locations += _local_files(name)
             elif "*" in name:
                 raise UserError(
-                    f"data.shards: {name}: a server lists nothing; write the numbers as {{00000..00127}}"
+                    f"data.shards: {name}: * does not work on servers, which list no files; write "
+                    "the numbers as {00000..00127}"
                 )
             else:
                 locations.append(name)
+
     if not locations:
         raise UserError("data.shards: empty; name the tars, for example shards/{00000..00127}.tar")
-    distinct(locations, "named twice")
+    check_unique(locations, "named twice")
     return locations
 
 
-def distinct(locations: Sequence[str], fault: str) -> None:
-    """UserError with this `fault` if two are the same."""
-    ordered = sorted(
+def check_unique(locations: Sequence[str], fault: str) -> None:
+    """UserError with this `fault` if two locations are equal."""
+    # ./a.tar and a.tar are the same file; URLs are compared as written.
+    normalized = sorted(
         location if is_remote(location) else str(Path(location)) for location in locations
     )
-    for one, next_one in pairwise(ordered):
-        if one == next_one:
+    for location, following in pairwise(normalized):
+        if location == following:
             raise UserError(
-                f"data.shards: {one}: {fault}, so that its samples would be seen twice; name it once"
+                f"data.shards: {location}: {fault}, so its samples would be repeated; name it once"
             )
 
 
-def _files(name: str) -> list[str]:
+def _local_files(name: str) -> list[str]:
     """The files that a path, a `file:` URL or a pattern with `*` names."""
-    scheme = re.match(r"[A-Za-z][\w+.-]+:", name)
-    kind, path = (scheme[0].lower(), name) if scheme else ("", name)
-    if kind == "file:":
-        path = unquote(re.sub(r"^//(localhost)?(?=/)", "", name[len(kind) :], flags=re.IGNORECASE))
-        if path.startswith("//"):
-            raise UserError(
-                f"data.shards: {name}: is on another host; write file:///PATH for a file here"
-            )
-    elif kind in ("http:", "https:"):
-        raise UserError(f"data.shards: {name}: names no server; write {kind}//HOST/PATH")
-    elif kind == "pipe:":
+    path = _local_path(name)
+
+    # A file may be named like a pattern. (Path.glob takes no absolute pattern.)
+    is_pattern = any(sign in path for sign in "*?[") and not Path(path).exists()
+    matches = sorted(glob.glob(path)) if is_pattern else [path]  # noqa: PTH207
+    if not matches:
+        raise UserError(f"data.shards: {name}: matches no file (searched from {Path.cwd()})")
+
+    for match in matches:
+        if Path(match).is_dir():
+            raise UserError(f"data.shards: {match}: a folder; add /*.tar")
+        if not Path(match).is_file():
+            raise UserError(f"data.shards: {match}: no such file (searched from {Path.cwd()})")
+    return matches
+
+
+def _local_path(name: str) -> str:
+    """`name` without `file:`. UserError for a URL of another scheme."""
+    match = re.match(r"[A-Za-z][\w+.-]+:", name)
+    if not match:
+        return name
+
+    scheme = match[0].lower()
+    if scheme in ("http:", "https:"):
+        raise UserError(f"data.shards: {name}: names no server; write {scheme}//HOST/PATH")
+    if scheme == "pipe:":
         raise UserError(
-            f"data.shards: {name}: runs a program, which data may not; serve the tar by https or copy it"
+            f"data.shards: {name}: runs a program, which is not allowed for data; serve the tar by "
+            "https or copy it to a disk"
         )
-    elif kind:
+    if scheme != "file:":
         raise UserError(
-            f"data.shards: {name}: {kind} is not read; serve the tar by https or copy it to a disk"
+            f"data.shards: {name}: {scheme} is not supported; serve the tar by https or copy it to "
+            "a disk"
         )
-    wild = any(sign in path for sign in "*?[") and not Path(path).exists()
-    found = sorted(glob.glob(path)) if wild else [path]  # noqa: PTH207  (Path.glob takes no absolute pattern)
-    if not found:
-        raise UserError(f"data.shards: {name}: matches no file (looked from {Path.cwd()})")
-    for path in found:
-        if not Path(path).is_file():
-            what = (
-                "a folder; add /*.tar"
-                if Path(path).is_dir()
-                else f"no such file (looked from {Path.cwd()})"
-            )
-            raise UserError(f"data.shards: {path}: {what}")
-    return found
+
+    # RFC 8089: file:/PATH, file:///PATH and file://localhost/PATH are local.
+    rest = name[len(scheme) :]
+    path = unquote(re.sub(r"^//(localhost)?(?=/)", "", rest, flags=re.IGNORECASE))
+    if path.startswith("//"):
+        raise UserError(
+            f"data.shards: {name}: is on another host; write file:///PATH for a local file"
+        )
+    return path
 
 
 class Sources:
-    """Reads locations, from any thread. Ranges from servers are kept in the folder `cache`, of at
-    most `limit` bytes.
+    """Reads locations, from any thread. All methods raise UserError for a location that does not
+    exist or is refused, and JobError if a server does not respond.
 
-    All methods raise UserError for what is not there or is refused, and JobError where a server
-    stays away.
+    Args:
+        cache: folder for the ranges read from servers; None stores none.
+        limit: of that folder, bytes.
+        retry: how often requests are repeated.
     """
 
-    def __init__(self, cache: Path | None = None, limit: int = 0) -> None:
+    def __init__(
+        self, cache: Path | None = None, limit: int = 0, retry: RetryPolicy | None = None
+    ) -> None:
         self._cache = RangeCache(cache, limit) if cache and limit else None
-        self._web = Web()
+        self._web = Web(retry)
 
     def stat(self, location: str) -> Stat:
-        """Size and version; of a remote location as first seen, and another one later is an error."""
+        """Size and version; of a remote location as in the first response, and a later difference
+        is an error.
+        """
         if is_remote(location):
             return self._web.stat(location)
+
+        # The modification time stands for the version of a local file.
         try:
             stat = Path(location).stat()
         except OSError as error:
@@ -139,34 +161,47 @@ class Sources:
         """Exactly the bytes [offset, offset + size)."""
         if not size:
             return b""
-        if not is_remote(location):
-            data = _pread(location, offset, size)
-        elif self._cache and (
-            stamp := self.stat(location).stamp
-        ):  # without one, old bytes would pass for new ones
-            key = (location, stamp, offset, size)
-            data = self._cache.get(*key) or b""
-            if not data and len(data := self._web.part(location, offset, size)) == size:
-                self._cache.put(data, *key)
+        if is_remote(location):
+            data = self._read_remote(location, offset, size)
         else:
-            data = self._web.part(location, offset, size)
+            data = _pread(location, offset, size)
+
+        # The offset comes from an index: the file was longer when it was indexed.
         if len(data) < size:
             raise UserError(
-                f"{location}: ends before byte {offset + size}, unlike before; put the whole file back"
+                f"{location}: ends before byte {offset + size}, though it was longer; restore the "
+                "whole file"
             )
         return data
 
+    def _read_remote(self, location: str, offset: int, size: int) -> bytes:
+        # Without a version, old bytes would pass for new ones.
+        version = self.stat(location).version if self._cache else ""
+        if not self._cache or not version:
+            return self._web.read_range(location, offset, size)
+
+        key = (location, version, offset, size)
+        cached = self._cache.get(*key)
+        if cached:
+            return cached
+
+        # A short result is an error of the caller's, and no content to keep.
+        data = self._web.read_range(location, offset, size)
+        if len(data) == size:
+            self._cache.put(data, *key)
+        return data
+
     def open(self, location: str) -> BinaryIO:
-        """To read from end to end, seeking at will: in large pieces and not through the cache."""
+        """To read from end to end, with seeks: in large ranges and not through the cache."""
         if is_remote(location):
-            return io.BufferedReader(_Remote(self._web, location), PIECE)
+            return io.BufferedReader(_RemoteFile(self._web, location), READ_SIZE)
         try:
             return Path(location).open("rb")
         except OSError as error:
             raise _unreadable(location, error) from error
 
     def fetch(self, location: str) -> bytes | None:
-        """A small file as a whole; None if it is not there."""
+        """The whole of a small file; None if it does not exist."""
         if is_remote(location):
             return self._web.fetch(location)
         try:
@@ -177,13 +212,16 @@ class Sources:
             raise _unreadable(location, error) from error
 
 
-class _Remote(io.RawIOBase):
-    """A file on a server as Python's buffered reader wants it: each `readinto` is one range, of a
-    piece at most.
+class _RemoteFile(io.RawIOBase):
+    """A file on a server for Python's buffered reader: each `readinto` is one range request of at
+    most READ_SIZE bytes.
     """
 
     def __init__(self, web: Web, url: str) -> None:
-        self._web, self._url, self._size, self._position = web, url, web.stat(url).size, 0
+        self._web = web
+        self._url = url
+        self._size = web.stat(url).size
+        self._position = 0
 
     def readable(self) -> bool:
         return True
@@ -192,26 +230,27 @@ class _Remote(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._position = (
-            offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        )
+        origins = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}
+        self._position = offset + origins[whence]
         return self._position
 
     def readinto(self, buffer: "WriteableBuffer") -> int:
         with memoryview(buffer) as view:
-            size = min(len(view), PIECE, self._size - self._position)
-            data = self._web.part(self._url, self._position, size) if size > 0 else b""
+            # At the end of the file no request is made, as a range must not be empty.
+            size = min(len(view), READ_SIZE, self._size - self._position)
+            data = self._web.read_range(self._url, self._position, size) if size > 0 else b""
             view[: len(data)] = data
         self._position += len(data)
         return len(data)
 
-    def readall(self) -> bytes:  # inherited, it would ask for 8 KiB at a time
-        return b"".join(iter(lambda: self.read(PIECE), b""))
+    def readall(self) -> bytes:
+        # The inherited method would request 8 KiB at a time.
+        return b"".join(iter(lambda: self.read(READ_SIZE), b""))
 
 
 def _pread(path: str, offset: int, size: int) -> bytes:
-    # To keep descriptors open would save 4 us of the milliseconds that a picture takes, and run out
-    # of them.
+    # Keeping descriptors open would save 4 us of the milliseconds that an image takes, and could
+    # exceed the limit of open files.
     try:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -224,5 +263,5 @@ def _pread(path: str, offset: int, size: int) -> bytes:
 
 def _unreadable(path: str, error: OSError) -> UserError:
     return UserError(
-        f"{path}: cannot be read: {error.strerror}; see that it is there and may be read"
+        f"{path}: cannot be read: {error.strerror}; check that it exists and its permissions"
     )

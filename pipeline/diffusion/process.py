@@ -1,12 +1,12 @@
-"""The forward process and the three things a network may predict, as functions of tensors.
+"""The forward process and the three quantities that a network may predict, as functions of tensors.
 
-z = alpha x + sigma eps, with alpha^2 = sigmoid(logsnr) and sigma^2 = sigmoid(-logsnr). Of x, eps
-and v = alpha eps - sigma x (Salimans & Ho, arXiv 2202.00512) any one gives the others once z is
-known:
+z = alpha x + sigma eps, with alpha^2 = sigmoid(logsnr) and sigma^2 = sigmoid(-logsnr). With z, any
+one of x, eps and v = alpha eps - sigma x (Salimans & Ho, arXiv 2202.00512) gives the other two:
 
-    x = (z - sigma eps) / alpha = alpha z - sigma v         eps = (z - alpha x) / sigma = alpha v + sigma z
+    x   = (z - sigma eps) / alpha = alpha z - sigma v
+    eps = (z - alpha x) / sigma   = alpha v + sigma z
 
-Images are float32 (B, C, H, W); logsnr is (B,).
+Shapes: images float32 (B, C, H, W); logsnr (B,).
 """
 
 from typing import Literal
@@ -16,9 +16,9 @@ from mindspore import Tensor, ops
 Prediction = Literal["eps", "x0", "v"]
 
 
-def expand_dims(level_B: Tensor) -> Tensor:
-    """(B,) -> (B, 1, 1, 1), to go with images."""
-    return level_B.reshape((-1, 1, 1, 1))
+def expand_dims(value_B: Tensor) -> Tensor:
+    """(B,) -> (B, 1, 1, 1), to broadcast over images."""
+    return value_B.reshape((-1, 1, 1, 1))
 
 
 def alpha_sigma(logsnr: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,24 +59,30 @@ def x_from_v(z: Tensor, v: Tensor, logsnr_B: Tensor) -> Tensor:
 def gaussian_posterior(
     prior_mean: Tensor, residual_std_B: Tensor, z: Tensor, logsnr_B: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Mean and deviation, given z, of images that differ from `prior_mean` by N(0, residual_std^2):
+    """Mean and standard deviation of x given z, for a prior x ~ N(prior_mean, residual_std^2):
 
-        mean = (sigma^2 prior_mean + residual_std^2 alpha z) / d,  deviation = residual_std sigma / sqrt(d)
+        mean      = (sigma^2 prior_mean + residual_std^2 alpha z) / d
+        deviation = residual_std sigma / sqrt(d)
 
-    with d = sigma^2 + residual_std^2 alpha^2: with little noise z is copied, with much the prior_mean stays. A
-    network that answers in deviations from the mean is asked for numbers of one size at all levels:
-    the preconditioning of Karras et al. (arXiv 2206.00364, eq. 7), whose images are guessed to be
-    0. Shapes (B, C, H, W) and (B, 1, 1, 1).
+    with d = sigma^2 + residual_std^2 alpha^2. With little noise the mean is z, with much noise it
+    is `prior_mean`. A network whose output is x in deviations from the mean has outputs of one
+    size at all levels: the preconditioning of Karras et al. (arXiv 2206.00364, eq. 7), where the
+    prior mean is 0.
+
+    Returns (B, C, H, W) and (B, 1, 1, 1).
     """
-    (alpha, sigma), residual_std = alpha_sigma(expand_dims(logsnr_B)), expand_dims(residual_std_B)
+    alpha, sigma = alpha_sigma(expand_dims(logsnr_B))
+    residual_std = expand_dims(residual_std_B)
     d = sigma * sigma + residual_std * residual_std * alpha * alpha
-    return prior_mean + residual_std * residual_std * alpha / d * (
-        z - alpha * prior_mean
-    ), residual_std * sigma / ops.sqrt(d)
+
+    gain = residual_std * residual_std * alpha / d
+    mean = prior_mean + gain * (z - alpha * prior_mean)
+    deviation = residual_std * sigma / ops.sqrt(d)
+    return mean, deviation
 
 
-def target(prediction: Prediction, x: Tensor, eps: Tensor, logsnr_B: Tensor) -> Tensor:
-    """What a network that predicts `prediction` should answer."""
+def prediction_target(prediction: Prediction, x: Tensor, eps: Tensor, logsnr_B: Tensor) -> Tensor:
+    """The training target of a network that predicts `prediction`."""
     if prediction == "eps":
         return eps
     if prediction == "x0":
@@ -84,8 +90,10 @@ def target(prediction: Prediction, x: Tensor, eps: Tensor, logsnr_B: Tensor) -> 
     return v_target(x, eps, logsnr_B)
 
 
-def x_from(prediction: Prediction, output: Tensor, z: Tensor, logsnr_B: Tensor) -> Tensor:
-    """The image that the answer `output` of a network that predicts `prediction` stands for."""
+def x_from_prediction(
+    prediction: Prediction, output: Tensor, z: Tensor, logsnr_B: Tensor
+) -> Tensor:
+    """The image x that corresponds to the output of a network that predicts `prediction`."""
     if prediction == "eps":
         return x_from_eps(z, output, logsnr_B)
     if prediction == "x0":

@@ -1,15 +1,14 @@
-"""Noise schedules: diffusion time t in [0, 1] to logsnr, the one primitive from which all else is
-derived.
+"""Noise schedules: from diffusion time t in [0, 1] to logsnr, from which all else is derived.
 
 A variance-preserving diffusion mixes an image x with unit noise eps: z = alpha x + sigma eps,
 alpha^2 + sigma^2 = 1. One number fixes both: logsnr = log(alpha^2 / sigma^2), so that alpha^2 =
 sigmoid(logsnr) and sigma^2 = sigmoid(-logsnr) (Kingma et al., "Variational Diffusion Models", arXiv
-2107.00630). A schedule says how logsnr falls from t = 0 (the image) to t = 1 (noise). Times are
-drawn on the host, so the schedules run there, in float64.
+2107.00630). A schedule is a function of t along which logsnr falls from t = 0 (the image) to t = 1
+(noise). Times are drawn on the host, so the schedules are computed there, in float64.
 
-Time is continuous, or discrete as in DDPM: T steps k = 1 to T, which are the times k / T. Of the
-cosines these are places on the curve; the linear schedule is defined by the steps, and its curve is
-their limit.
+Time is continuous, or discrete as in DDPM: T steps k = 1 to T, at the times k / T. The cosine
+schedules are sampled at these times; the linear schedule is defined by its steps, and the
+continuous one is their limit.
 """
 
 from collections.abc import Callable
@@ -23,26 +22,25 @@ from pipeline.config import ConfigError
 ScheduleName = Literal["cosine", "linear", "offset_cosine"]
 
 DDPM_BETAS = (1e-4, 0.02)
-LOGSNR_MAX = 20.0  # the cleanest and the noisiest level of Imagen's stages: sigma, alpha = 4.5e-5
+LOGSNR_MAX = 20.0  # of the least noisy level of `cosine`; the noisiest is its negative
 
 
 def _cosine_between(t: np.ndarray, first: float, last: float) -> np.ndarray:
-    """alpha = cos(angle), sigma = sin(angle), with an angle that goes evenly from `first` to
-    `last`.
-    """
+    """alpha = cos(angle), sigma = sin(angle), with an angle linear in t from `first` to `last`."""
     return -2.0 * np.log(np.tan(first + (last - first) * np.asarray(t, np.float64)))
 
 
 def cosine(t: np.ndarray) -> np.ndarray:
-    """alpha = cos(pi t / 2) (Nichol & Dhariwal, arXiv 2102.09672), cut evenly to |logsnr| <= 20."""
+    """alpha = cos(pi t / 2) (Nichol & Dhariwal, arXiv 2102.09672), with |logsnr| <= 20.
+
+    The ends are cut by rescaling t linearly; there the smaller of alpha and sigma is 4.5e-5.
+    """
     first = np.arctan(np.exp(-LOGSNR_MAX / 2))
     return _cosine_between(t, first, np.pi / 2 - first)
 
 
 def offset_cosine(t: np.ndarray) -> np.ndarray:
-    """The cosine between the signal rates alpha = 0.95 and 0.02: neither end is reached (Keras'
-    DDIM example).
-    """
+    """The cosine between the signal rates alpha = 0.95 and 0.02 (Keras' DDIM example)."""
     return _cosine_between(t, np.arccos(0.95), np.arccos(0.02))
 
 
@@ -52,18 +50,18 @@ def linear(t: np.ndarray, betas: tuple[float, float] = DDPM_BETAS) -> np.ndarray
     alpha^2 = exp(-B(t)) with B(t) = 1000 (b_1 t + (b_T - b_1) t^2 / 2), hence logsnr = -log(exp(B)
     - 1).
     """
-    t, (first, last) = np.asarray(t, np.float64), betas
+    t = np.asarray(t, np.float64)
+    first, last = betas
     total = 1000 * (first * t + (last - first) * t**2 / 2)
     return -np.log(np.expm1(np.maximum(total, np.exp(-LOGSNR_MAX))))
 
 
-def linear_steps(num: int, betas: tuple[float, float] = DDPM_BETAS) -> np.ndarray:
-    """The logsnr of steps 1 to `num` (num,) with betas that go evenly from the first to the last
-    (arXiv 2006.11239).
+def linear_steps(num_steps: int, betas: tuple[float, float] = DDPM_BETAS) -> np.ndarray:
+    """The logsnr of DDPM's steps 1 to `num_steps`, (num_steps,), with betas linear in the step.
 
-    alpha_k^2 = (1 - b_1) ... (1 - b_k).
+    alpha_k^2 = (1 - b_1) ... (1 - b_k) (Ho et al., arXiv 2006.11239).
     """
-    log_signal = np.cumsum(np.log1p(-np.linspace(*betas, num)))
+    log_signal = np.cumsum(np.log1p(-np.linspace(*betas, num_steps)))
     return log_signal - np.log(-np.expm1(log_signal))
 
 
@@ -78,17 +76,19 @@ SCHEDULES: dict[ScheduleName, Callable[[np.ndarray], np.ndarray]] = {
 class ScheduleConfig:
     """A noise schedule and its time."""
 
-    schedule: ScheduleName = "cosine"
-    timesteps: int | None = None  # T of discrete time; None: continuous
-    betas: tuple[float, float] = (
-        DDPM_BETAS  # of `linear`, the first and the last of T (of 1000 in continuous time)
-    )
-    logsnr_shift: float = 0.0  # added to logsnr: below 0 is more noise at every time, for large pictures (arXiv 2301.11093)
+    schedule: ScheduleName = "cosine"  # logsnr as a function of time
+    # T, the number of discrete steps; None: continuous time.
+    timesteps: int | None = None
+    # Of `linear`: the first and the last of the T steps, or of 1000 in continuous time.
+    betas: tuple[float, float] = DDPM_BETAS
+    # Added to logsnr; below 0 is more noise at every time, for large images (arXiv 2301.11093).
+    logsnr_shift: float = 0.0
 
     def __post_init__(self) -> None:
         if self.timesteps is not None and self.timesteps < 2:
             raise ConfigError(
-                f"timesteps: {self.timesteps} is less than 2; DDPM has 1000, leave it out for continuous"
+                f"timesteps: {self.timesteps} is less than 2; DDPM has 1000, leave it out for "
+                "continuous time"
             )
         if not 0 < self.betas[0] <= self.betas[1] < 1:
             raise ConfigError(
@@ -96,21 +96,26 @@ class ScheduleConfig:
             )
         if self.schedule != "linear" and self.betas != DDPM_BETAS:
             raise ConfigError(
-                f"betas: {list(self.betas)} are of the linear schedule and this is {self.schedule}"
+                f"betas: {list(self.betas)} belong to the linear schedule, and schedule is "
+                f"{self.schedule}; leave them out"
             )
 
     def logsnr(self, t: np.ndarray) -> np.ndarray:
-        """Of times in [0, 1], float64. In discrete time that of step ceil(t T), so that uniform
-        times make each step equally likely; t = 0 is step 1.
+        """The logsnr at times in [0, 1], float64 of t's shape.
+
+        In discrete time that of step ceil(t T), so that uniform times make each step equally
+        likely; t = 0 is step 1.
         """
-        t = np.asarray(t, np.float64)
+        return self._unshifted(np.asarray(t, np.float64)) + self.logsnr_shift
+
+    def _unshifted(self, t: np.ndarray) -> np.ndarray:
         if self.timesteps is None:
-            clean = (
+            return (
                 linear(t, self.betas) if self.schedule == "linear" else SCHEDULES[self.schedule](t)
             )
-            return clean + self.logsnr_shift
-        # what rounding put beyond a step is that step
+
+        # A time that rounding put just above a step belongs to that step.
         step = np.clip(np.ceil(t * self.timesteps - 1e-9), 1, self.timesteps).astype(int)
         if self.schedule == "linear":
-            return linear_steps(self.timesteps, self.betas)[step - 1] + self.logsnr_shift
-        return SCHEDULES[self.schedule](step / self.timesteps) + self.logsnr_shift
+            return linear_steps(self.timesteps, self.betas)[step - 1]
+        return SCHEDULES[self.schedule](step / self.timesteps)

@@ -5,61 +5,39 @@ result = cascade(["a small red circle on white"], seed=7)
 result.images[0].save("circle.png")
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
-from mindspore import nn
 from PIL import Image
 from tqdm import tqdm
 
 from pipeline.diffusion.solvers import SamplerConfig
 from pipeline.errors import UserError
-from pipeline.generate.cascade_folder import read_cascade
-from pipeline.generate.edit import Edit, Images, edits_of, shrunk
+from pipeline.generate.cascade_folder import ENCODER_FOLDER, TOKENIZER_FOLDER, read_cascade
+from pipeline.generate.edit import Images, composite_edit, edits_of, scale_edit, shrink
+from pipeline.generate.engine import OnStep, SampleStep, ignore, num_calls, sample
 from pipeline.nn.parameters import assign
-from pipeline.stage.manifest import Manifest, read_weights, text_of
+from pipeline.stage.inputs import Arrays
+from pipeline.stage.manifest import Manifest, read_weights, text_encoder_of
 from pipeline.stage.registry import stage_class
+from pipeline.stage.request import Edit, SampleRequest
+from pipeline.stage.stage import Stage
+from pipeline.text.caption_embeddings import encode_text
 from pipeline.text.captions import clean
 from pipeline.text.encoder import TextEncoder
 from pipeline.text.fingerprint import fingerprint
-from pipeline.text.prompts import Arrays, number_of, one_hot
+from pipeline.text.prompts import class_id, one_hot
+
+# By stage: fields of its SamplerConfig that differ from its own.
+SamplingOptions = Mapping[str, Mapping[str, Any]]
 
 
-class SamplingConfig(Protocol):
-    @property
-    def sample(self) -> SamplerConfig: ...
-
-
-class Sampler(Protocol):
-    """What the orchestrator asks of a stage."""
-
-    network: nn.Cell
-
-    @property
-    def config(self) -> SamplingConfig: ...
-    def sample(
-        self,
-        config: SamplerConfig,
-        prompt: Arrays,
-        seed: int,
-        numbers: Sequence[int],
-        given: np.ndarray | None,
-        edit: Edit | None,
-        progress: Callable[[], object],
-    ) -> np.ndarray: ...
-
-
-Options = Mapping[
-    str, Mapping[str, Any]
-]  # by stage: fields of its SamplerConfig that are to be others
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Result:
     """`images` are those of the last stage that ran; `stages` has every stage's, by name."""
 
@@ -68,191 +46,226 @@ class Result:
 
 
 class Cascade:
-    """Stages in their order, and the text encoder that those of them were trained with that know
-    text.
-    """
+    """Stages in their order, and the text encoder of those that are conditioned on text."""
 
     def __init__(
-        self, manifests: dict[str, Manifest], stages: dict[str, Sampler], text: TextEncoder | None
+        self,
+        manifests: dict[str, Manifest],
+        stages: dict[str, Stage],
+        text_encoder: TextEncoder | None,
     ) -> None:
-        self.manifests, self.stages, self.text = manifests, stages, text
-        self.encode = lru_cache(maxsize=1)(self.encoded)  # all stages ask for the same prompts
+        self.manifests = manifests
+        self.stages = stages
+        self.text_encoder = text_encoder
+        self.encode = lru_cache(maxsize=1)(self.encode_prompts)  # all stages have the same prompts
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """The cascade in `folder`, or the one stage; UserError, before any weight is loaded, if it
-        does not fit.
+        """The cascade in `folder`, or the one stage.
+
+        Raises:
+            UserError: it does not fit together; before any weight is loaded.
         """
         folder = Path(folder)
-        manifests, facts = read_cascade(folder)
-        text, places = None, (folder / "text_encoder", folder / "tokenizer")
-        if facts:
-            if (found := fingerprint(*places)) != facts.fingerprint:
+        manifests, expected = read_cascade(folder)
+        text_encoder = None
+        if expected:
+            encoder_folder, tokenizer_folder = folder / ENCODER_FOLDER, folder / TOKENIZER_FOLDER
+            found = fingerprint(encoder_folder, tokenizer_folder)
+            if found != expected.fingerprint:
                 raise UserError(
-                    f"{folder}: text_encoder/ and tokenizer/ have fingerprint {found[:12]} and the stages were trained "
-                    f"with {facts.fingerprint[:12]}; export the cascade again with the encoder of the training"
+                    f"{folder}: text_encoder/ and tokenizer/ have fingerprint {found[:12]} and the "
+                    f"stages were trained with {expected.fingerprint[:12]}; export the cascade "
+                    "again with the encoder of the training"
                 )
-            text = TextEncoder.load(*places, facts.length)
-        stages = {}
+            text_encoder = TextEncoder.load(encoder_folder, tokenizer_folder, expected.length)
+
+        stages: dict[str, Stage] = {}
         for name, manifest in manifests.items():
-            stages[name] = stage_class(manifest.kind).from_config(manifest.config)
+            stage = stage_class(manifest.kind).from_config(manifest.config)
             place = folder / name if (folder / name).exists() else folder
-            assign(
-                stages[name].network, read_weights(place, manifest), str(place / "unet.safetensors")
-            )
-        return cls(manifests, stages, text)
+            weights = read_weights(place, manifest)
+            assign(stage.network, weights, str(place / "unet.safetensors"))
+            stages[name] = stage
+        return cls(manifests, stages, text_encoder)
 
     def __call__(
         self,
         prompts: Sequence[str],
         seed: int = 0,
-        numbers: Sequence[int] | None = None,
-        options: Options = MappingProxyType({}),
+        *,
+        image_ids: Sequence[int] | None = None,
+        options: SamplingOptions = MappingProxyType({}),
         start: str | None = None,
         stop: str | None = None,
-        low: Sequence[Image.Image] | None = None,
+        low_res: Sequence[Image.Image] | None = None,
         image: Images | None = None,
         mask: Images | None = None,
         strength: float | Mapping[str, float] | None = None,
         progress: bool = False,
     ) -> Result:
-        """Pictures of `prompts`.
+        """Images of `prompts`.
 
         Args:
-            prompts: one a picture: text, or the name or number of a class; what a stage without
-                either ignores.
-            seed, numbers: name the noise; picture `numbers[i]` (i if not given) of a seed is the
-                same in any company.
-            options: what to change of the stages' sampling, as {"sr256": {"steps": 8, "augment":
-                0.2}}.
+            prompts: one an image: text, or the name or id of a class; ignored by stages without.
+            seed: of the noise.
+            image_ids: name the images' noise; image i of a seed is the same in any batch. 0, 1, ...
+                if not given.
+            options: what to change of the stages' sampling, as {"sr256": {"steps": 8}}.
             start, stop: the first and the last stage to run; all if not given.
-            low: the pictures to enlarge where `start` is not the first stage, of the size that it
+            low_res: the images to enlarge where `start` is not the first stage, of the size that it
                 takes; if not given, `image` shrunk.
-            image: what is edited, one for all or one each, of the size that the last stage makes.
-            mask: white where `image` is painted anew, likewise (inpainting); if not given, all of
+            image: what is edited, one for all or one each, of the size that the last stage
+                generates.
+            mask: white where `image` is sampled anew, likewise (inpainting); if not given, all of
                 it changes in part.
-            strength: by how much, in (0, 1], at all stages or by stage; see
+            strength: how much changes, in (0, 1], at all stages or by stage; see
                 pipeline/generate/edit.py.
             progress: shows a bar.
 
         Raises:
-            UserError: no prompt, an unknown stage, pictures of another size, a strength out of its
-                range.
+            UserError: no prompt, an unknown stage, images of another size, a strength out of range.
         """
         if isinstance(prompts, str) or not prompts:
             raise UserError("prompts: expected a list of at least one prompt")
-        names = span(list(self.stages), start, stop)
-        self.check_makes(names[0])
-        numbers = range(len(prompts)) if numbers is None else numbers
+        names = stages_between(list(self.stages), start, stop)
+        self.check_generates(names[0])
+        num_images = len(prompts)
+        ids = range(num_images) if image_ids is None else image_ids
         size = list(self.manifests.values())[-1].size_out
-        edits = edits_of(image, mask, strength, len(prompts), size, names)
-        pictures = self.first(names[0], len(prompts), low, edits.get(names[0]))
-        told = {name: self.prompt(name, prompts) for name in names}
-        made = {}
-        with tqdm(
-            total=sum(
-                self.calls(name, len(prompts), options, *(edits[name].how if edits else ()))
-                for name in names
-            ),
-            unit="step",
-            disable=not progress,
-        ) as bar:
+        edits = edits_of(image, mask, strength, num_images=num_images, size=size, stage_names=names)
+        images = self.first_low_res(names[0], num_images, low_res, edits.get(names[0]))
+
+        total = sum(self.num_calls(name, num_images, options, edits.get(name)) for name in names)
+        results = {}
+        with tqdm(total=total, unit="step", disable=not progress) as bar:
             for name in names:
                 bar.set_description(name)
-                pictures = self.run(
-                    name, told[name], seed, numbers, pictures, options, edits.get(name), bar.update
+                images = self.sample_stage(
+                    name,
+                    prompts,
+                    seed=seed,
+                    image_ids=ids,
+                    options=options,
+                    low_res=images,
+                    edit=edits.get(name),
+                    on_step=advance(bar),
                 )
-                made[name] = [Image.fromarray(picture) for picture in pictures]
-        return Result(made[names[-1]], made)
+                results[name] = [Image.fromarray(each) for each in images]
+        return Result(images=results[names[-1]], stages=results)
+
+    def sample_stage(
+        self,
+        name: str,
+        prompts: Sequence[str],
+        *,
+        seed: int,
+        image_ids: Sequence[int],
+        options: SamplingOptions,
+        low_res: np.ndarray | None = None,
+        edit: Edit | None = None,
+        on_step: OnStep = ignore,
+    ) -> np.ndarray:
+        """One stage for all images, uint8 (N, S, S, 3).
+
+        Args:
+            low_res: uint8 (N, s, s, 3), what it enlarges.
+            edit: of the images at the size of the cascade's last stage.
+            on_step: called after each call of the network.
+        """
+        size = self.manifests[name].size_out
+        request = SampleRequest(
+            prompt=self.prompt(name, prompts),
+            seed=seed,
+            image_ids=image_ids,
+            low_res=low_res,
+            edit=None if edit is None else scale_edit(edit, size, low_res),
+        )
+        images = sample(self.stages[name], self.sampling(name, options), request, on_step)
+        return images if edit is None else composite_edit(edit, images)
 
     def prompt(self, name: str, prompts: Sequence[str]) -> Arrays:
-        """What stage `name` is told of `prompts`: their text, the classes that they name, or
-        nothing.
-        """
+        """What stage `name` is conditioned on: text, the classes that the prompts name, or {}."""
         classes = self.manifests[name].classes
         if classes is not None:
-            num = classes if isinstance(classes, int) else len(classes)
-            return one_hot([number_of(classes, prompt) for prompt in prompts], num)
-        return self.encode(tuple(prompts)) if self.manifests[name].text else ()
+            num_classes = classes if isinstance(classes, int) else len(classes)
+            class_ids = [class_id(classes, prompt) for prompt in prompts]
+            return {"label": one_hot(class_ids, num_classes)}
+        return self.encode(tuple(prompts)) if self.manifests[name].text else {}
 
-    def encoded(self, prompts: tuple[str, ...]) -> Arrays:
+    def encode_prompts(self, prompts: tuple[str, ...]) -> Arrays:
         """The text of `prompts`, cleaned as captions were in training."""
-        _, facts = text_of(self.manifests)
-        assert self.text
-        assert facts
-        return self.text.encode([clean(prompt) for prompt in prompts] if facts.clean else prompts)
+        _, info = text_encoder_of(self.manifests)
+        assert self.text_encoder
+        assert info
+        captions = [clean(prompt) for prompt in prompts] if info.clean else prompts
+        return encode_text(self.text_encoder, captions)
 
-    def sampling(self, name: str, options: Options) -> SamplerConfig:
+    def sampling(self, name: str, options: SamplingOptions) -> SamplerConfig:
         """How stage `name` is sampled."""
         return replace(self.stages[name].config.sample, **options.get(name, {}))
 
-    def calls(
-        self, name: str, num: int, options: Options, strength: float = 1.0, masked: bool = False
+    def num_calls(
+        self, name: str, num_images: int, options: SamplingOptions, edit: Edit | None = None
     ) -> int:
-        """How many calls of its network stage `name` needs for `num` pictures."""
-        config = self.sampling(name, options)
-        return -(-num // config.batch_size) * config.calls(strength, masked)
+        """How many calls of its network stage `name` needs for `num_images`."""
+        strength = 1.0 if edit is None else edit.strength
+        masked = edit is not None and edit.mask is not None
+        return num_calls(self.sampling(name, options), num_images, strength, masked)
 
-    def run(
-        self,
-        name: str,
-        prompt: Arrays,
-        seed: int,
-        numbers: Sequence[int],
-        low: np.ndarray | None,
-        options: Options,
-        edit: Edit | None = None,
-        progress: Callable[[], object] = bool,
-    ) -> np.ndarray:
-        """One stage for all pictures, uint8 (N, S, S, 3), in batches of one size, the last filled
-        with repetitions.
-        """
-        config = self.sampling(name, options)
-        made = []
-        for begin in range(0, len(numbers), config.batch_size):
-            rows = np.arange(begin, begin + config.batch_size).clip(max=len(numbers) - 1)
-            part = None if low is None else low[rows]
-            chosen, told = [numbers[row] for row in rows], tuple(array[rows] for array in prompt)
-            piece = edit and edit.at(rows, self.manifests[name].size_out, part)
-            made.append(self.stages[name].sample(config, told, seed, chosen, part, piece, progress))
-        pictures = np.concatenate(made)[: len(numbers)]
-        return edit.joined(pictures) if edit else pictures
-
-    def check_makes(self, name: str) -> None:
+    def check_generates(self, name: str) -> None:
         """UserError if stage `name` is image to image, which starts from neither noise alone nor a
         low resolution.
         """
         if self.manifests[name].tasks:
-            raise UserError(f"{name} restores pictures and makes none; use `cascade restore`")
+            raise UserError(f"{name} restores images and generates none; use `cascade restore`")
 
-    def first(
-        self, name: str, num: int, low: Sequence[Image.Image] | None, edit: Edit | None
+    def first_low_res(
+        self,
+        name: str,
+        num_images: int,
+        low_res: Sequence[Image.Image] | None,
+        edit: Edit | None,
     ) -> np.ndarray | None:
-        """What stage `name` enlarges if it is the first to run: the pictures given, or else those
-        that are edited.
+        """What stage `name` enlarges if it is the first to run, uint8 (N, s, s, 3): the images
+        given, or else those that are edited.
         """
         size = self.manifests[name].size_in
-        if low is None and edit and size:
-            return shrunk(edit.pictures, size)
-        if (low is None) != (size is None):
+        if low_res is None and edit and size:
+            return shrink(edit.images, size)
+        if low_res is None and size is not None:
+            raise UserError(f"low_res: missing; {name} starts from images of {size} x {size}")
+        if low_res is None:
+            return None
+        if size is None:
+            raise UserError(f"low_res: {name} starts from noise and takes no image; leave it out")
+        if len(low_res) != num_images:
             raise UserError(
-                f"{name} starts from {'pictures; give low' if low is None else 'no picture'}"
+                f"low_res: {len(low_res)} images for {num_images} prompts; give one each"
             )
-        if low is not None and len(low) != num:
-            raise UserError(f"low: {len(low)} pictures for {num} prompts; give one each")
-        return None if low is None else np.stack([self.check_low(name, image) for image in low])
+        return np.stack([self.check_low_res(name, image) for image in low_res])
 
-    def check_low(self, name: str, image: Image.Image) -> np.ndarray:
-        """The picture that stage `name` starts from, as uint8 (S, S, 3)."""
+    def check_low_res(self, name: str, image: Image.Image) -> np.ndarray:
+        """The image that stage `name` enlarges, as uint8 (s, s, 3)."""
         size = self.manifests[name].size_in
         if image.size != (size, size):
+            width, height = image.size
             raise UserError(
-                f"{name} takes pictures of {size} x {size} and got one of {image.size[0]} x {image.size[1]}"
+                f"low_res: {name} takes images of {size} x {size} and one is {width} x {height}"
             )
         return np.asarray(image.convert("RGB"))
 
 
-def span(names: Sequence[str], start: str | None, stop: str | None) -> list[str]:
+def advance(bar: "tqdm[Any]") -> OnStep:
+    """Moves a progress bar by one at each call of the network."""
+
+    def on_step(step: SampleStep) -> None:
+        bar.update()
+
+    return on_step
+
+
+def stages_between(names: Sequence[str], start: str | None, stop: str | None) -> list[str]:
     """Those of `names` from `start` to `stop`, both included; None is the first or the last."""
     for name in (start, stop):
         if name is not None and name not in names:
@@ -264,30 +277,33 @@ def span(names: Sequence[str], start: str | None, stop: str | None) -> list[str]
     return list(names[first : last + 1])
 
 
-def prompts_of(
-    manifests: Mapping[str, Manifest], said: Sequence[str], num: int | None = None
+def check_prompts(
+    manifests: Mapping[str, Manifest], prompts: Sequence[str], num_images: int | None = None
 ) -> list[str]:
-    """One prompt a picture: what was said, or for `num` pictures the classes in turn, or "" where
-    nothing is told.
+    """One prompt an image: those given or, for `num_images`, the classes in turn, or "" for an
+    unconditional stage.
 
-    UserError if these stages are told something else.
+    Raises:
+        UserError: these stages are conditioned on something else.
     """
-    classes = next(
-        (stage.classes for stage in manifests.values() if stage.classes is not None), None
-    )
-    if text_of(manifests)[1] is not None:
-        if num is not None:
-            raise UserError(
-                "no prompt: these stages are told a text; give --prompt TEXT, one a picture"
-            )
-        return list(said)
+    _, text_encoder = text_encoder_of(manifests)
+    classes = next((m.classes for m in manifests.values() if m.classes is not None), None)
+
+    if text_encoder is not None:
+        if num_images is not None:
+            raise UserError("prompts: missing; these stages are conditioned on text, one an image")
+        return list(prompts)
+
     if classes is not None:
-        for prompt in said:
-            number_of(classes, prompt)
-        names = [str(number) for number in range(classes)] if isinstance(classes, int) else classes
-        return list(said) if num is None else [names[i % len(names)] for i in range(num)]
-    if num is None:
+        for prompt in prompts:
+            class_id(classes, prompt)
+        if num_images is None:
+            return list(prompts)
+        names = [str(i) for i in range(classes)] if isinstance(classes, int) else classes
+        return [names[i % len(names)] for i in range(num_images)]
+
+    if num_images is None:
         raise UserError(
-            f"--prompt: {said[0]!r}, but these stages are told nothing; give --num N pictures instead"
+            f"prompts: {prompts[0]!r}, but these stages are unconditional; give a number of images"
         )
-    return [""] * num
+    return [""] * num_images

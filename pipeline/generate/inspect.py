@@ -1,97 +1,98 @@
-"""A look at a stage: five pictures of what its network has learned and of how it is sampled.
+"""A look at a stage: five images of what its network has learned and of how it is sampled.
 
-    grid.png           what it makes
-    path.png           how: z and the x that the network sees in it, at eight of the sampler's steps
-    steps.png          what more steps are worth: the same noise in 2, 4, 8, 16, 32 steps, and in
-        all of discrete time
-    interpolation.png  what lies between two noises, and between two prompts
-    noising.png        what training sees: a picture under each noise schedule and under the stage's
-        own
+    grid.png           samples
+    path.png           z and the x that the network predicts from it, at eight of the steps
+    steps.png          the same noise in 2, 4, 8, 16, 32 steps, and in all of discrete time
+    interpolation.png  between two noises, and between two prompts
+    noising.png        an image under each noise schedule and under the stage's own
 
 Between two noises the way is along the sphere, because unit noise in many dimensions has one length
 and a straight line would be short of it in the middle (White, arXiv 1609.04468):
 
     slerp(w) = sin((1 - w) angle) / sin(angle) one + sin(w angle) / sin(angle) other.
 
-What is between is sampled by DDIM, which draws nothing more: so neighbours differ by their noise's
-difference alone.
+What is between is sampled by DDIM, which draws no further noise: so neighbours differ by their
+initial noise alone.
 
-Shapes: B pictures a row, C channels, S side.
+Shapes: B images a row, C channels, S side.
 """
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from mindspore import Tensor
 from tqdm import tqdm
 
-from pipeline.data.decode import Picture
+from pipeline.data.decode import DecodedImage
 from pipeline.data.image import crop_resize
 from pipeline.diffusion.process import add_noise
 from pipeline.diffusion.schedule import SCHEDULES, ScheduleConfig
 from pipeline.diffusion.solvers import SamplerConfig, logsnr_steps
 from pipeline.errors import UserError
 from pipeline.files import write_atomically
-from pipeline.generate.cascade import Cascade
-from pipeline.imaging.contact_sheet import Row, sheet
-from pipeline.imaging.user_images import read
+from pipeline.generate.cascade import Cascade, advance
+from pipeline.generate.engine import OnStep, SampleStep, num_calls, sample
+from pipeline.imaging.contact_sheet import Row, contact_sheet
+from pipeline.imaging.user_images import read_image
 from pipeline.rng import sampling_noise
-from pipeline.text.prompts import Arrays
+from pipeline.stage.inputs import Arrays
+from pipeline.stage.request import SampleRequest
+from pipeline.stage.stage import Stage
 
-COLUMNS = 8  # pictures a row and a call of the network
+COLUMNS = 8  # images a row and a call of the network
 STEPS = (2, 4, 8, 16, 32)
-PATHS, PAIRS = 3, 4  # rows of path.png and of interpolation.png
+NUM_PATHS = 3  # images in path.png
+NUM_PAIRS = 4  # of noises in interpolation.png
 
 
 def slerp(one: np.ndarray, other: np.ndarray, shares: Sequence[float]) -> np.ndarray:
-    """float32 (N, ...): what lies on the sphere at `shares` in [0, 1] of the way from one to other."""
-    one, other = one.astype(np.float64), other.astype(np.float64)
+    """float32 (N, ...): points on the sphere at `shares` in [0, 1] of the way from one to other."""
+    one = one.astype(np.float64)
+    other = other.astype(np.float64)
     angle = np.arccos((one * other).sum() / np.linalg.norm(one) / np.linalg.norm(other))
-    return np.stack(
-        [
-            (np.sin((1 - w) * angle) * one + np.sin(w * angle) * other) / np.sin(angle)
-            for w in shares
-        ]
-    ).astype(np.float32)
+    points = [
+        (np.sin((1 - w) * angle) * one + np.sin(w * angle) * other) / np.sin(angle) for w in shares
+    ]
+    return np.stack(points).astype(np.float32)
 
 
-def between(one: Arrays, other: Arrays, shares: Sequence[float]) -> Arrays:
-    """Prompts of N rows from two of one row each, evenly mixed; of text, the tokens of either are
-    looked at.
+def mix_prompts(one: Arrays, other: Arrays, shares: Sequence[float]) -> Arrays:
+    """Prompts of N rows from two of one row each, linearly mixed; the tokens of either text are
+    attended to.
     """
-    w = np.array(shares, np.float32)
-    mixed = tuple(
-        (1 - w.reshape(-1, *(1,) * (a.ndim - 1))) * a + w.reshape(-1, *(1,) * (a.ndim - 1)) * b
-        for a, b in zip(one, other, strict=True)
-    )
-    return (mixed[0], (mixed[1] > 0).astype(np.float32)) if len(mixed) == 2 else mixed
+    mixed = {}
+    for name, array in one.items():
+        w = np.array(shares, np.float32).reshape((-1,) + (1,) * (array.ndim - 1))
+        mixed[name] = (1 - w) * array + w * other[name]
+    if "text_mask" in mixed:
+        mixed["text_mask"] = (mixed["text_mask"] > 0).astype(np.float32)
+    return mixed
 
 
-@dataclass(frozen=True)
-class Explorer:
+@dataclass(frozen=True, kw_only=True)
+class Inspector:
     """A stage, sampled in rows of eight.
 
     Args:
-        stage: as `pipeline.stage.registry` gives it; one that takes no picture.
-        names, prompt: what it is told, and this as arrays, a row each; "" and no array where it is
-            told nothing.
-        seed: names the noises.
-        progress: called after each step of sampling.
+        stage: one that starts from noise alone.
+        prompts: what its images are conditioned on, in turn; "" for an unconditional stage.
+        arrays: the same as named arrays, a row each; {} for an unconditional stage.
+        seed: of the noise.
+        on_step: called after each call of the network.
     """
 
-    stage: Any
-    names: Sequence[str]
-    prompt: Arrays
+    stage: Stage
+    prompts: Sequence[str]
+    arrays: Arrays
     seed: int
-    progress: Callable[[], object]
+    on_step: OnStep
 
     @property
     def config(self) -> SamplerConfig:
-        return replace(self.stage.config.sample, batch=COLUMNS)
+        return replace(self.stage.config.sample, batch_size=COLUMNS)
 
     @property
     def schedule(self) -> ScheduleConfig:
@@ -102,168 +103,186 @@ class Explorer:
     def steps(self) -> list[int]:
         """Numbers of steps to compare: in discrete time no more than there are, and all of them."""
         most = self.schedule.timesteps
-        return (
-            list(STEPS) if most is None else [number for number in STEPS if number < most] + [most]
-        )
-
-    def calls(self, num: int) -> int:
-        """Calls of the network that all sheets take together."""
-        own = len(self.logsnrs) - 1
-        between_prompts = bool(self.prompt) and len(self.names) > 1
-        compared = sum(number + self.config.extra_steps for number in self.steps)
-        return own * (-(-num // COLUMNS) + 1 + PAIRS + between_prompts) + compared
+        if most is None:
+            return list(STEPS)
+        return [steps for steps in STEPS if steps < most] + [most]
 
     @property
-    def logsnrs(self) -> np.ndarray:
-        return logsnr_steps(self.schedule, self.config.steps, self.config.extra_steps)
+    def mixes_prompts(self) -> bool:
+        return bool(self.arrays) and len(self.prompts) > 1
 
-    def told(self, numbers: Sequence[int]) -> Arrays:
-        """Picture i is told prompt i, in turn."""
-        return tuple(array[np.mod(numbers, len(self.names))] for array in self.prompt)
+    def total_calls(self, num_images: int) -> int:
+        """Calls of the network for all contact sheets together."""
+        rows = -(-num_images // COLUMNS) + 1 + NUM_PAIRS + self.mixes_prompts
+        own = num_calls(self.config, COLUMNS)
+        compared = [num_calls(replace(self.config, steps=steps), COLUMNS) for steps in self.steps]
+        return own * rows + sum(compared)
 
-    def sample(
-        self, config: SamplerConfig, prompt: Arrays, numbers: Sequence[int], **hooks: Any
+    def prompt(self, image_ids: Sequence[int]) -> Arrays:
+        """Image i has prompt i, in turn."""
+        rows = np.mod(image_ids, len(self.prompts))
+        return {name: array[rows] for name, array in self.arrays.items()}
+
+    def row(
+        self,
+        config: SamplerConfig,
+        prompt: Arrays,
+        image_ids: Sequence[int],
+        *,
+        initial_noise: np.ndarray | None = None,
+        on_step: OnStep | None = None,
     ) -> np.ndarray:
-        made: np.ndarray = self.stage.sample(
-            config, prompt, self.seed, numbers, progress=self.progress, **hooks
+        """One row of samples, uint8 (B, S, S, 3)."""
+        request = SampleRequest(
+            prompt=prompt, seed=self.seed, image_ids=image_ids, initial_noise=initial_noise
         )
-        return made
+        return sample(self.stage, config, request, on_step or self.on_step)
 
-    def grid(self, num: int) -> list[Row]:
-        """Pictures 0 to `num` - 1, as `cascade sample` makes them."""
+    def grid(self, num_images: int) -> list[Row]:
+        """Images 0 to `num_images` - 1, as `cascade sample` generates them."""
         rows = []
-        for begin in range(0, num, COLUMNS):
-            numbers = range(begin, begin + COLUMNS)
-            made = self.sample(self.config, self.told(numbers), numbers)[: num - begin]
-            rows.append(
-                Row(
-                    "",
-                    [self.names[i % len(self.names)] for i in numbers] if self.prompt else (),
-                    made,
-                )
-            )
+        for begin in range(0, num_images, COLUMNS):
+            image_ids = range(begin, begin + COLUMNS)
+            images = self.row(self.config, self.prompt(image_ids), image_ids)
+            captions = [self.prompts[i % len(self.prompts)] for i in image_ids]
+            rows.append(Row("", captions if self.arrays else (), images[: num_images - begin]))
         return rows
 
     def path(self) -> list[Row]:
-        """For some pictures a row of z and one of x."""
-        logsnrs = self.logsnrs[:-1]
-        shown = logsnrs[
-            np.unique(np.linspace(0, len(logsnrs) - 1, COLUMNS).round().astype(int))
-        ].tolist()
-        seen: list[list[np.ndarray]] = [[], []]
+        """For some images a row of z and one of x."""
+        logsnrs = logsnr_steps(self.schedule, self.config.steps, self.config.extra_steps)[:-1]
+        places = np.unique(np.linspace(0, len(logsnrs) - 1, COLUMNS).round().astype(int))
+        shown = logsnrs[places].tolist()
+        images: dict[str, list[np.ndarray]] = {"z": [], "x": []}
 
-        def watch(logsnr: float, *tensors: Tensor) -> None:
-            if logsnr in shown:
-                for kept, tensor in zip(seen, tensors, strict=True):
-                    kept.append(self.stage.to_pictures(tensor.asnumpy()))
+        def on_step(step: SampleStep) -> None:
+            self.on_step(step)
+            if step.logsnr in shown:
+                images["z"].append(self.stage.to_images(step.z.asnumpy()))
+                images["x"].append(self.stage.to_images(step.x.asnumpy()))
 
-        numbers = range(COLUMNS)
-        self.sample(self.config, self.told(numbers), numbers, watch=watch)
-        captions = [f"logsnr {logsnr:.1f}" for logsnr in shown]
-        return [
-            Row(
-                name,
-                captions if i == 0 and name == "z" else (),
-                np.stack([step[i] for step in kept]),
-            )
-            for i in range(PATHS)
-            for name, kept in zip("zx", seen, strict=True)
-        ]
+        image_ids = range(COLUMNS)
+        self.row(self.config, self.prompt(image_ids), image_ids, on_step=on_step)
+
+        rows = []
+        for i in range(NUM_PATHS):
+            for name, steps in images.items():
+                first = i == 0 and name == "z"
+                captions = [f"logsnr {logsnr:.1f}" for logsnr in shown] if first else ()
+                rows.append(Row(name, captions, np.stack([step[i] for step in steps])))
+        return rows
 
     def by_steps(self) -> list[Row]:
-        """The same pictures, a row a number of steps."""
-        numbers = range(COLUMNS)
-        return [
-            Row(
-                f"{steps} steps",
-                (),
-                self.sample(replace(self.config, steps=steps), self.told(numbers), numbers),
-            )
-            for steps in self.steps
-        ]
+        """The same images, a row a number of steps."""
+        image_ids = range(COLUMNS)
+        rows = []
+        for steps in self.steps:
+            config = replace(self.config, steps=steps)
+            images = self.row(config, self.prompt(image_ids), image_ids)
+            rows.append(Row(f"{steps} steps", (), images))
+        return rows
 
     def interpolation(self) -> list[Row]:
         """From noise to noise under the first prompt, and from the first prompt to the second under
         one noise.
         """
-        config, shares = replace(self.config, sampler="ddim"), np.linspace(0, 1, COLUMNS).tolist()
-        size, numbers = self.stage.config.size, range(COLUMNS)
-        noises = sampling_noise(self.seed, range(2 * PAIRS), (3, size, size), 0)
-        one, other = (tuple(array[i : i + 1] for array in self.prompt) for i in range(2))
+        config = replace(self.config, sampler="ddim")
+        shares = np.linspace(0, 1, COLUMNS).tolist()
+        image_ids = range(COLUMNS)
+        size = self.stage.config.size
+        noises = sampling_noise(self.seed, range(2 * NUM_PAIRS), (3, size, size), 0)
+        one, other = (
+            {name: array[i : i + 1] for name, array in self.arrays.items()} for i in range(2)
+        )
+
         rows = []
-        for i in range(PAIRS):
-            start = slerp(noises[2 * i], noises[2 * i + 1], shares)
-            made = self.sample(config, between(one, one, shares), numbers, start=start)
-            rows.append(Row(f"noise {2 * i} to {2 * i + 1}", (), made))
-        if self.prompt and len(self.names) > 1:
-            start = np.repeat(noises[:1], COLUMNS, axis=0)
-            made = self.sample(config, between(one, other, shares), numbers, start=start)
-            rows.append(Row(f"{self.names[0]} to {self.names[1]}", (), made))
+        same_prompt = mix_prompts(one, one, shares)
+        for i in range(0, 2 * NUM_PAIRS, 2):
+            noise = slerp(noises[i], noises[i + 1], shares)
+            images = self.row(config, same_prompt, image_ids, initial_noise=noise)
+            rows.append(Row(f"noise {i} to {i + 1}", (), images))
+        if self.mixes_prompts:
+            noise = np.repeat(noises[:1], COLUMNS, axis=0)
+            prompt = mix_prompts(one, other, shares)
+            images = self.row(config, prompt, image_ids, initial_noise=noise)
+            rows.append(Row(f"{self.prompts[0]} to {self.prompts[1]}", (), images))
         return rows
 
-    def noising(self, picture: np.ndarray) -> list[Row]:
-        """A picture uint8 (S, S, 3) at eight times, evenly from 0 to 1, a row a schedule; always
-        the same noise.
+    def noising(self, image: np.ndarray) -> list[Row]:
+        """uint8 (S, S, 3) at eight times, evenly from 0 to 1, a row a schedule; always the same
+        noise.
         """
         schedules: dict[str, ScheduleConfig] = {
             name: ScheduleConfig(schedule=name) for name in SCHEDULES
         }
         schedules["the stage's own"] = self.stage.config.diffusion
-        x = np.repeat(self.stage.from_pictures(picture[None]), COLUMNS, axis=0)
+        x = np.repeat(self.stage.from_images(image[None]), COLUMNS, axis=0)
         eps = np.repeat(sampling_noise(self.seed, [0], x.shape[1:], 0), COLUMNS, axis=0)
+
         rows = []
         for name, schedule in schedules.items():
-            logsnr = schedule.logsnr(np.linspace(0, 1, COLUMNS))
-            z = add_noise(Tensor(x), Tensor(eps), Tensor(logsnr.astype(np.float32))).asnumpy()
-            rows.append(
-                Row(name, [f"logsnr {number:.1f}" for number in logsnr], self.stage.to_pictures(z))
-            )
+            logsnr_B = schedule.logsnr(np.linspace(0, 1, COLUMNS))
+            z = add_noise(Tensor(x), Tensor(eps), Tensor(logsnr_B.astype(np.float32)))
+            captions = [f"logsnr {logsnr:.1f}" for logsnr in logsnr_B]
+            rows.append(Row(name, captions, self.stage.to_images(z.asnumpy())))
         return rows
 
 
-def read_picture(path: Path, size: int) -> np.ndarray:
-    """A picture's file as uint8 (size, size, 3), its middle."""
-    pixels = read(path)
-    return crop_resize(Picture(pixels, *pixels.shape[:2]), size, 0.5, 0.5)
+def read_square(path: Path, size: int) -> np.ndarray:
+    """An image file as uint8 (size, size, 3), its middle."""
+    pixels = read_image(path)
+    height, width = pixels.shape[:2]
+    return crop_resize(DecodedImage(pixels, height, width), size, 0.5, 0.5)
 
 
-def explore(
+def inspect(
     cascade: Cascade,
     prompts: Sequence[str],
     folder: Path,
-    seed: int,
-    num: int,
-    picture: np.ndarray | None = None,
+    *,
+    seed: int = 0,
+    num_images: int = 16,
+    image: np.ndarray | None = None,
 ) -> list[str]:
-    """Draws the sheets of a cascade's first stage into `folder`; their names.
+    """Draws the contact sheets of a cascade's first stage into `folder`; returns their names.
 
     Args:
-        prompts: what pictures are told, in turn; between the first two lies a row of interpolation.
-        num: pictures in grid.png.
-        picture: uint8 (S, S, 3), to be noised; None: the first that the stage makes.
+        prompts: of the images, in turn; between the first two lies a row of interpolation.
+        num_images: in grid.png.
+        image: uint8 (S, S, 3), for noising.png; None: the first that the stage generates.
+
+    Raises:
+        UserError: the folder cannot be created.
     """
     name, stage = next(iter(cascade.stages.items()))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"{folder}: cannot be made ({error.strerror}); choose another --out"
+            f"{folder}: cannot be created ({error.strerror}); choose another folder"
         ) from None
+
     with tqdm(unit="step") as bar:
-        explorer = Explorer(stage, prompts, cascade.prompt(name, prompts), seed, bar.update)
-        bar.total = explorer.calls(num)
-        grid = explorer.grid(num)
-        first = grid[0].pictures[0] if picture is None else picture
+        inspector = Inspector(
+            stage=stage,
+            prompts=prompts,
+            arrays=cascade.prompt(name, prompts),
+            seed=seed,
+            on_step=advance(bar),
+        )
+        bar.total = inspector.total_calls(num_images)
+        grid = inspector.grid(num_images)
+        first = grid[0].images[0] if image is None else image
         sheets = {
             "grid": lambda: grid,
-            "path": explorer.path,
-            "steps": explorer.by_steps,
-            "interpolation": explorer.interpolation,
-            "noising": lambda: explorer.noising(first),
+            "path": inspector.path,
+            "steps": inspector.by_steps,
+            "interpolation": inspector.interpolation,
+            "noising": lambda: inspector.noising(first),
         }
         for title, rows in sheets.items():
             bar.set_description(title)
             buffer = io.BytesIO()
-            sheet(rows()).save(buffer, "PNG", optimize=True)
+            contact_sheet(rows()).save(buffer, "PNG", optimize=True)
             write_atomically(folder / f"{title}.png", buffer.getvalue())
     return [f"{title}.png" for title in sheets]

@@ -1,16 +1,18 @@
-"""A folder of generated pictures that can be continued: `00003.png`, `STAGE/00003.png` of earlier
+"""A folder of generated images that can be continued: `00003.png`, `STAGE/00003.png` of earlier
 stages, a manifest.
 
-Each picture is written whole and then gets its line in `manifest.jsonl`: number, stage, file and
-the recipe (prompt, seed, steps, guidance, augmentation), which also stands in the PNG. The same
-command again makes only what is missing, and refuses to mix pictures of two recipes under one name.
+Each image is written whole and then gets its line in `manifest.jsonl`: number, stage, file and the
+recipe (prompt, seed, steps, guidance, augmentation level, ...), which is also in the PNG. The same
+command again generates only what is missing, and refuses to mix images of two recipes under one
+name.
 """
 
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,13 +20,16 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
+from pipeline.diffusion.solvers import SamplerConfig
 from pipeline.errors import UserError
 from pipeline.files import lock, write_atomically
-from pipeline.generate.cascade import Cascade, Options, span
-from pipeline.generate.edit import Editing
+from pipeline.generate.cascade import Cascade, SamplingOptions, advance, stages_between
+from pipeline.generate.edit import EditFiles
+from pipeline.generate.engine import num_calls
+from pipeline.stage.request import Edit
 
 CHUNK = (
-    64  # pictures taken through all stages together: bounds memory, and what an interruption costs
+    64  # images taken through all stages together: bounds memory, and what an interruption costs
 )
 
 
@@ -32,36 +37,44 @@ class OutputFolder:
     """What is in `folder`: file -> the manifest's entry."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.path = folder, folder / "manifest.jsonl"
+        self.folder = folder
+        self.path = folder / "manifest.jsonl"
         self.entries: dict[str, dict[str, Any]] = {}
+
         text = self.path.read_text() if self.path.exists() else ""
         whole = text[: text.rfind("\n") + 1]
-        if whole != text:  # a line that a kill cut short; its picture is made again
+        if whole != text:  # a line that a kill cut short; its image is generated again
             write_atomically(self.path, whole.encode())
         for line in whole.splitlines():
             entry = json.loads(line)
             self.entries[entry["file"]] = entry
 
     def has(self, file: str, recipe: Mapping[str, Any]) -> bool:
-        """Whether the picture is there; UserError if it is there by another recipe."""
+        """Whether the image is there.
+
+        Raises:
+            UserError: it is there by another recipe.
+        """
         entry = self.entries.get(file)
         if entry is None or not (self.folder / file).exists():
             return False
         for key, value in recipe.items():
             if entry.get(key) != value:
                 raise UserError(
-                    f"{self.folder / file}: was made with {key} {entry.get(key)!r} and this command has {value!r}; "
-                    "choose another --out"
+                    f"{self.folder / file}: was generated with {key} {entry.get(key)!r} and this "
+                    f"command has {value!r}; choose another output folder"
                 )
         return True
 
-    def add(self, file: str, picture: np.ndarray, facts: Mapping[str, Any]) -> None:
-        """Writes uint8 (H, W, 3) with `facts`, its recipe and what else is to be known of it."""
-        entry = {**facts, "file": file}
-        chunks, buffer = PngInfo(), io.BytesIO()
+    def add(self, file: str, image: np.ndarray, fields: Mapping[str, Any]) -> None:
+        """Writes uint8 (H, W, 3) with `fields`: its recipe and what else is to be known of it."""
+        entry = {**fields, "file": file}
+        info = PngInfo()
         for key, value in entry.items():
-            chunks.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
-        Image.fromarray(picture).save(buffer, "PNG", pnginfo=chunks)
+            info.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "PNG", pnginfo=info)
+
         path = self.folder / file
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, buffer.getvalue())
@@ -70,15 +83,105 @@ class OutputFolder:
         self.entries[file] = entry
 
     def read(self, file: str, stage: str) -> Image.Image:
-        """The picture that `stage` made."""
+        """The image that `stage` generated.
+
+        Raises:
+            UserError: it is missing or damaged.
+        """
         path = self.folder / file
         try:
             with Image.open(path) as image:
                 return image.convert("RGB")
         except (OSError, SyntaxError) as error:
             raise UserError(
-                f"{path}: cannot be read ({error}); make it with --to {stage} first"
+                f"{path}: cannot be read ({error}); generate it first, with {stage} as the last "
+                "stage"
             ) from None
+
+
+def sampling_recipe(config: SamplerConfig) -> dict[str, Any]:
+    """The settings of sampling on which an image depends: not the batch that it is in."""
+    recipe = asdict(config)
+    del recipe["batch_size"]
+    return recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """Images of prompts, image i of prompt i, on their way into a folder."""
+
+    cascade: Cascade
+    prompts: Sequence[str]
+    output: OutputFolder
+    seed: int
+    options: SamplingOptions
+    edit_files: EditFiles | None
+
+    def file(self, stage: str, image_id: int) -> str:
+        """The last stage's images lie in the folder itself, others' in folders of their names."""
+        name = f"{image_id:05d}.png"
+        return name if stage == list(self.cascade.stages)[-1] else f"{stage}/{name}"
+
+    def recipe(self, stage: str, image_id: int) -> dict[str, Any]:
+        """What an image of a stage depends on."""
+        recipe = {"prompt": self.prompts[image_id], "seed": self.seed}
+        recipe |= sampling_recipe(self.cascade.sampling(stage, self.options))
+        if self.edit_files:
+            recipe |= self.edit_files.recipe(stage, image_id)
+        return recipe
+
+    def missing(self, stage: str) -> list[int]:
+        """The images that the folder lacks."""
+        not_edited = {"image_sha256": None}  # else an edited image would pass for a generated one
+        return [
+            i
+            for i in range(len(self.prompts))
+            if not self.output.has(self.file(stage, i), {**not_edited, **self.recipe(stage, i)})
+        ]
+
+    def num_calls(self, stage: str, num_images: int) -> int:
+        """How many calls of its network a stage needs for so many of them."""
+        config = self.cascade.sampling(stage, self.options)
+        if self.edit_files is None:
+            return num_calls(config, num_images)
+        strength = self.edit_files.strengths[stage]
+        return num_calls(config, num_images, strength, masked=bool(self.edit_files.masks))
+
+    def low_res(
+        self, stage: str, image_ids: Sequence[int], *, first: bool, edit: Edit | None
+    ) -> np.ndarray | None:
+        """What a stage enlarges: the edited images where it is the first, else the output of the
+        stage before.
+        """
+        if first and edit is not None:
+            return self.cascade.first_low_res(stage, len(image_ids), None, edit)
+        if self.cascade.manifests[stage].size_in is None:
+            return None
+        order = list(self.cascade.stages)
+        before = order[order.index(stage) - 1]
+        images = [self.output.read(self.file(before, i), before) for i in image_ids]
+        return np.stack([self.cascade.check_low_res(stage, image) for image in images])
+
+    def run_stage(
+        self, stage: str, image_ids: Sequence[int], *, first: bool, bar: "tqdm[Any]"
+    ) -> None:
+        """Generates and writes these images of a stage."""
+        edit = self.edit_files.read(stage, image_ids) if self.edit_files else None
+        images = self.cascade.sample_stage(
+            stage,
+            [self.prompts[i] for i in image_ids],
+            seed=self.seed,
+            image_ids=image_ids,
+            options=self.options,
+            low_res=self.low_res(stage, image_ids, first=first, edit=edit),
+            edit=edit,
+            on_step=advance(bar),
+        )
+        for image_id, image in zip(image_ids, images, strict=True):
+            fields = {"number": image_id, "stage": stage, **self.recipe(stage, image_id)}
+            if self.edit_files:
+                fields |= self.edit_files.names(image_id)
+            self.output.add(self.file(stage, image_id), image, fields)
 
 
 def generate(
@@ -86,79 +189,39 @@ def generate(
     prompts: Sequence[str],
     folder: Path,
     seed: int,
-    options: Options,
+    *,
+    options: SamplingOptions = MappingProxyType({}),
     start: str | None = None,
     stop: str | None = None,
-    editing: Editing | None = None,
+    edit_files: EditFiles | None = None,
 ) -> int:
-    """Makes the pictures of `prompts` that `folder` lacks, picture i of prompt i; answers how many
+    """Generates the images of `prompts` that `folder` lacks, image i of prompt i; returns how many
     files it wrote.
 
-    With `editing`, picture i is its picture i, edited; the first stage that runs enlarges that
-    itself.
+    With `edit_files`, result i is its image i, edited; the first stage that runs enlarges that.
+
+    Raises:
+        UserError: images of another recipe are there, or those of the stage before `start` are not.
     """
-    order = list(cascade.stages)
-    names = span(order, start, stop)
-    cascade.check_makes(names[0])
-    written = 0
+    names = stages_between(list(cascade.stages), start, stop)
+    cascade.check_generates(names[0])
     with lock(folder):
-        gallery = OutputFolder(folder)
-        recipes = {}
-
-        def file(stage: str, number: int) -> str:
-            """The last stage's lie in the folder itself, the others' in folders of their names."""
-            return f"{number:05d}.png" if stage == order[-1] else f"{stage}/{number:05d}.png"
-
-        for name in order[: order.index(names[-1]) + 1]:
-            sampling = asdict(cascade.sampling(name, options))
-            del sampling["batch_size"]  # no picture depends on it
-            recipes[name] = {"seed": seed, **sampling}
-
-        def recipe(stage: str, number: int) -> dict[str, Any]:
-            edited = editing.recipe(stage, number) if editing else {}
-            return {"prompt": prompts[number], **recipes[stage], **edited}
-
-        missing = {
-            name: [
-                i
-                for i in range(len(prompts))
-                if not gallery.has(
-                    file(name, i), {"image_sha256": None, **recipe(name, i)}
-                )  # or it is an edited one
-            ]
-            for name in names
-        }
-        total = sum(
-            cascade.calls(name, len(numbers), options, *(editing.how(name) if editing else ()))
-            for name, numbers in missing.items()
+        generation = Generation(
+            cascade=cascade,
+            prompts=prompts,
+            output=OutputFolder(folder),
+            seed=seed,
+            options=options,
+            edit_files=edit_files,
         )
+        missing = {name: generation.missing(name) for name in names}
+        total = sum(generation.num_calls(name, len(missing[name])) for name in names)
+
         with tqdm(total=total, unit="step") as bar:
             for begin in range(0, len(prompts), CHUNK):
                 for name in names:
-                    numbers = [i for i in missing[name] if begin <= i < begin + CHUNK]
-                    if not numbers:
-                        continue
-                    bar.set_description(name)
-                    edit = editing.edit(name, numbers) if editing else None
-                    if edit and name == names[0]:
-                        low = cascade.first(name, len(numbers), None, edit)
-                    elif cascade.manifests[name].size_in is None:
-                        low = None
-                    else:
-                        before = order[order.index(name) - 1]
-                        low = np.stack(
-                            [
-                                cascade.check_low(name, gallery.read(file(before, i), before))
-                                for i in numbers
-                            ]
-                        )
-                    told = cascade.prompt(name, [prompts[i] for i in numbers])
-                    pictures = cascade.run(
-                        name, told, seed, numbers, low, options, edit, bar.update
-                    )
-                    for number, picture in zip(numbers, pictures, strict=True):
-                        facts = {"number": number, "stage": name, **recipe(name, number)}
-                        facts |= editing.names(number) if editing else {}
-                        gallery.add(file(name, number), picture, facts)
-                        written += 1
-    return written
+                    image_ids = [i for i in missing[name] if begin <= i < begin + CHUNK]
+                    if image_ids:
+                        bar.set_description(name)
+                        generation.run_stage(name, image_ids, first=name == names[0], bar=bar)
+    return sum(map(len, missing.values()))

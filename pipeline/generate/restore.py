@@ -1,9 +1,9 @@
-"""A folder of restored pictures: any size, several samples of each, how sure they are, and what
-joins the known pixels.
+"""A folder of restored images: any size, several samples of each, their standard deviation, and the
+seam to what is known.
 
-The network wants sides that are multiples of its stride: others are filled up by reflection and cut
-back. Pictures of one size share the network's calls. See `pipeline/imaging/compositing.py` for
-spread, blend and seam.
+The network takes sides that are multiples of its stride: others are padded by reflection and
+cropped back. Images of one size share the network's calls. `pipeline.imaging.compositing` has the
+standard deviation, the blend and the seam.
 """
 
 import json
@@ -11,8 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -20,35 +18,56 @@ from tqdm import tqdm
 from pipeline.diffusion.solvers import SamplerConfig
 from pipeline.errors import UserError
 from pipeline.files import lock
-from pipeline.generate.cascade import Cascade
-from pipeline.generate.output_folder import OutputFolder
-from pipeline.imaging.compositing import blend, composite, heat, least_certain, padded, seam, spread
-from pipeline.imaging.degradations import WITH_HOLE, Degraded, grey, whole, with_hole
-from pipeline.imaging.user_images import hole, mask_for, pictures_in, read
+from pipeline.generate.cascade import Cascade, advance
+from pipeline.generate.engine import OnStep, num_calls, sample
+from pipeline.generate.output_folder import OutputFolder, sampling_recipe
+from pipeline.imaging.compositing import (
+    blend,
+    composite,
+    heatmap,
+    most_uncertain,
+    pad_to_multiple,
+    sample_std,
+    seam,
+)
+from pipeline.imaging.degradations import (
+    HOLE_TASKS,
+    Degraded,
+    to_grayscale,
+    with_hole,
+    without_hole,
+)
+from pipeline.imaging.user_images import list_images, mask_from_image, mask_path, read_image
 from pipeline.rng import generator
+from pipeline.stage.inputs import Arrays
 from pipeline.stage.manifest import Manifest
-from pipeline.text.prompts import Arrays
+from pipeline.stage.request import Edit, SampleRequest
+from pipeline.stage.stage import Stage
 
-CHUNK = 64  # pictures in memory with all their samples
+CHUNK = 64  # samples in memory
 Extend = tuple[int, int, int, int]  # pixels to add at the left, top, right and bottom
 
 
-class Damage(NamedTuple):
-    """A picture to restore; bool mask (H, W), True where it is to be made."""
+@dataclass(frozen=True, kw_only=True)
+class DamagedImage:
+    """An image to restore."""
 
     name: str
-    picture: np.ndarray  # uint8 (H, W, 3)
-    mask: np.ndarray
+    image: np.ndarray  # uint8 (H, W, 3)
+    mask: np.ndarray  # bool (H, W), True where it is to be sampled
 
 
 @dataclass(frozen=True, kw_only=True)
 class RestoreOptions:
-    """What is done with a picture's samples.
+    """How an image is restored.
 
     Args:
+        task: one that the stage was trained for.
+        seed: of the noise.
         samples: how many.
         weights: of the samples, whose mean is then the result; without, it is the first one.
-        repaint_share: the least certain share of what is made that is made once more, told all the rest.
+        repaint_share: share of the hole, where the samples differ most, that is sampled once more,
+            conditioned on all the rest.
     """
 
     task: str
@@ -60,266 +79,299 @@ class RestoreOptions:
     def __post_init__(self) -> None:
         if self.weights is not None and len(self.weights) != self.samples:
             raise UserError(
-                f"--weights: {len(self.weights)} for {self.samples} samples; give each sample one"
+                f"weights: {len(self.weights)} for {self.samples} samples; give each sample one"
             )
         if not 0 <= self.repaint_share <= 1:
             raise UserError(
-                f"--repaint-share: {self.repaint_share} is not in [0, 1]; 0.25 is the least certain quarter"
+                f"repaint_share: {self.repaint_share} is not in [0, 1]; 0.25 is the quarter of the "
+                "hole where samples differ most"
             )
         if self.repaint_share and self.samples < 2:
             raise UserError(
-                f"--repaint-share: {self.samples} sample says nothing of what is certain; give --samples 4"
+                f"repaint_share: {self.samples} sample does not show where samples differ; take 4 "
+                "samples"
             )
 
 
 # Input.
 
 
-def damages(task: str, images: Path, masks: Path | None, extend: Extend | None) -> list[Damage]:
-    """The pictures to restore. UserError for what is missing, does not fit, or does not belong to
-    the task.
+def read_damaged(
+    task: str, images: Path, masks: Path | None, extend: Extend | None
+) -> list[DamagedImage]:
+    """The images to restore.
+
+    Raises:
+        UserError: a file is missing, does not fit, or does not belong to the task.
     """
-    if task not in WITH_HOLE and (masks or extend):
-        raise UserError(
-            f"--{'mask' if masks else 'extend'}: {task} makes every pixel anew; leave it out"
-        )
-    if task in WITH_HOLE and (masks is None) == (extend is None):
-        raise UserError(
-            f"{task}: say what is to be made, by --mask PATH or by --extend LEFT TOP RIGHT BOTTOM"
-        )
-    found = []
-    for path in pictures_in(images):
-        picture = read(path)
-        mask = np.ones(picture.shape[:2], bool)
+    if task not in HOLE_TASKS and (masks or extend):
+        name = "mask" if masks else "extend"
+        raise UserError(f"{name}: {task} samples every pixel; leave it out")
+    if task in HOLE_TASKS and (masks is None) == (extend is None):
+        raise UserError(f"{task}: give the hole, either by a mask or by pixels to extend")
+
+    damaged = []
+    for path in list_images(images):
+        image = read_image(path)
+        mask = np.ones(image.shape[:2], bool)
         if extend:
-            picture, mask = extended(picture, extend)
+            image, mask = extend_image(image, extend)
         elif masks:
-            source = mask_for(path, masks)
-            mask = hole(read(source), picture.shape, source, path)
-        found.append(Damage(path.stem, picture, mask))
-    return found
+            source = mask_path(path, masks)
+            mask = mask_from_image(read_image(source), image.shape, source, path)
+        damaged.append(DamagedImage(name=path.stem, image=image, mask=mask))
+    return damaged
 
 
-def extended(picture: np.ndarray, extend: Extend) -> tuple[np.ndarray, np.ndarray]:
-    """The picture with these many pixels more on each side, and the mask that has them made."""
+def extend_image(image: np.ndarray, extend: Extend) -> tuple[np.ndarray, np.ndarray]:
+    """The image with so many pixels more on each side, and the mask of them."""
     if min(extend) < 0 or not any(extend):
         raise UserError(
-            f"--extend: {' '.join(map(str, extend))}; give pixels of at least 0, some above"
+            f"extend: {' '.join(map(str, extend))}; give pixels of at least 0, some above"
         )
     left, top, right, bottom = extend
     sides = ((top, bottom), (left, right))
-    mask = np.pad(np.zeros(picture.shape[:2], bool), sides, constant_values=True)
-    return np.pad(picture, (*sides, (0, 0)), "edge"), mask
+    mask = np.pad(np.zeros(image.shape[:2], bool), sides, constant_values=True)
+    return np.pad(image, (*sides, (0, 0)), "edge"), mask
 
 
-# Work.
+def stage_tasks(manifests: Mapping[str, Manifest]) -> tuple[str, ...]:
+    """The tasks of the one stage that this is; UserError if it has none."""
+    tasks = tuple(task for manifest in manifests.values() for task in manifest.tasks)
+    if not tasks:
+        raise UserError(
+            f"{', '.join(manifests)}: not an image-to-image stage; `cascade sample` generates from "
+            "it"
+        )
+    return tasks
+
+
+def check_task(manifests: Mapping[str, Manifest], task: str) -> None:
+    """UserError unless this is one stage that was trained for the task."""
+    tasks = stage_tasks(manifests)
+    if task not in tasks:
+        raise UserError(
+            f"task: {task} is none that this stage was trained for; it has {', '.join(tasks)}"
+        )
+
+
+def check_size(damaged: DamagedImage, stride: int) -> None:
+    """UserError for an image smaller than the network's stride."""
+    height, width = damaged.mask.shape
+    if min(height, width) < stride:
+        raise UserError(
+            f"{damaged.name}: {width} x {height} pixels; this stage takes sides from {stride} on"
+        )
+
+
+def chunks(
+    image_ids: Sequence[int], shape: Callable[[int], tuple[int, ...]], size: int
+) -> list[list[int]]:
+    """Images of one shape together, at most `size` at once."""
+    alike = [list(group) for _, group in groupby(sorted(image_ids, key=shape), shape)]
+    return [group[begin : begin + size] for group in alike for begin in range(0, len(group), size)]
+
+
+# Restoring.
 
 
 def restore(
     cascade: Cascade,
-    pictures: Sequence[Damage],
-    how: RestoreOptions,
-    out: Path,
+    images: Sequence[DamagedImage],
+    options: RestoreOptions,
+    folder: Path,
+    *,
     prompt: str = "",
     steps: int | None = None,
 ) -> int:
-    """Restores the pictures that `out` lacks: NAME.png and, of several samples, NAME.spread.png and
-    NAME.sample_0.png and so on, listed in manifest.jsonl. How many it restored. UserError for a
-    task that the stage does not know.
+    """Restores the images that `folder` lacks: NAME.png and, of several samples, NAME.std.png and
+    NAME.sample_0.png and so on, listed in manifest.jsonl.
+
+    Args:
+        cascade: of one image-to-image stage.
+        images: to restore.
+        options: how.
+        folder: for the results; the same call again goes on.
+        prompt: of all images, where the stage is conditioned on text.
+        steps: network calls; None: the stage's own.
+
+    Returns:
+        How many images it restored.
+
+    Raises:
+        UserError: the stage was not trained for the task, or an image is too small.
     """
-    check_task(cascade.manifests, how.task)
+    check_task(cascade.manifests, options.task)
     (name,) = cascade.manifests
-    stage: Any = cascade.stages[name]
+    stage = cascade.stages[name]
     config = stage.config.sample if steps is None else replace(stage.config.sample, steps=steps)
-    recipe = json.loads(
-        json.dumps({"stage": name, "prompt": prompt, **asdict(how), **asdict(config)})
-    )
-    del recipe["batch_size"]  # no picture depends on it
-    for each in pictures:
-        check_size(each, stage.network.stride)
-    with lock(out):
-        gallery = OutputFolder(out)
-        left = [
-            number
-            for number, each in enumerate(pictures)
-            if not gallery.has(f"{each.name}.png", recipe)
-        ]
-        groups = chunks(left, lambda number: pictures[number].picture.shape)
-        rows = [
-            count
-            for group in groups
-            for count in (len(group) * how.samples, len(group) * (how.repaint_share > 0))
-        ]
-        total = sum(-(-count // config.batch_size) for count in rows) * config.calls(masked=True)
-        with tqdm(total=total, unit="step", disable=not left) as bar:
-            told = cascade.prompt(name, [prompt])
-            told = (
-                told if prompt else tuple(map(np.zeros_like, told))
-            )  # as training drops a caption
-            painter = Restorer(stage, config, how, told, bar.update)
+    recipe = {"stage": name, "prompt": prompt, **asdict(options), **sampling_recipe(config)}
+    recipe = json.loads(json.dumps(recipe))  # as the manifest returns it
+    for image in images:
+        check_size(image, stage.network.stride)
+
+    with lock(folder):
+        output = OutputFolder(folder)
+        missing = [i for i, each in enumerate(images) if not output.has(f"{each.name}.png", recipe)]
+        size = max(1, CHUNK // options.samples)
+        groups = chunks(missing, lambda i: images[i].image.shape, size)
+        total = sum(total_calls(config, options, len(group)) for group in groups)
+
+        with tqdm(total=total, unit="step", disable=not missing) as bar:
+            arrays = cascade.prompt(name, [prompt])
+            if not prompt:  # as training drops a caption
+                arrays = {key: np.zeros_like(array) for key, array in arrays.items()}
+            restorer = Restorer(stage, config, options, arrays, advance(bar))
             for group in groups:
-                for number, done in painter({number: pictures[number] for number in group}).items():
-                    keep(gallery, pictures[number], done, recipe)
-    return len(left)
+                restored = restorer({i: images[i] for i in group})
+                for i, result in restored.items():
+                    write_restored(output, images[i], result, recipe)
+    return len(missing)
 
 
-def check_restores(manifests: Mapping[str, Manifest]) -> tuple[str, ...]:
-    """The tasks of the one stage that this is; UserError if it has none."""
-    known = tuple(name for manifest in manifests.values() for name in manifest.tasks)
-    if not known:
-        raise UserError(
-            f"{', '.join(manifests)}: not an image-to-image stage; what it makes is for `cascade sample`"
-        )
-    return known
+def total_calls(config: SamplerConfig, options: RestoreOptions, num_images: int) -> int:
+    """Calls of the network for so many images of one size."""
+    calls = num_calls(config, num_images * options.samples, masked=True)
+    if options.repaint_share:
+        calls += num_calls(config, num_images, masked=True)
+    return calls
 
 
-def check_task(manifests: Mapping[str, Manifest], task: str) -> None:
-    """UserError unless this is one stage, which was trained for the task."""
-    known = check_restores(manifests)
-    if task not in known:
-        raise UserError(
-            f"--task: {task} is nothing that this stage was trained for; it knows {', '.join(known)}"
-        )
+@dataclass(frozen=True, kw_only=True)
+class Restored:
+    """An image, restored."""
 
-
-def check_size(damage: Damage, stride: int) -> None:
-    height, width = damage.mask.shape
-    if min(height, width) < stride:
-        raise UserError(
-            f"{damage.name}: {width} x {height} pixels; this stage takes sides from {stride} on"
-        )
-
-
-def chunks(numbers: Sequence[int], shape: Callable[[int], tuple[int, ...]]) -> list[list[int]]:
-    """Those of one shape together, not too many at once."""
-    alike = [list(group) for _, group in groupby(sorted(numbers, key=shape), shape)]
-    return [
-        group[begin : begin + CHUNK] for group in alike for begin in range(0, len(group), CHUNK)
-    ]
-
-
-class Restored(NamedTuple):
-    result: np.ndarray  # uint8 (H, W, 3)
+    image: np.ndarray  # uint8 (H, W, 3)
     samples: np.ndarray  # uint8 (N, H, W, 3)
 
 
 class Restorer:
-    """What makes the samples of pictures of one size and joins them."""
+    """Samples images of one size and composites the samples.
+
+    Args:
+        stage: image to image.
+        config: of sampling.
+        options: of restoring.
+        prompt: named arrays of one row, for all images.
+        on_step: called after each call of the network.
+    """
 
     def __init__(
         self,
-        stage: Any,
+        stage: Stage,
         config: SamplerConfig,
-        how: RestoreOptions,
+        options: RestoreOptions,
         prompt: Arrays,
-        progress: Callable[[], object],
+        on_step: OnStep,
     ) -> None:
-        self.stage, self.config, self.how, self.prompt, self.progress = (
-            stage,
-            config,
-            how,
-            prompt,
-            progress,
-        )
-        self.stride: int = stage.network.stride
+        self.stage = stage
+        self.config = config
+        self.options = options
+        self.prompt = prompt
+        self.on_step = on_step
 
-    def __call__(self, damages: Mapping[int, Damage]) -> dict[int, Restored]:
-        """`damages` by their numbers, which name their noise."""
-        how = self.how
-        given = {number: self.given(number, damage) for number, damage in damages.items()}
-        samples = self.paint(given, range(how.samples))
-        done = {}
-        for number, damage in damages.items():
-            joined = np.stack(
-                [self.joined(damage, sample) for sample in self.cut(damage, samples[number])]
-            )
-            done[number] = Restored(
-                blend(joined, how.weights) if how.weights else joined[0], joined
-            )
-        if not how.repaint_share:
-            return done
-        parts = {
-            n: least_certain(spread(done[n].samples), each.mask, how.repaint_share)
-            for n, each in damages.items()
-        }
-        known = {
-            n: (padded(done[n].result, self.stride), padded(part, self.stride))
-            for n, part in parts.items()
-        }
-        again = self.paint(given, [how.samples], known)
-        for number, damage in damages.items():
-            (painted,) = self.cut(damage, again[number])
-            done[number] = done[number]._replace(
-                result=composite(done[number].result, painted, parts[number])
-            )
-        return done
+    def __call__(self, images: Mapping[int, DamagedImage]) -> dict[int, Restored]:
+        """Images by their ids, which name their noise."""
+        degraded = {i: self.degraded(i, each) for i, each in images.items()}
+        edits = {i: Edit.outside_of_holes([each]) for i, each in degraded.items()}
+        samples = self.sample(degraded, edits, range(self.options.samples))
 
-    def given(self, number: int, damage: Damage) -> Degraded:
-        """What the network is given of a picture, filled up to multiples of the stride."""
-        picture = padded(damage.picture, self.stride)
-        if self.how.task in WITH_HOLE:
-            return with_hole(
-                picture,
-                padded(damage.mask, self.stride),
-                generator(self.how.seed, "damage", number),
+        restored = {}
+        for i, each in images.items():
+            composites = np.stack(
+                [self.composite(each, one) for one in self.crop(each, samples[i])]
             )
-        return whole(grey(picture) if self.how.task == "colorization" else picture)
+            result = composites[0]
+            if self.options.weights:
+                result = blend(composites, self.options.weights)
+            restored[i] = Restored(image=result, samples=composites)
+        if self.options.repaint_share:
+            return self.repaint(images, degraded, restored)
+        return restored
 
-    def paint(
+    def repaint(
         self,
-        given: Mapping[int, Degraded],
-        samples: Sequence[int],
-        known: Mapping[int, tuple[np.ndarray, np.ndarray]] = MappingProxyType({}),
-    ) -> dict[int, np.ndarray]:
-        """uint8 (N, H, W, 3) of each; `known`: pictures and what is to be made of them, instead of
-        what is given.
-        """
-        size = self.config.batch_size
-        places = [(number, sample) for number in given for sample in samples]
-        made: dict[int, list[np.ndarray]] = {number: [] for number in given}
-        for begin in range(0, len(places), size):
-            part = places[begin : begin + size]
-            filled = [*part, *[part[-1]] * (size - len(part))]  # one graph for few and many
-            kept = None
-            if known:
-                pictures, masks = zip(*(known[number] for number, _ in filled), strict=True)
-                kept = np.stack(pictures), np.stack(masks)[:, None].astype(np.float32)
-            found = self.stage.restore(
-                self.config,
-                self.how.task,
-                [given[number] for number, _ in filled],
-                tuple(array.repeat(size, 0) for array in self.prompt),
-                self.how.seed,
-                [number << 32 | sample for number, sample in filled],
-                kept,
-                self.progress,
+        images: Mapping[int, DamagedImage],
+        degraded: Mapping[int, Degraded],
+        restored: Mapping[int, Restored],
+    ) -> dict[int, Restored]:
+        """The results, with the part of each hole where samples differ most sampled once more."""
+        stride = self.stage.network.stride
+        parts = {}
+        edits = {}
+        for i, each in images.items():
+            std = sample_std(restored[i].samples)
+            parts[i] = most_uncertain(std, each.mask, self.options.repaint_share)
+            edits[i] = Edit(
+                images=pad_to_multiple(restored[i].image, stride)[None],
+                mask=pad_to_multiple(parts[i], stride)[None, None].astype(np.float32),
             )
-            for (number, _), picture in zip(part, found, strict=False):
-                made[number].append(picture)
-        return {number: np.stack(pictures) for number, pictures in made.items()}
 
-    def cut(self, damage: Damage, pictures: np.ndarray) -> np.ndarray:
-        """Without what filled up the size."""
-        height, width = damage.mask.shape
-        return pictures[:, :height, :width]
+        again = self.sample(degraded, edits, [self.options.samples])
+        results = {}
+        for i, each in images.items():
+            (repainted,) = self.crop(each, again[i])
+            image = composite(restored[i].image, repainted, parts[i])
+            results[i] = replace(restored[i], image=image)
+        return results
 
-    def joined(self, damage: Damage, painted: np.ndarray) -> np.ndarray:
-        return (
-            composite(damage.picture, painted, damage.mask)
-            if self.how.task in WITH_HOLE
-            else painted
+    def degraded(self, image_id: int, each: DamagedImage) -> Degraded:
+        """The network's input, padded to multiples of the stride."""
+        stride = self.stage.network.stride
+        image = pad_to_multiple(each.image, stride)
+        if self.options.task in HOLE_TASKS:
+            noise = generator(self.options.seed, "damage", image_id)
+            return with_hole(image, pad_to_multiple(each.mask, stride), noise)
+        return without_hole(to_grayscale(image) if self.options.task == "colorization" else image)
+
+    def sample(
+        self,
+        degraded: Mapping[int, Degraded],
+        edits: Mapping[int, Edit],
+        sample_ids: Sequence[int],
+    ) -> dict[int, np.ndarray]:
+        """uint8 (N, H, W, 3) of each image: its samples of these ids."""
+        pairs = [(i, sample_id) for i in degraded for sample_id in sample_ids]
+        rows = [i for i, _ in pairs]
+        masks = [edits[i].mask for i in rows]
+        request = SampleRequest(
+            prompt={name: array.repeat(len(pairs), 0) for name, array in self.prompt.items()},
+            seed=self.options.seed,
+            image_ids=[i << 32 | sample_id for i, sample_id in pairs],
+            degraded=[degraded[i] for i in rows],
+            task=self.options.task,
+            edit=Edit(
+                images=np.concatenate([edits[i].images for i in rows]),
+                mask=np.concatenate([mask for mask in masks if mask is not None]),
+            ),
         )
+        images = sample(self.stage, self.config, request, self.on_step)
+        split = images.reshape(len(degraded), len(sample_ids), *images.shape[1:])
+        return dict(zip(degraded, split, strict=True))
+
+    def crop(self, each: DamagedImage, images: np.ndarray) -> np.ndarray:
+        """Without the padding."""
+        height, width = each.mask.shape
+        return images[:, :height, :width]
+
+    def composite(self, each: DamagedImage, sampled: np.ndarray) -> np.ndarray:
+        """A sample within what is known."""
+        if self.options.task not in HOLE_TASKS:
+            return sampled
+        return composite(each.image, sampled, each.mask)
 
 
-def keep(gallery: OutputFolder, damage: Damage, done: Restored, recipe: Mapping[str, Any]) -> None:
-    """Writes what there is of one picture, the result last: it stands for all."""
-    facts = dict(recipe)
-    if len(done.samples) > 1:
-        certainty = spread(done.samples)
-        for number, sample in enumerate(done.samples):
-            gallery.add(f"{damage.name}.sample_{number}.png", sample, {**recipe, "sample": number})
-        gallery.add(f"{damage.name}.spread.png", heat(certainty), recipe)
-        facts["mean_spread"] = float(certainty[damage.mask].mean())
-    if not damage.mask.all():
-        facts["seam"] = seam(done.result, damage.mask)._asdict()
-    gallery.add(f"{damage.name}.png", done.result, facts)
+def write_restored(
+    output: OutputFolder, each: DamagedImage, restored: Restored, recipe: Mapping[str, object]
+) -> None:
+    """Writes the files of one image, the result last: it stands for all."""
+    fields = dict(recipe)
+    if len(restored.samples) > 1:
+        std = sample_std(restored.samples)
+        for i, image in enumerate(restored.samples):
+            output.add(f"{each.name}.sample_{i}.png", image, {**recipe, "sample": i})
+        output.add(f"{each.name}.std.png", heatmap(std), recipe)
+        fields["mean_std"] = float(std[each.mask].mean())
+    if not each.mask.all():
+        fields["seam"] = seam(restored.image, each.mask)._asdict()
+    output.add(f"{each.name}.png", restored.image, fields)

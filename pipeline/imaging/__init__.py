@@ -1,0 +1,1 @@
+"""Images in, images out: degradations, compositing, files of the user, contact sheets."""

@@ -1,20 +1,19 @@
-"""Around the samples of a picture that is restored: its size, how sure they are, and how they join
-what is known.
+"""Compositing generated pixels into an image, and statistics of several samples of a hole.
 
-A hole can be filled in many ways. The `spread` of several samples says where they disagree,
-`least_certain` picks those parts to be sampled again, `blend` mixes samples, and `composite` puts
-the result into the picture, whose known pixels stay as they were, bit for bit.
+A hole can be filled in many ways. `sample_std` measures where several samples disagree,
+`most_uncertain` selects those parts to be sampled again, `blend` averages samples, and `composite`
+puts the result into the image, whose known pixels stay unchanged, bit for bit.
 
-The seam between known and painted must not show, so the painting gives way: it is moved by what it
-lacks on the border, carried inwards (Perez et al., "Poisson image editing", SIGGRAPH 2003, whose
-correction is the membrane, the harmonic function with these values on the border). In place of the
-membrane stands Shepard's interpolation with the weight 1 / d^3, which is as smooth, takes a Fourier
-transform and no solver, and keeps a constant exactly (Farbman et al., "Convolution pyramids",
-SIGGRAPH Asia 2011, section 5). Detail along the border fades within a few pixels; what is wrong
-along all of it, a shift of colour, is put right as deep as the hole is.
+To hide the seam, `composite` adds a smooth correction to the generated pixels: their offset from
+the known pixels at the border, interpolated into the hole. Poisson image editing (Perez et al.,
+SIGGRAPH 2003) uses the membrane for that, the harmonic function with these values at the border.
+Here Shepard's interpolation with weights 1 / d^3 stands in its place, which is as smooth, needs a
+Fourier transform and no solver, and reproduces constants exactly (Farbman et al., "Convolution
+pyramids", SIGGRAPH Asia 2011, section 5). Detail along the border decays within a few pixels; a
+constant offset, such as a color shift, is removed over the whole hole.
 
-Shape suffixes: N samples, H height, W width. Pictures are uint8 (H, W, 3), masks bool (H, W), True
-where painted.
+Shape suffixes: N samples, H height, W width, C channels. Images are uint8 (H, W, 3), masks bool
+(H, W), True in the hole. A level is one step of the 8-bit range.
 """
 
 from collections.abc import Sequence
@@ -25,161 +24,202 @@ from scipy import fft, ndimage
 
 from pipeline.errors import UserError
 
-BRIGHTEST = 64.0  # the spread in levels that `heat` shows brightest: fixed, so that two pictures can be compared
-HEAT = np.array(
-    [(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)]
-)  # ever lighter
-SMOOTH = (
-    2.0  # sigma in pixels over which `least_certain` averages: parts are sampled again, not specks
-)
-MARGIN = 2  # pixels by which those parts grow, so that what is sampled again has room to join
-NEAR = 4  # pixels to each side of a seam with which it is compared
+# The standard deviation, in levels, that `heatmap` shows brightest. Fixed, so that heatmaps can be
+# compared.
+HEATMAP_MAX = 64.0
+# RGB, from dark to light.
+HEATMAP_COLORS = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)])
+
+UNCERTAINTY_SIGMA = 2.0  # pixels: `most_uncertain` smooths, to select regions and not single pixels
+UNCERTAINTY_MARGIN = 2  # pixels by which it grows them, so that new samples have room to blend in
+SEAM_DISTANCE = 4  # pixels on each side of a seam with which it is compared
 
 
-def padded(array: np.ndarray, stride: int) -> np.ndarray:
-    """(H, W, ...) continued at the bottom and the right to multiples of `stride`; `[:H, :W]` undoes
-    it.
+def pad_to_multiple(array: np.ndarray, stride: int) -> np.ndarray:
+    """(H, W, ...) padded at the bottom and right to multiples of `stride`; `[:H, :W]` undoes it.
 
-    What is added mirrors the picture, the outermost pixels not repeated, so that no edge lies where
-    it begins.
+    The padding mirrors the image without repeating its outermost pixels, so that there is no edge
+    where it begins.
     """
-    more = [(0, -side % stride) for side in array.shape[:2]]
-    return np.pad(array, more + [(0, 0)] * (array.ndim - 2), "reflect")
+    padding = [(0, -side % stride) for side in array.shape[:2]]
+    padding += [(0, 0)] * (array.ndim - 2)
+    return np.pad(array, padding, "reflect")
 
 
-def spread(samples_NHW3: np.ndarray) -> np.ndarray:
-    """float32 (H, W), in levels: the standard deviation of the samples, root mean square of the
-    channels'.
-    """
+# Statistics of samples.
+
+
+def sample_std(samples_NHW3: np.ndarray) -> np.ndarray:
+    """The samples' standard deviation in levels, root mean square over channels; float32 (H, W)."""
     return np.sqrt(samples_NHW3.var(0, np.float32).mean(-1))
 
 
-def heat(spread_HW: np.ndarray) -> np.ndarray:
-    """The spread as a picture uint8 (H, W, 3), from black by purple and orange to a light yellow at
-    `BRIGHTEST`.
+def heatmap(std_HW: np.ndarray) -> np.ndarray:
+    """The standard deviation as an image uint8 (H, W, 3), from black (0) over purple and orange to
+    light yellow (`HEATMAP_MAX` and above).
     """
-    places = np.linspace(0, BRIGHTEST, len(HEAT))
-    return np.rint(
-        np.stack([np.interp(spread_HW, places, colours) for colours in HEAT.T], -1)
-    ).astype(np.uint8)
+    positions = np.linspace(0, HEATMAP_MAX, len(HEATMAP_COLORS))
+    channels = [np.interp(std_HW, positions, values) for values in HEATMAP_COLORS.T]
+    return np.rint(np.stack(channels, -1)).astype(np.uint8)
 
 
-def least_certain(spread_HW: np.ndarray, mask_HW: np.ndarray, share: float) -> np.ndarray:
-    """A part of the mask, bool (H, W): its `share` of most spread, on average around each pixel,
-    and a margin.
+def most_uncertain(std_HW: np.ndarray, mask_HW: np.ndarray, share: float) -> np.ndarray:
+    """The part of the mask, bool (H, W), with the greatest local mean of the standard deviation.
+
+    `share` of the mask's pixels, in [0, 1], and a margin around them. UserError for another share.
     """
     if not 0 <= share <= 1:
         raise UserError(
-            f"share {share}: not in [0, 1]; 0.25 is the least certain quarter of the hole"
+            f"share {share}: not in [0, 1]; 0.25 is the most uncertain quarter of the hole"
         )
-    inside = ndimage.gaussian_filter(mask_HW.astype(np.float32), SMOOTH)[mask_HW]
-    around = ndimage.gaussian_filter(np.where(mask_HW, spread_HW, 0), SMOOTH)[mask_HW] / inside
-    chosen = np.zeros(len(around), bool)
-    chosen[np.argsort(-around, kind="stable")[: round(share * len(around))]] = True
-    part = np.zeros_like(mask_HW)
-    part[mask_HW] = chosen
-    return ndimage.binary_dilation(part, iterations=MARGIN) & mask_HW
+
+    # Normalized convolution: a local mean over the pixels in the mask only.
+    weight = ndimage.gaussian_filter(mask_HW.astype(np.float32), UNCERTAINTY_SIGMA)[mask_HW]
+    total = ndimage.gaussian_filter(np.where(mask_HW, std_HW, 0), UNCERTAINTY_SIGMA)[mask_HW]
+    local_mean = total / weight
+
+    # A stable sort, so that ties are resolved the same way everywhere.
+    num_selected = round(share * len(local_mean))
+    selected = np.zeros(len(local_mean), bool)
+    selected[np.argsort(-local_mean, kind="stable")[:num_selected]] = True
+
+    part_HW = np.zeros_like(mask_HW)
+    part_HW[mask_HW] = selected
+    return ndimage.binary_dilation(part_HW, iterations=UNCERTAINTY_MARGIN) & mask_HW
 
 
 def blend(samples_NHW3: np.ndarray, weights: Sequence[float]) -> np.ndarray:
-    """The mean of the samples, uint8 (H, W, 3), each with its share of the weights."""
-    shares = np.array(weights, np.float64)
-    if shares.shape != (len(samples_NHW3),):
+    """The weighted mean of the samples, uint8 (H, W, 3). The weights need not add up to 1.
+
+    UserError unless there is one weight per sample, none is negative, and one is positive.
+    """
+    values = np.array(weights, np.float64)
+
+    if values.shape != (len(samples_NHW3),):
         raise UserError(
-            f"weights {list(weights)}: {len(shares)} for {len(samples_NHW3)} samples; give each one"
+            f"weights {list(weights)}: {len(values)} for {len(samples_NHW3)} samples; give each one"
         )
-    if not (np.isfinite(shares).all() and shares.min() >= 0 and shares.max() > 0):
+    if not (np.isfinite(values).all() and values.min() >= 0 and values.max() > 0):
         raise UserError(f"weights {list(weights)}: must be numbers of at least 0, and not all 0")
-    return np.rint(np.tensordot(shares / shares.sum(), samples_NHW3, 1)).astype(np.uint8)
+
+    return np.rint(np.tensordot(values / values.sum(), samples_NHW3, 1)).astype(np.uint8)
 
 
-def composite(picture: np.ndarray, painted: np.ndarray, mask_HW: np.ndarray) -> np.ndarray:
-    """The picture outside of the mask, untouched; inside the painting, moved so that it joins. Only
-    there it counts.
+# Compositing.
+
+
+def composite(image: np.ndarray, generated: np.ndarray, mask_HW: np.ndarray) -> np.ndarray:
+    """`image` outside of the mask, bit for bit; `generated` inside, corrected so that no seam
+    shows. Pixels of `generated` outside of the mask have no influence.
     """
-    jumps, border = _jumps(picture.astype(np.float64), painted.astype(np.float64), mask_HW)
-    moved = painted + membrane(jumps, border) if border.any() else painted
-    return np.where(mask_HW[..., None], np.rint(np.clip(moved, 0, 255)).astype(np.uint8), picture)
+    offsets, border_HW = _border_offsets(
+        image.astype(np.float64), generated.astype(np.float64), mask_HW
+    )
+    corrected = generated + membrane(offsets, border_HW) if border_HW.any() else generated
+
+    pixels = np.rint(np.clip(corrected, 0, 255)).astype(np.uint8)
+    return np.where(mask_HW[..., None], pixels, image)
 
 
-def membrane(values: np.ndarray, at_HW: np.ndarray) -> np.ndarray:
-    """float64 (H, W, C): `values` (H, W, C) where `at_HW` is set, carried to all pixels around, by
-    1 / distance^3.
+def membrane(values_HWC: np.ndarray, border_HW: np.ndarray) -> np.ndarray:
+    """The values at the pixels of `border_HW`, interpolated over all pixels; float64 (H, W, C).
+
+    Shepard's interpolation with weights 1 / distance^3: two convolutions with that kernel, of the
+    values and of the border, and their quotient.
     """
-    shape = [
-        fft.next_fast_len(2 * side - 1, real=True) for side in at_HW.shape
-    ]  # nothing wraps around
+    height, width = border_HW.shape
+
+    # Large enough that the circular convolution does not wrap around.
+    shape = [fft.next_fast_len(2 * side - 1, real=True) for side in border_HW.shape]
     y, x = (np.minimum(np.arange(side), side - np.arange(side)) for side in shape)
     distance = np.hypot(y[:, None], x)
     distance[0, 0] = 1
     kernel = fft.rfft2(distance**-3.0)
 
-    def around(plane: np.ndarray) -> np.ndarray:
-        return fft.irfft2(fft.rfft2(plane, shape) * kernel, shape)[
-            : at_HW.shape[0], : at_HW.shape[1]
-        ]
+    def convolve(plane_HW: np.ndarray) -> np.ndarray:
+        return fft.irfft2(fft.rfft2(plane_HW, shape) * kernel, shape)[:height, :width]
 
-    weight = around(at_HW.astype(np.float64))
-    planes = np.moveaxis(values.astype(np.float64), -1, 0)
-    return np.stack([around(np.where(at_HW, plane, 0)) / weight for plane in planes], -1)
+    weight = convolve(border_HW.astype(np.float64))
+    planes = np.moveaxis(values_HWC.astype(np.float64), -1, 0)
+    return np.stack([convolve(np.where(border_HW, plane, 0)) / weight for plane in planes], -1)
 
 
-def filled(picture: np.ndarray, mask_HW: np.ndarray) -> np.ndarray:
-    """The picture (H, W, C) with what is known at the border of its hole carried into it, and 0 if
-    nothing is known.
+def fill_hole(image: np.ndarray, mask_HW: np.ndarray) -> np.ndarray:
+    """The image (H, W, C) with its hole filled smoothly from the known pixels at the hole's border;
+    with 0 if no pixel is known.
     """
-    border = ndimage.binary_dilation(mask_HW) & ~mask_HW
-    return np.where(mask_HW[..., None], membrane(picture, border) if border.any() else 0, picture)
+    border_HW = ndimage.binary_dilation(mask_HW) & ~mask_HW
+    filling = membrane(image, border_HW) if border_HW.any() else 0
+    return np.where(mask_HW[..., None], filling, image)
 
 
-def _jumps(
-    picture: np.ndarray, painted: np.ndarray, mask_HW: np.ndarray
+def _border_offsets(
+    image: np.ndarray, generated: np.ndarray, mask_HW: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What the painting lacks at each known pixel beside the hole, (H, W, 3), and which pixels
-    those are.
+    """What is to be added to `generated` at each known pixel next to the hole, float64 (H, W, 3),
+    and which pixels those are, bool (H, W).
 
-    A painting that is right differs from the pixel beside it too, and the steps before and after
-    tell by how much: in photographs the one between is half of their mean, give or take. (Five
-    photographs at 128 px, holes of all kinds, a wrong colour of 30 levels: the gradient across the
-    border becomes 0.52 of that beside it. It would be 0.43 with no step expected, 0.69 with all of
-    the mean; in the photographs it is 0.97. What was right is moved by 5.4 levels rms.)
+    Correct pixels differ across the border too, and the steps before and after it predict by how
+    much: in photographs the step between is about half of their mean. (Five photographs at 128 px,
+    holes of all kinds, a color offset of 30 levels: the gradient across the border becomes 0.52 of
+    the gradient beside it. With no expected step it would be 0.43, with the whole mean 0.69; in the
+    photographs it is 0.97. Pixels that were correct change by 5.4 levels rms.)
     """
-    sums, counts = np.zeros_like(picture), np.zeros(mask_HW.shape)
-    for turn in range(4):  # views, in which the hole lies below
-        known, made, hole = (np.rot90(array, turn) for array in (picture, painted, mask_HW))
+    sums = np.zeros_like(image)
+    counts = np.zeros(mask_HW.shape)
+
+    # Rotated views: in each, the neighbour in the hole is one row below the known pixel.
+    for quarter_turns in range(4):
+        known, filling, hole = (
+            np.rot90(array, quarter_turns) for array in (image, generated, mask_HW)
+        )
         i, j = np.nonzero(~hole[:-1] & hole[1:])
-        before, after = np.maximum(i - 1, 0), np.minimum(i + 2, len(hole) - 1)
-        here, there = known[i, j], made[i + 1, j]
-        steps = np.stack((here - known[before, j], made[after, j] - there))
+        before = np.maximum(i - 1, 0)
+        after = np.minimum(i + 2, len(hole) - 1)
+        inner = filling[i + 1, j]
+        outer = known[i, j]
+
+        # The mean of the steps on either side of the border, of those that lie within the image and
+        # on one side.
+        steps = np.stack((outer - known[before, j], filling[after, j] - inner))
         usable = np.stack(((before < i) & ~hole[before, j], (after > i + 1) & hole[after, j]))
         step = (steps * usable[..., None]).sum(0) / np.maximum(usable.sum(0), 1)[:, None]
-        np.rot90(sums, turn)[i, j] += here + step / 2 - there
-        np.rot90(counts, turn)[i, j] += 1
+
+        np.rot90(sums, quarter_turns)[i, j] += outer + step / 2 - inner
+        np.rot90(counts, quarter_turns)[i, j] += 1
+
     return sums / np.maximum(counts, 1)[..., None], counts > 0
 
 
 class Seam(NamedTuple):
-    """Mean absolute differences between neighbouring pixels, in levels; NaN where there are none."""
+    """Mean absolute differences of neighbouring pixels, in levels; NaN where there are no pairs."""
 
-    across: float  # one known, one painted
-    known: float  # both known, within `NEAR` pixels of the hole
-    painted: float  # both painted, within `NEAR` pixels of what is known
+    across: float  # pairs of one known and one generated pixel
+    known: float  # pairs of known pixels, within `SEAM_DISTANCE` of the hole
+    painted: float  # pairs of generated pixels, within `SEAM_DISTANCE` of known ones
 
 
-def seam(picture: np.ndarray, mask_HW: np.ndarray) -> Seam:
-    """How much the border shows: it does not, if the gradient across it is no larger than beside
-    it.
-    """
-    near_known = mask_HW & ndimage.binary_dilation(~mask_HW, iterations=NEAR)
-    near_hole = ~mask_HW & ndimage.binary_dilation(mask_HW, iterations=NEAR)
-    across, known, painted = [], [], []
-    for turn in range(2):
-        values, hole, inner, outer = (
-            np.rot90(array, turn) for array in (picture, mask_HW, near_known, near_hole)
+def seam(image: np.ndarray, mask_HW: np.ndarray) -> Seam:
+    """How visible the hole's border is: not at all if `across` is no greater than the others."""
+    near_known = mask_HW & ndimage.binary_dilation(~mask_HW, iterations=SEAM_DISTANCE)
+    near_hole = ~mask_HW & ndimage.binary_dilation(mask_HW, iterations=SEAM_DISTANCE)
+    across: list[np.ndarray] = []
+    known: list[np.ndarray] = []
+    painted: list[np.ndarray] = []
+
+    # Vertical pairs of the image, and of the image turned by 90 degrees.
+    for quarter_turns in range(2):
+        pixels, hole, inner, outer = (
+            np.rot90(array, quarter_turns) for array in (image, mask_HW, near_known, near_hole)
         )
-        gradient = np.abs(np.diff(values.astype(np.float64), axis=0)).mean(-1)
+        gradient = np.abs(np.diff(pixels.astype(np.float64), axis=0)).mean(-1)
         across.append(gradient[hole[1:] != hole[:-1]])
         known.append(gradient[outer[1:] & outer[:-1]])
         painted.append(gradient[inner[1:] & inner[:-1]])
-    means = (np.concatenate(parts) for parts in (across, known, painted))
-    return Seam(*(float(part.mean()) if part.size else float("nan") for part in means))
+
+    return Seam(across=_mean(across), known=_mean(known), painted=_mean(painted))
+
+
+def _mean(parts: Sequence[np.ndarray]) -> float:
+    values = np.concatenate(parts)
+    return float(values.mean()) if values.size else float("nan")

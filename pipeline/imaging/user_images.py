@@ -1,8 +1,7 @@
-"""Pictures and masks that the user names: files and folders read, and one line for what is wrong
-with them.
+"""Image and mask files that the user names: reading them, and one-line errors for invalid ones.
 
-Pictures are uint8 (H, W, 3), upright; masks bool (H, W), True where the file is white: that is
-painted.
+Images are uint8 (H, W, 3), upright by their EXIF orientation. Masks are bool (H, W), True where the
+mask's file is white: those pixels are generated.
 """
 
 from pathlib import Path
@@ -11,51 +10,68 @@ import numpy as np
 
 from pipeline.data.decode import MAX_SIDE, BadImage, decode
 from pipeline.errors import UserError
-from pipeline.imaging.degradations import grey
+from pipeline.imaging.degradations import to_grayscale
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
+WHITE_THRESHOLD = 128  # luma from which a pixel of a mask's file counts as white
 
 
-def read(path: Path) -> np.ndarray:
-    """A picture's file. UserError if it is none."""
+def read_image(path: Path) -> np.ndarray:
+    """The image in a file. UserError if it cannot be read or decoded."""
     try:
         return np.ascontiguousarray(decode(path.read_bytes(), MAX_SIDE).upright())
     except (OSError, BadImage) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"{path}: {reason}; give a picture ({', '.join(SUFFIXES)})") from None
+        formats = ", ".join(IMAGE_SUFFIXES)
+        raise UserError(f"{path}: {reason}; give an image ({formats})") from None
 
 
-def pictures_in(place: Path) -> list[Path]:
-    """A picture, or those of a folder by name."""
-    if not place.is_dir():
-        return [place]
-    found = sorted(path for path in place.iterdir() if path.suffix.lower() in SUFFIXES)
-    if not found:
-        raise UserError(f"{place}: there is no picture in this folder ({', '.join(SUFFIXES)})")
-    if len({path.stem for path in found}) < len(found):
-        raise UserError(
-            f"{place}: two pictures have one name but for its ending; the results would have one name, too"
-        )
-    return found
+def list_images(path: Path) -> list[Path]:
+    """The image files of a folder, sorted by name; `path` itself if it is no folder.
 
-
-def mask_for(picture: Path, masks: Path) -> Path:
-    """The mask's file: the one for all, or the one of the picture's name in a folder."""
-    return masks / f"{picture.stem}.png" if masks.is_dir() else masks
-
-
-def hole(
-    white: np.ndarray, shape: tuple[int, ...], name: str | Path, picture: str | Path
-) -> np.ndarray:
-    """The mask that a picture `white`, called `name`, shows for another called `picture`, (H, W, 3)
-    of `shape`.
+    UserError if the folder has no images, or two of the same name with different suffixes, as their
+    results would have the same name.
     """
-    mask = grey(white)[..., 0] >= 128
+    if not path.is_dir():
+        return [path]
+
+    images = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+    if not images:
+        raise UserError(f"{path}: no image in this folder ({', '.join(IMAGE_SUFFIXES)})")
+
+    if len({image.stem for image in images}) < len(images):
+        raise UserError(
+            f"{path}: two images have the same name with different suffixes, and their results "
+            "would too; rename one"
+        )
+    return images
+
+
+def mask_path(image: Path, masks: Path) -> Path:
+    """The mask's file for an image: `masks`, or in the folder `masks` the PNG of its name."""
+    return masks / f"{image.stem}.png" if masks.is_dir() else masks
+
+
+def mask_from_image(
+    mask_image: np.ndarray,
+    shape: tuple[int, ...],
+    mask_name: str | Path,
+    image_name: str | Path,
+) -> np.ndarray:
+    """The mask, bool (H, W), for an image of `shape` (H, W, 3), from a black and white image.
+
+    The names are those of the mask and of the image in error messages. UserError if their sizes
+    differ, or if no pixel is white.
+    """
+    mask = to_grayscale(mask_image)[..., 0] >= WHITE_THRESHOLD
+
     if mask.shape != shape[:2]:
         raise UserError(
-            f"{name}: the mask has {mask.shape[1]} x {mask.shape[0]} pixels and {picture} {shape[1]} x {shape[0]}; "
-            "give one of the picture's size, white where it is to be made"
+            f"{mask_name}: the mask has {mask.shape[1]} x {mask.shape[0]} pixels and {image_name} "
+            f"{shape[1]} x {shape[0]}; give a mask of the image's size, white where pixels are to "
+            "be generated"
         )
     if not mask.any():
-        raise UserError(f"{name}: nothing in this mask is white, which is what would be made")
+        raise UserError(f"{mask_name}: no pixel is white; make white what is to be generated")
+
     return mask

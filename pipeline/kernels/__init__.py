@@ -1,114 +1,48 @@
-"""Convolution, normalization, softmax and quantiles for CPUs, in C++: half the time, less memory
-than MindSpore's own.
+"""Convolution, normalization, softmax and quantiles in C++ for CPUs.
 
-`g++` builds them when the first network is made, for this processor, into the user's cache. Where
-that cannot be, or on another device, `convolution` and the others answer None, and who asked does
-the same in MindSpore's operators. All tensors are float32.
+They take half the time of MindSpore's own and less memory. `build.py` compiles them when the first
+network is made. Where that is not possible, and on other devices, `convolution` and the other
+functions return None, and the caller computes the same in MindSpore's operators.
+
+All tensors are float32. Shapes: B images, C channels, H x W pixels, G groups of c channels, K
+heads, N queries, M keys.
 """
 
-import atexit
-import ctypes
-import logging
-import shutil
-import subprocess
-from contextlib import suppress
 from functools import cache
-from hashlib import blake2b
 from pathlib import Path
-from tempfile import mkdtemp
 
-import mindspore
 from mindspore import Tensor, ops
 
-from pipeline import device, runtime
-from pipeline.files import replacing
+from pipeline import device
+from pipeline.kernels.build import EPSILON, build_library, onednn_library
 
-log = logging.getLogger("cascade")
-
-EPSILON = 1e-5  # added to the variance of a group
-ONEDNN = (3, 10)  # whose interface the sources declare
-FLAGS = (
-    *(
-        "-std=c++17",
-        "-O3",
-        "-march=native",
-        "-fopenmp-simd",
-        "-fno-math-errno",
-        "-fno-trapping-math",
-    ),
-    *("-shared", "-fPIC", "-pthread", "-Wl,--no-undefined", f"-DEPSILON={EPSILON}"),
-)
+__all__ = ["EPSILON", "convolution", "library", "normalization", "quantile", "softmax"]
 
 
 @cache
 def library() -> Path | None:
-    """The compiled kernels; None where they cannot be had, which is said once."""
+    """The compiled kernels; None on other devices and where they cannot be built."""
     if device.on_ascend():
         return None
-    here, onednn = Path(__file__).parent, Path(mindspore.__file__).parent / "lib" / "libdnnl.so.3"
-    sources = sorted(here.glob("*.cc"))
-    made_of = [path.read_bytes() for path in (*sources, *sorted(here.glob("*.h")))]
-    made_of += map(str.encode, (*FLAGS, str(onednn), mindspore.__version__, device.processor()))
-    name = f"kernels-{blake2b(b' '.join(made_of), digest_size=8).hexdigest()}.so"
-    inputs = [*map(str, sources), str(onednn), f"-Wl,-rpath,{onednn.parent}"]
-    try:
-        check_version(onednn)
-        try:
-            return built(runtime.cache_folder() / name, inputs)
-        except (OSError, RuntimeError):  # a home that is not there, or cannot be written?
-            own = mkdtemp(prefix="imagen-cascade-")
-            atexit.register(shutil.rmtree, own, ignore_errors=True)
-            return built(Path(own, name), inputs)
-    except (OSError, subprocess.SubprocessError) as error:
-        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        log.warning(
-            "kernels not built (%s): networks take twice their time, and many times it on a CPU with AVX-512 unless "
-            "ONEDNN_MAX_CPU_ISA=AVX2 is set%s",
-            next((line for line in said if "error" in line), said[-1]),
-            "; install g++" if isinstance(error, FileNotFoundError) else "",
-        )
-        return None
-
-
-def check_version(onednn: Path) -> None:
-    """OSError unless this is the oneDNN whose interface the sources declare."""
-    version = ctypes.CDLL(str(onednn)).dnnl_version
-    version.restype = ctypes.POINTER(ctypes.c_int * 2)
-    if (found := tuple(version().contents)) != ONEDNN:
-        raise OSError(
-            f"{onednn} is oneDNN {'.'.join(map(str, found))}, not {'.'.join(map(str, ONEDNN))}"
-        )
-
-
-def built(path: Path, inputs: list[str]) -> Path:
-    """`path`, compiled from `inputs` if it is not there or is no library, and loaded."""
-    if path.exists():
-        with suppress(OSError):
-            ctypes.CDLL(str(path))
-            return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as side:  # ranks may build at once: each its own, any may stay
-        argv = ["g++", *FLAGS, *inputs, "-o", str(side)]
-        subprocess.run(argv, check=True, capture_output=True, text=True, timeout=300)
-    ctypes.CDLL(str(path))
-    return path
+    return build_library(onednn_library())
 
 
 @cache
 def convolution(stride: int) -> ops.Custom | None:
-    """(x_BCHW, weight, bias) -> the convolution that keeps the picture's size, divided by `stride`
+    """(x_BCHW, weight, bias) -> the convolution that keeps the image's size, divided by `stride`
     and rounded up.
 
-    ValueError for a stride but 1 and 2: the kernel tells it by the sizes.
+    ValueError for a stride other than 1 and 2: the kernel infers it from the sizes.
     """
     if stride not in (1, 2):
-        raise ValueError(f"stride {stride}: 1 and 2 are known")
+        raise ValueError(f"stride: {stride} is not supported; use 1 or 2")
     if library() is None:
         return None
-    towards_x = ops.Custom(
+
+    input_gradient = ops.Custom(
         f"{library()}:convolve_input", lambda dy, x, w: x, lambda dy, x, w: dy, "aot"
     )
-    towards_weight = ops.Custom(
+    weight_gradient = ops.Custom(
         f"{library()}:convolve_weight",
         lambda dy, x, w: (w, (w[0],)),
         lambda dy, x, w: (dy, dy),
@@ -119,22 +53,20 @@ def convolution(stride: int) -> ops.Custom | None:
         return (x[0], w[0], -(-x[2] // stride), -(-x[3] // stride))
 
     def bprop(x: Tensor, w: Tensor, b: Tensor, y: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
-        dw, db = towards_weight(dy, x, w)
-        return towards_x(dy, x, w), dw, db
+        dw, db = weight_gradient(dy, x, w)
+        return input_gradient(dy, x, w), dw, db
 
     operator = ops.Custom(f"{library()}:convolve", shape, lambda x, w, b: x, "aot", bprop=bprop)
-    return operator.add_prim_attr(
-        "stride", stride
-    )  # operators alike in attributes are one to MindSpore
+    # MindSpore merges operators whose attributes are equal, so the stride has to be one.
+    return operator.add_prim_attr("stride", stride)
 
 
 @cache
 def normalization(silu: bool) -> ops.Custom | None:
-    """(x_BCHW, a_BGc, b_BGc) -> a z + b, or SiLU of that, where z is x normalized in each of G
-    groups of c channels.
-    """
+    """(x_BCHW, a_BGc, b_BGc) -> a z + b, or SiLU of that, where z is x normalized in each group."""
     if library() is None:
         return None
+
     name = "normalize_silu" if silu else "normalize"
     gradient = ops.Custom(
         f"{library()}:{name}_gradient",
@@ -153,9 +85,10 @@ def normalization(silu: bool) -> ops.Custom | None:
 
 @cache
 def softmax() -> ops.Custom | None:
-    """(x_BKNM, b_BM) -> softmax(x + b) over M. No gradient goes to b."""
+    """(x_BKNM, b_BM) -> softmax(x + b) over M. b has no gradient."""
     if library() is None:
         return None
+
     gradient = ops.Custom(f"{library()}:softmax_gradient", lambda dy, y: y, lambda dy, y: y, "aot")
 
     def bprop(x: Tensor, b: Tensor, y: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
@@ -166,9 +99,12 @@ def softmax() -> ops.Custom | None:
 
 @cache
 def quantile() -> ops.Custom | None:
-    """(x_BN, at_3) -> (B, 1): of each row the number at place 4096 at[0] + at[1] + at[2] in order,
-    between neighbours: float32 counts to 2^24 alone. It has no gradient.
+    """(x_BN, position_3) -> (B, 1): of each row the value at a position in ascending order, with
+    linear interpolation. It has no gradient.
+
+    The position is 4096 p[0] + p[1] + p[2], as float32 holds whole numbers up to 2^24 only.
     """
     if library() is None:
         return None
+
     return ops.Custom(f"{library()}:quantile", lambda x, at: (x[0], 1), lambda x, at: x, "aot")

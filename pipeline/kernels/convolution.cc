@@ -1,8 +1,9 @@
-// Convolution by the oneDNN that MindSpore brings, which chooses the layout in which it computes.
+// Convolution by the oneDNN that MindSpore brings, in the layout that oneDNN chooses.
 //
-// MindSpore's own kernel gives it pictures as they lie in memory, (B, C, H, W): for those oneDNN has im2col alone. Here
-// it says which blocks of channels it wants, and pictures and weights are brought into them and back. oneDNN's headers
-// do not come with MindSpore: what is used of the interface of the version that does is declared below and in pool.h.
+// MindSpore's own kernel passes images as they are in memory, (B, C, H, W), a layout for which oneDNN has only im2col.
+// Here oneDNN chooses blocks of channels, and images and weights are reordered into them and back. MindSpore does not
+// include oneDNN's headers: the parts of its interface that are used are declared below and in pool.h, as they are in
+// the version that MindSpore brings.
 #include <array>
 #include <cstdlib>
 #include <map>
@@ -47,7 +48,7 @@ int dnnl_primitive_execute(handle, handle stream, int number, const dnnl_argumen
 
 namespace {
 enum { SUCCESS = 0, OUT_OF_MEMORY = 1, FLOAT32 = 3, ANY_LAYOUT = 1, CPU = 1, TRAINING = 64, DIRECT = 1 };
-// Names of operands, each with the query for the layout that is wanted of it.
+// Names of operands, each with the query for the layout that oneDNN prefers.
 struct Name {
   int argument, query;
 };
@@ -75,22 +76,22 @@ handle any(const int64_t *shape) {
 }
 
 handle memory(handle desc) {
-  handle made;
-  check(dnnl_memory_create(&made, desc, engine, nullptr));
-  return made;
+  handle created;
+  check(dnnl_memory_create(&created, desc, engine, nullptr));
+  return created;
 }
 
 handle primitive(handle desc) {
-  handle made;
-  check(dnnl_primitive_create(&made, desc));
-  return made;
+  handle created;
+  check(dnnl_primitive_create(&created, desc));
+  return created;
 }
 
 struct Operand {
   int name;
   bool written;
-  handle given, wanted, reorder;  // memory as MindSpore has it, as oneDNN wants it, the way between; null if alike
-  size_t bytes;                   // of `wanted`
+  handle plain, blocked, reorder;  // memory in MindSpore's layout, in oneDNN's, and the reorder; null if alike
+  size_t bytes;                    // of `blocked`
 };
 
 // A convolution, or a gradient of one, of certain shapes.
@@ -99,12 +100,13 @@ struct Plan {
   std::vector<Operand> operands;
 
   void add(handle desc, Name name, int ndims, const int64_t *shape, bool written = false) {
-    handle given = plain(ndims, shape), wanted = name.query ? dnnl_primitive_desc_query_md(desc, name.query, 0) : given;
-    Operand operand{name.argument, written, memory(given), nullptr, nullptr, 0};
-    if (!dnnl_memory_desc_equal(given, wanted)) {
-      operand.bytes = (dnnl_memory_desc_get_size(wanted) + 63) / 64 * 64;
-      operand.wanted = memory(wanted);
-      handle from = written ? wanted : given, to = written ? given : wanted, reorder;
+    handle layout = plain(ndims, shape);
+    handle preferred = name.query ? dnnl_primitive_desc_query_md(desc, name.query, 0) : layout;
+    Operand operand{name.argument, written, memory(layout), nullptr, nullptr, 0};
+    if (!dnnl_memory_desc_equal(layout, preferred)) {
+      operand.bytes = (dnnl_memory_desc_get_size(preferred) + 63) / 64 * 64;
+      operand.blocked = memory(preferred);
+      handle from = written ? preferred : layout, to = written ? layout : preferred, reorder;
       check(dnnl_reorder_primitive_desc_create(&reorder, from, engine, to, engine, nullptr));
       operand.reorder = primitive(reorder);
     }
@@ -117,17 +119,17 @@ struct Plan {
     char *place = room(bytes);
     std::vector<dnnl_argument> arguments;
     for (const Operand &operand : operands) {
-      check(dnnl_memory_set_data_handle(operand.given, *data++));
+      check(dnnl_memory_set_data_handle(operand.plain, *data++));
       if (operand.reorder) {
-        check(dnnl_memory_set_data_handle(operand.wanted, place));
+        check(dnnl_memory_set_data_handle(operand.blocked, place));
         place += operand.bytes;
-        if (!operand.written) convert(operand.reorder, operand.given, operand.wanted);
+        if (!operand.written) convert(operand.reorder, operand.plain, operand.blocked);
       }
-      arguments.push_back({operand.name, operand.reorder ? operand.wanted : operand.given});
+      arguments.push_back({operand.name, operand.reorder ? operand.blocked : operand.plain});
     }
     check(dnnl_primitive_execute(run, stream, arguments.size(), arguments.data()));
     for (const Operand &operand : operands)
-      if (operand.reorder && operand.written) convert(operand.reorder, operand.wanted, operand.given);
+      if (operand.reorder && operand.written) convert(operand.reorder, operand.blocked, operand.plain);
     check(dnnl_stream_wait(stream));
   }
 
@@ -136,24 +138,24 @@ struct Plan {
     check(dnnl_primitive_execute(reorder, stream, 2, both));
   }
 
-  // Memory that the next call uses again: pages that are new each time cost as much as a convolution.
+  // Memory that the next call reuses: new pages for each call would cost as much as a convolution.
   static char *room(size_t bytes) {
-    static char *found = nullptr;
+    static char *buffer = nullptr;
     static size_t size = 0;
     if (bytes > size) {
-      std::free(found);
+      std::free(buffer);
       size = 0;
-      found = static_cast<char *>(std::aligned_alloc(64, bytes));
-      if (!found) throw OUT_OF_MEMORY;
+      buffer = static_cast<char *>(std::aligned_alloc(64, bytes));
+      if (!buffer) throw OUT_OF_MEMORY;
       size = bytes;
     }
-    return found;
+    return buffer;
   }
 };
 
 enum Kind { FORWARD, INPUT, WEIGHT };
 
-// x, w, y: shapes of picture, weights and answer. The padding is what keeps the picture's size.
+// x, w, y: shapes of image, weights and output. The padding keeps the image's size.
 Plan plan(Kind kind, const int64_t *x, const int64_t *w, const int64_t *y) {
   const int longer = x[3] > x[2] ? 3 : 2;
   const int64_t stride = (x[longer] + y[longer] - 1) / y[longer], left[] = {w[2] / 2, w[3] / 2};
@@ -162,37 +164,37 @@ Plan plan(Kind kind, const int64_t *x, const int64_t *w, const int64_t *y) {
   handle bias = plain(1, w), forward, desc;
   check(dnnl_convolution_forward_primitive_desc_create(&forward, engine, TRAINING, DIRECT, any(x), any(w), bias, any(y),
                                                        strides, dilates, left, right, nullptr));
-  Plan made;
+  Plan result;
   if (kind == FORWARD) {
     desc = forward;
-    made.add(desc, SRC, 4, x);
-    made.add(desc, WEIGHTS, 4, w);
-    made.add(desc, BIAS, 1, w);
-    made.add(desc, DST, 4, y, true);
+    result.add(desc, SRC, 4, x);
+    result.add(desc, WEIGHTS, 4, w);
+    result.add(desc, BIAS, 1, w);
+    result.add(desc, DST, 4, y, true);
   } else if (kind == INPUT) {
     check(dnnl_convolution_backward_data_primitive_desc_create(&desc, engine, DIRECT, any(x), any(w), any(y), strides,
                                                                dilates, left, right, forward, nullptr));
-    made.add(desc, DIFF_DST, 4, y);
-    made.add(desc, WEIGHTS, 4, w);
-    made.add(desc, DIFF_SRC, 4, x, true);
+    result.add(desc, DIFF_DST, 4, y);
+    result.add(desc, WEIGHTS, 4, w);
+    result.add(desc, DIFF_SRC, 4, x, true);
   } else {
     check(dnnl_convolution_backward_weights_primitive_desc_create(&desc, engine, DIRECT, any(x), any(w), bias, any(y),
                                                                   strides, dilates, left, right, forward, nullptr));
-    made.add(desc, DIFF_DST, 4, y);
-    made.add(desc, SRC, 4, x);
-    made.add(desc, DIFF_WEIGHTS, 4, w, true);
-    made.add(desc, DIFF_BIAS, 1, w, true);
+    result.add(desc, DIFF_DST, 4, y);
+    result.add(desc, SRC, 4, x);
+    result.add(desc, DIFF_WEIGHTS, 4, w, true);
+    result.add(desc, DIFF_BIAS, 1, w, true);
   }
-  made.run = primitive(desc);
-  return made;
+  result.run = primitive(desc);
+  return result;
 }
 
-// oneDNN's status, which MindSpore tells if it is not 0.
+// Returns oneDNN's status, which MindSpore reports if it is not 0.
 int run(Kind kind, std::vector<void *> data, const int64_t *x, const int64_t *w, const int64_t *y) {
   try {
     Pool &pool = Pool::only();
     std::lock_guard<std::mutex> guard(pool.user);
-    check(dnnl_threadpool_interop_set_max_concurrency(pool.get_num_threads()));  // of this thread, for plans
+    check(dnnl_threadpool_interop_set_max_concurrency(pool.get_num_threads()));  // per thread, for new plans
     if (!stream) {
       check(dnnl_engine_create(&engine, CPU, 0));
       check(dnnl_threadpool_interop_stream_create(&stream, engine, &pool));
@@ -200,9 +202,9 @@ int run(Kind kind, std::vector<void *> data, const int64_t *x, const int64_t *w,
     static std::map<std::array<int64_t, 13>, Plan> plans;
     std::array<int64_t, 13> key{kind};
     for (int i = 0; i < 4; i++) key[1 + i] = x[i], key[5 + i] = w[i], key[9 + i] = y[i];
-    auto found = plans.find(key);
-    if (found == plans.end()) found = plans.emplace(key, plan(kind, x, w, y)).first;
-    found->second(data.data());
+    auto entry = plans.find(key);
+    if (entry == plans.end()) entry = plans.emplace(key, plan(kind, x, w, y)).first;
+    entry->second(data.data());
     return SUCCESS;
   } catch (int status) {
     return status;
@@ -212,17 +214,17 @@ int run(Kind kind, std::vector<void *> data, const int64_t *x, const int64_t *w,
 }
 }  // namespace
 
-// What MindSpore calls: data and shapes of inputs and outputs.
+// The entry points for MindSpore: data and shapes of inputs and outputs.
 extern "C" {
 // (x, w, b) -> y
 int convolve(int, void **data, int *, int64_t **shapes, const char **, void *, void *) {
   return run(FORWARD, {data[0], data[1], data[2], data[3]}, shapes[0], shapes[1], shapes[3]);
 }
-// (dy, x, w) -> dx; of x the shape alone
+// (dy, x, w) -> dx; only the shape of x is used
 int convolve_input(int, void **data, int *, int64_t **shapes, const char **, void *, void *) {
   return run(INPUT, {data[0], data[2], data[3]}, shapes[1], shapes[2], shapes[0]);
 }
-// (dy, x, w) -> dw, db; of w the shape alone
+// (dy, x, w) -> dw, db; only the shape of w is used
 int convolve_weight(int, void **data, int *, int64_t **shapes, const char **, void *, void *) {
   return run(WEIGHT, {data[0], data[1], data[3], data[4]}, shapes[1], shapes[2], shapes[0]);
 }

@@ -3,7 +3,8 @@
 #include <cstdint>
 #include <cstring>
 
-// e^x by 2^n p(r), r in [-ln 2 / 2, ln 2 / 2]: relative error below 2e-7. A loop over it becomes vectors; NaN stays.
+// e^x as 2^n p(r) with r in [-ln 2 / 2, ln 2 / 2]; the relative error is below 2e-7. Compilers vectorize a loop over
+// it; NaN stays NaN.
 inline float exponential(float x) {
   x = x > 88.0f ? 88.0f : x;
   x = x < -87.0f ? -87.0f : x;

@@ -9,23 +9,23 @@
 thread_local bool Pool::inside = false;
 
 Pool &Pool::only() {
-  static Pool *pool = new Pool;  // for ever: its threads outlive main
+  static Pool *pool = new Pool;  // never deleted: its threads outlive main
   return *pool;
 }
 
 Pool::Pool() {
-  cpu_set_t cores;  // of the main thread: MindSpore may bind its others
-  const int wanted = sched_getaffinity(getpid(), sizeof cores, &cores) ? 1 : CPU_COUNT(&cores);
+  cpu_set_t cores;  // of the main thread, as MindSpore may bind its other threads to cores
+  const int num_cores = sched_getaffinity(getpid(), sizeof cores, &cores) ? 1 : CPU_COUNT(&cores);
   try {
-    for (; threads < wanted; threads++)
+    for (; threads < num_cores; threads++)
       std::thread([this, cores] {
         sched_setaffinity(0, sizeof cores, &cores);
         for (std::unique_lock<std::mutex> lock(mutex);;) {
-          begun.wait(lock, [this] { return next < total; });
+          started.wait(lock, [this] { return next < total; });
           help(lock);
         }
       }).detach();
-  } catch (const std::system_error &) {  // no more threads to be had: as many as there are
+  } catch (const std::system_error &) {  // no more threads can be started: use those that were
   }
 }
 
@@ -36,9 +36,9 @@ void Pool::parallel_for(int n, const std::function<void(int, int)> &work) {
   }
   std::unique_lock<std::mutex> lock(mutex);
   task = &work, total = left = n, next = 0;
-  begun.notify_all();
+  started.notify_all();
   help(lock);
-  ended.wait(lock, [this] { return left == 0; });
+  finished.wait(lock, [this] { return left == 0; });
 }
 
 void Pool::help(std::unique_lock<std::mutex> &lock) {
@@ -48,7 +48,7 @@ void Pool::help(std::unique_lock<std::mutex> &lock) {
     lock.unlock();
     (*task)(i, n);
     lock.lock();
-    if (--left == 0) ended.notify_one();
+    if (--left == 0) finished.notify_one();
   }
   inside = false;
 }

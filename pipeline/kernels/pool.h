@@ -1,4 +1,4 @@
-// The threads that all kernels share: as many as the process may use cores.
+// The thread pool that all kernels share, with as many threads as the process may use cores.
 #pragma once
 
 #include <condition_variable>
@@ -6,19 +6,19 @@
 #include <functional>
 #include <mutex>
 
-// The first functions are oneDNN's `threadpool_iface`, by the order of their declaration.
+// The virtual functions are those of oneDNN's `threadpool_iface`, in the order of their declaration.
 class Pool {
  public:
   virtual int get_num_threads() const { return threads; }
   virtual bool get_in_parallel() const { return inside; }
-  // work(i, n) for every i of n, in no order, the caller's thread among those that do it.
+  // work(i, n) for every i of n, in any order; the caller's thread takes part.
   virtual void parallel_for(int n, const std::function<void(int, int)> &work);
   virtual uint64_t get_flags() const { return 0; }
   virtual void wait() {}
   virtual ~Pool() = default;
 
   static Pool &only();
-  std::mutex user;  // held by the kernel that runs
+  std::mutex user;  // held by the kernel that is running
 
  private:
   Pool();
@@ -26,15 +26,15 @@ class Pool {
 
   static thread_local bool inside;
   int threads = 1;
-  std::mutex mutex;  // of what follows
-  std::condition_variable begun, ended;
+  std::mutex mutex;  // guards the members below
+  std::condition_variable started, finished;
   const std::function<void(int, int)> *task = nullptr;
   int total = 0, next = 0, left = 0;
 };
 
-// Runs a kernel as the only one that does; what MindSpore is told: 0, or 1 for an error.
+// Runs a kernel exclusively. Returns what MindSpore expects: 0, or 1 for an error.
 template <void kernel(void **, int64_t **)>
-int alone(void **data, int64_t **shapes) {
+int run_exclusively(void **data, int64_t **shapes) {
   try {
     std::lock_guard<std::mutex> guard(Pool::only().user);
     kernel(data, shapes);

@@ -1,14 +1,14 @@
 // y = softmax(x + b) along the last axis, and its gradient dx = y (dy - sum of dy y).
 //
 // x is (B, K, N, M), b is (B, M), the same for all rows of an image. MindSpore's own addition of b, and the subtraction
-// of its softmax's gradient, keep a list of where each number comes from, 16 bytes a number, for as long as a graph lives.
+// in the gradient of its softmax, keep a list of source indices, 16 bytes a number, for as long as a graph lives.
 #include <limits>
 
 #include "exponential.h"
 #include "pool.h"
 
 namespace {
-// The rows of x are spread over the threads, `rows` of them for each image and head.
+// The threads share the work by image and head, `rows` rows of x each.
 struct Sizes {
   int64_t tables, rows, length, heads;
 
@@ -33,7 +33,7 @@ void forward(void **data, int64_t **shapes) {
 #pragma omp simd reduction(+ : sum)
       for (int64_t i = 0; i < length; i++) {
         const float u = out[i] - largest;
-        out[i] = u < -87.0f ? 0.0f : exponential(u);  // nothing so small that a processor is slow with it
+        out[i] = u < -87.0f ? 0.0f : exponential(u);  // no denormal numbers, which are slow
         sum += out[i];
       }
       const float rate = 1.0f / sum;
@@ -60,12 +60,12 @@ void backward(void **data, int64_t **shapes) {
 }
 }  // namespace
 
-// What MindSpore calls: data and shapes of inputs and outputs. Here (x, b) -> y and (dy, y) -> dx.
+// The entry points for MindSpore: data and shapes of inputs and outputs, (x, b) -> y and (dy, y) -> dx.
 extern "C" {
 int softmax(int, void **data, int *, int64_t **shapes, const char **, void *, void *) {
-  return alone<forward>(data, shapes);
+  return run_exclusively<forward>(data, shapes);
 }
 int softmax_gradient(int, void **data, int *, int64_t **shapes, const char **, void *, void *) {
-  return alone<backward>(data, shapes);
+  return run_exclusively<backward>(data, shapes);
 }
 }

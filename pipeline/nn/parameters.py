@@ -1,4 +1,4 @@
-"""The parameters of a network: first values, a count, and exchange with files."""
+"""The parameters of a network: initialization, count, and values from outside."""
 
 from collections.abc import Mapping
 
@@ -10,61 +10,66 @@ from pipeline.rng import generator
 
 
 def put(parameter: Parameter, values: np.ndarray) -> None:
-    """Writes `values` into `parameter` in place, for graphs that have run before to see.
+    """Writes `values` into `parameter` in place, so that compiled graphs see them.
 
-    `Parameter.set_data` would give it another tensor: a compiled graph keeps the one of its first
-    run.
+    After `Parameter.set_data` a graph that has run before would still use the old tensor.
     """
     ops.assign(parameter, Tensor(values, parameter.dtype))
 
 
 def initialize(net: nn.Cell, seed: int) -> None:
-    """Weights of variance 1 / fan-in, biases of zero, and zero for what a block adds to its input.
+    """Weights uniform with variance 1 / fan-in, biases zero, and zero for what `zero_init` marks.
 
-    Drawn by Philox parameter by parameter, so that they depend on the seed and the network alone.
+    Drawn by Philox, one stream per layer, so that they depend on the seed and the network alone.
     """
-    number = 0
+    index = 0
     for _, cell in net.cells_and_names():
         if not isinstance(cell, nn.Conv2d | nn.Dense):
             continue
+
         shape = cell.weight.shape
         if getattr(cell, "starts_at_zero", False):
             weight = np.zeros(shape, np.float32)
         else:
             limit = np.sqrt(3.0 / np.prod(shape[1:]))
-            weight = (
-                generator(seed, "init", number).uniform(-limit, limit, shape).astype(np.float32)
-            )
+            stream = generator(seed, "init", index)
+            weight = stream.uniform(-limit, limit, shape).astype(np.float32)
+
         put(cell.weight, weight)
         if cell.has_bias:
             put(cell.bias, np.zeros(cell.bias.shape))
-        number += 1
+        index += 1
 
 
 def num_parameters(net: nn.Cell) -> int:
-    """How many numbers `net` trains."""
+    """The number of trainable values of `net`."""
     return sum(int(np.prod(parameter.shape)) for parameter in net.trainable_params())
 
 
 def assign(net: nn.Cell, weights: Mapping[str, np.ndarray], where: str) -> None:
-    """Puts `weights` into `net`: all of them, no others, of the same shapes; else UserError, and
-    nothing is changed.
+    """Puts `weights`, by name, into `net`.
+
+    `where` is the source of the weights, for errors. UserError unless names and shapes agree
+    exactly; then nothing has been changed.
     """
     parameters = {parameter.name: parameter for parameter in net.trainable_params()}
     for name in [*parameters, *weights]:
         if name not in weights:
-            raise UserError(
-                f"{where}: has no '{name}', which the network needs; it was made by another configuration"
-            )
+            raise UserError(mismatch(where, f"has no '{name}', which the network needs"))
         if name not in parameters:
+            raise UserError(mismatch(where, f"has '{name}', which the network does not have"))
+
+        expected = list(parameters[name].shape)
+        shape = list(weights[name].shape)
+        if expected != shape:
             raise UserError(
-                f"{where}: has '{name}', which the network lacks; it was made by another configuration"
+                mismatch(where, f"'{name}' has shape {shape}, but the network's is {expected}")
             )
-        wanted, found = tuple(parameters[name].shape), weights[name].shape
-        if wanted != found:
-            raise UserError(
-                f"{where}: '{name}' is {list(found)} and the network wants {list(wanted)}; it was made by another "
-                "configuration"
-            )
+
     for name, parameter in parameters.items():
         put(parameter, weights[name])
+
+
+def mismatch(where: str, difference: str) -> str:
+    """The message about weights that do not fit."""
+    return f"{where}: {difference}; it was made by another configuration"

@@ -1,16 +1,17 @@
 """The stage folder: what a run leaves behind, and all that one stage knows of another.
 
-`stage.json` says what the stage takes and gives, how it was trained and with which text encoder;
-`unet.safetensors` holds its EMA weights. Whether stages fit one another is decided from the
-manifests alone, before a weight is read.
+`stage.json` says what the stage takes and generates, how it was trained and with which text
+encoder; `unet.safetensors` holds its EMA weights. Whether stages fit one another is decided from
+the manifests alone, before a weight is read.
 """
 
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,11 +19,14 @@ from pipeline.config import ConfigError, build, to_dict
 from pipeline.errors import UserError
 from pipeline.files import replace_folder, sha256_file, write_tensors
 
-FORMAT = 1  # of stage.json
+if TYPE_CHECKING:
+    from pipeline.stage.stage import Stage
+
+FORMAT = 2  # of stage.json; 1 had other names in its configuration
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextFacts:
+class TextEncoderInfo:
     """The text encoder that a stage was trained with."""
 
     fingerprint: str
@@ -33,18 +37,18 @@ class TextFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """stage.json. Sizes are sides of square pictures, in pixels."""
+    """stage.json. Sizes are sides of square images, in pixels."""
 
     format: int
     kind: str
-    size_in: int | None  # None: from text alone
+    size_in: int | None  # None: starts from noise alone
     size_out: int
     channels: int
     schedule: str
     prediction: str
     loss: str
-    aug_range: tuple[float, float] | None  # noise levels of the low resolution that were trained
-    text: TextFacts | None = None
+    aug_range: tuple[float, float] | None  # levels of noise augmentation that were trained
+    text: TextEncoderInfo | None = None
     classes: int | tuple[str, ...] | None = None  # their names in order, or how many
     tasks: tuple[str, ...] = ()  # of image to image
     ema_decay: float
@@ -53,8 +57,33 @@ class Manifest:
     config: dict[str, Any]
 
 
+def manifest_of(stage: "Stage", prompt_fields: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """stage.json of a stage trained for `step` steps, but for what `write_stage` adds.
+
+    Args:
+        stage: as trained.
+        prompt_fields: what its prompts add (`pipeline.text.prompts`).
+        step: of the weights.
+    """
+    config: dict[str, Any] = to_dict(stage.config)
+    diffusion = config["diffusion"]
+    return {
+        "kind": config["kind"],
+        "size_out": config["size"],
+        "channels": 3,
+        "schedule": diffusion["schedule"],
+        "prediction": diffusion["prediction"],
+        "loss": diffusion["loss"],
+        **stage.manifest_fields(),
+        **prompt_fields,
+        "ema_decay": stage.config.train.ema_decay,
+        "step": step,
+        "config": config,
+    }
+
+
 def write_stage(folder: Path, manifest: dict[str, Any], weights: dict[str, np.ndarray]) -> None:
-    """The stage folder, whole or not at all; adds `format` and `sha256` to the facts given."""
+    """The stage folder, whole or not at all; adds `format` and `sha256` to the manifest."""
     side = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(side, ignore_errors=True)
     side.mkdir(parents=True)
@@ -65,7 +94,11 @@ def write_stage(folder: Path, manifest: dict[str, Any], weights: dict[str, np.nd
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """UserError if the folder is no stage's, or one of another format."""
+    """The manifest of a stage folder.
+
+    Raises:
+        UserError: the folder is no stage's, or one of another format.
+    """
     path = folder / "stage.json"
     try:
         raw = json.loads(path.read_text())
@@ -75,8 +108,13 @@ def read_manifest(folder: Path) -> Manifest:
         ) from None
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); export the stage again") from None
-    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-        raise UserError(f"{path}: format is not {FORMAT}; export the stage with this version")
+
+    found = raw.get("format") if isinstance(raw, dict) else None
+    if found != FORMAT:
+        raise UserError(
+            f"{path}: format is {found}, not {FORMAT}: another version of cascade wrote it; sample "
+            "with that version, or train the stage with this one"
+        )
     try:
         return build(Manifest, raw)
     except ConfigError as error:
@@ -84,7 +122,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def read_weights(folder: Path, manifest: Manifest) -> dict[str, np.ndarray]:
-    """The stage's weights, checked against the manifest's sum."""
+    """The stage's weights, checked against the manifest's SHA-256."""
     from safetensors.numpy import load_file
 
     path = folder / "unet.safetensors"
@@ -97,36 +135,45 @@ def read_weights(folder: Path, manifest: Manifest) -> dict[str, np.ndarray]:
     return load_file(path)
 
 
-def check_chain(stages: dict[str, Manifest]) -> None:
-    """UserError unless each stage takes what the one before gives and all that know text have one
-    text encoder.
+def check_chain(stages: Mapping[str, Manifest]) -> None:
+    """UserError, naming the two facts that disagree, unless each stage enlarges what the one before
+    generates and all that are conditioned on text have one text encoder.
     """
     names = list(stages)
-    for name in names if len(names) > 1 else ():
-        if stages[name].tasks:
+    for name in names:
+        if len(names) > 1 and stages[name].tasks:
             raise UserError(
-                f"{name} restores pictures by itself (`cascade restore`); leave it out of the chain"
+                f"{name} restores images by itself (`cascade restore`); leave it out of the chain"
             )
-    first, text = text_of(stages)
-    for before, name in zip([None, *names], names, strict=False):
+
+    for before, name in pairwise(names):
         size_in = stages[name].size_in
-        if before is None:
-            continue
         size_out = stages[before].size_out
         if size_in != size_out:
-            takes = "no picture" if size_in is None else f"{size_in} px"
+            takes = "no image" if size_in is None else f"{size_in} px"
             raise UserError(
-                f"{before} gives {size_out} px and {name} takes {takes}; chain stages whose sizes agree"
+                f"{before} generates {size_out} px and {name} takes {takes}; chain stages whose "
+                "sizes agree"
             )
-        for fact, value in to_dict(text).items() if stages[name].text else ():
-            other = getattr(stages[name].text, fact)
-            if value != other:
+
+    first, encoder = text_encoder_of(stages)
+    for name in names:
+        other = stages[name].text
+        if encoder is None or other is None:
+            continue
+        for field in fields(encoder):
+            expected = getattr(encoder, field.name)
+            value = getattr(other, field.name)
+            if value != expected:
                 raise UserError(
-                    f"{first} was trained with text {fact} {value} and {name} with {other}; "
-                    "all stages need one text encoder"
+                    f"{first} was trained with text {field.name} {expected} and {name} with "
+                    f"{value}; all stages need one text encoder"
                 )
 
 
-def text_of(stages: Mapping[str, Manifest]) -> tuple[str, TextFacts | None]:
-    """The first stage that knows text, and its text encoder's facts; "" and None if there is none."""
-    return next(((name, stage.text) for name, stage in stages.items() if stage.text), ("", None))
+def text_encoder_of(stages: Mapping[str, Manifest]) -> tuple[str, TextEncoderInfo | None]:
+    """The first stage that is conditioned on text, and its encoder; "" and None without any."""
+    for name, stage in stages.items():
+        if stage.text:
+            return name, stage.text
+    return "", None

@@ -7,25 +7,34 @@ are written upon it, and another distribution can add one.
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pipeline.config import ConfigError, apply_overrides, build, read_yaml
 from pipeline.errors import UserError
 
+if TYPE_CHECKING:
+    from pipeline.stage.config import StageConfig
+    from pipeline.stage.stage import Stage
 
-def stage_class(kind: str) -> Any:
-    """The class of `kind`; see `pipeline/stage/stage.py` for what it offers."""
-    points = entry_points(group="imagen_cascade.stages")
+GROUP = "imagen_cascade.stages"
+
+
+def stage_class(kind: str) -> "type[Stage]":
+    """The class of `kind`, a subclass of `pipeline.stage.stage.Stage`.
+
+    Raises:
+        UserError: no installed distribution has one of that name.
+    """
+    points = entry_points(group=GROUP)
     if kind not in list(points.names):
-        raise UserError(
-            f"kind: {kind!r} is no kind of stage; there are {', '.join(sorted(points.names))}"
-        )
-    return points[kind].load()
+        known = ", ".join(sorted(points.names))
+        raise UserError(f"kind: {kind!r} is no kind of stage; there are {known}")
+    return cast("type[Stage]", points[kind].load())
 
 
 def read_stage_config(
     path: str | Path, overrides: Sequence[str] = ()
-) -> tuple[Any, dict[str, Any]]:
+) -> "tuple[StageConfig, dict[str, Any]]":
     """The stage's configuration in a YAML file, and the file's `launch` section, which is the
     launcher's to read.
     """

@@ -1,357 +1,188 @@
-"""What every stage is: a configuration, a network, a batch, a loss and a way to sample.
+"""What every stage is: a configuration, a network, its named inputs, a loss and a prediction.
 
-A stage differs from another in what its network sees beside the noisy picture: its `condition`. All
-else stands here. `train.loop` and the orchestrator use a stage through its methods alone and never
-name a kind.
+A kind of stage (`stages/`) differs from another in what its network sees beside the noisy image.
+It says so three times, by the same names: `extra_inputs` lists them, `training_inputs` makes them
+from images, `sampling_inputs` from a request; `predict` uses them. The training loop and the
+sampling engine know a stage by this class alone.
 
 Shapes: B images, C channels, S side, T noise levels an image.
 """
 
-from collections.abc import Callable, Sequence
-from copy import copy
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, ClassVar, cast
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
 
 import numpy as np
-from mindspore import Tensor, ops
+from mindspore import Tensor
 
-from pipeline import runtime
-from pipeline.config import ConfigError, build
+from pipeline.config import build
 from pipeline.data.image import to_float, to_uint8
-from pipeline.data.shards import DataConfig
-from pipeline.diffusion.guidance import guide, threshold
-from pipeline.diffusion.objective import DiffusionConfig
-from pipeline.diffusion.objective import (
-    loss as score,
-)  # in a compiled method `loss` would be the method itself
-from pipeline.diffusion.process import add_noise, x_from
-from pipeline.diffusion.solvers import TERMS, SamplerConfig, linear_step, logsnr_steps, sample
-from pipeline.generate.edit import Edit
-from pipeline.nn.tiling import tiled
-from pipeline.nn.unet import UNet, UNetConfig
-from pipeline.rng import generator, sampling_noise, unit_noise
-from pipeline.text.encoder import TextConfig
-from pipeline.text.prompts import Arrays, ClassConfig, Conditioning
-from pipeline.train.config import TrainConfig
-from pipeline.train.optimizer import OptimizerConfig
+from pipeline.diffusion.objective import diffusion_loss
+from pipeline.diffusion.process import add_noise
+from pipeline.diffusion.schedule import ScheduleConfig
+from pipeline.diffusion.solvers import SamplerConfig
+from pipeline.nn.unet import UNet
+from pipeline.rng import Draws
+from pipeline.stage.config import PixelConfig, StageConfig
+from pipeline.stage.inputs import Arrays, Inputs
+from pipeline.stage.request import SampleRequest
+from pipeline.text.prompts import PROMPT_INPUTS
+
+Network = Callable[..., Tensor]  # the U-Net, or what answers like it (`pipeline.nn.tiling`)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PixelConfig:
-    """The data set's pixels, red, green and blue, in [-1, 1]: a network sees (pixel - mean) / std."""
+class Stage(ABC):
+    """A diffusion model of a cascade.
 
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-    def __post_init__(self) -> None:
-        if min(self.std) <= 0:
-            raise ConfigError(
-                f"std: {list(self.std)} is not positive; `python -m tools.pixels` measures it"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageConfig:
-    """A run of one stage. Kinds of stage add what they need."""
-
-    kind: str
-    run: str  # the run's folder
-    seed: int = 0
-    size: int  # side of the pictures that the stage makes, in pixels
-    conditioning: Conditioning = (
-        "text"  # what the network is told of a sample, and `sample.guidance` weighs
-    )
-    text: TextConfig | None = None
-    classes: ClassConfig | None = None
-    pixels: PixelConfig | None = None  # None: as they are
-    diffusion: DiffusionConfig = DiffusionConfig()
-    unet: UNetConfig
-    data: DataConfig
-    optimizer: OptimizerConfig = OptimizerConfig()
-    train: TrainConfig
-    sample: SamplerConfig = SamplerConfig()
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**63:
-            raise ConfigError(f"seed: {self.seed} is not in [0, 2**63)")
-        for name, kind in (("text", "text"), ("classes", "class")):
-            if (getattr(self, name) is not None) != (self.conditioning == kind):
-                given = f"and there is {'a' if getattr(self, name) else 'no'} section {name}"
-                raise ConfigError(
-                    f"conditioning: {self.conditioning} {given}; conditioning is {kind} if and only if there is one"
-                )
-        if self.conditioning != "text" and "cross" in self.unet.attention:
-            raise ConfigError(
-                f"unet.attention: cross looks at the text, and conditioning is {self.conditioning}; take self"
-            )
-        if self.conditioning == "none" and self.sample.guidance != 1:
-            raise ConfigError(
-                f"sample.guidance: {self.sample.guidance}, but conditioning none leaves nothing to weigh; leave it out"
-            )
-        if self.conditioning != "text":  # then a sample needs no caption, but a class
-            wanted = self.classes.filter if self.classes else {}
-            chosen = replace(self.data.filter, fields=self.data.filter.fields | wanted)
-            object.__setattr__(self, "data", replace(self.data, captions={}, filter=chosen))
-
-
-class Stage:
-    """Shared by all stages; a kind says `channels_in`, `num_levels`, `condition` and `predict`.
-
-    A `prompt` is the one, two or no arrays of `pipeline.text.prompts`.
+    Attributes:
+        config: of its run.
+        network: the U-Net.
+        inputs: what conditions the network, in sampling.
+        training: what `loss` takes: x, eps, logsnr, `inputs` and, with dropout, its seeds.
+        compiled_steps: of sampling, see `pipeline.generate.engine`.
     """
 
     Config: ClassVar[type[StageConfig]] = StageConfig
-    channels_in: int
-    num_levels: ClassVar[int]
+    num_noise_levels: ClassVar[int]  # T
+    extra_inputs: ClassVar[tuple[str, ...]] = ()  # beside the prompt
 
     def __init__(self, config: StageConfig) -> None:
         self.config = config
-        self.num_prompt = {"text": 2, "class": 1, "none": 0}[config.conditioning]
-        self.network = UNet(config.unet, self.channels_in, self.num_levels, **self.told())
-        self.graphs: dict[
-            tuple[Any, ...], Callable[..., tuple[Tensor, Tensor]]
-        ] = {}  # of sampling, see `advance`
-        pixels = config.pixels or PixelConfig(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-        self.mean, self.std = (
-            np.array(each, np.float32).reshape(3, 1, 1) for each in (pixels.mean, pixels.std)
+        self.inputs = Inputs(prompt=self.prompt_inputs, others=self.extra_inputs)
+        seeds = ("dropout_seeds",) if config.unet.dropout else ()
+        self.training = Inputs(
+            leading=("x", "eps", "logsnr"),
+            prompt=self.inputs.prompt,
+            others=(*seeds, *self.inputs.others),
         )
+        self.network = UNet(
+            config.unet,
+            channels_in=self.channels_in,
+            num_levels=self.num_noise_levels,
+            text_width=config.text.width if config.text else 0,
+            num_classes=self.num_classes,
+        )
+        self.compiled_steps: dict[Any, Callable[..., tuple[Tensor, Tensor]]] = {}
 
-    def told(self) -> dict[str, int]:
-        """Widths of what conditions the network beside the noise level."""
-        text, classes = self.config.text, self.config.classes
-        return {
-            "text_width": text.width if text else 0,
-            "num_classes": classes.num if classes else 0,
-        }
+        pixels = config.pixels or PixelConfig(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+        self.mean = np.array(pixels.mean, np.float32).reshape(3, 1, 1)
+        self.std = np.array(pixels.std, np.float32).reshape(3, 1, 1)
 
     @classmethod
-    def from_config(cls, raw: dict[str, Any]) -> "Stage":
+    def from_config(cls, raw: dict[str, Any]) -> Self:
         """The stage of a resolved configuration, as a manifest holds it."""
         return cls(build(cls.Config, raw))
 
-    def from_pictures(self, pictures: np.ndarray) -> np.ndarray:
-        """uint8 (B, S, S, 3) as the network sees it, float32 (B, 3, S, S)."""
-        return (to_float(pictures) - self.mean) / self.std
+    @property
+    @abstractmethod
+    def channels_in(self) -> int:
+        """What the network sees: 3, and as many as are concatenated."""
 
-    def to_pictures(self, x: np.ndarray) -> np.ndarray:
-        """The inverse of `from_pictures`, cut to what pixels can be."""
+    @property
+    def num_classes(self) -> int:
+        """K, the width of the network's label; 0: it has none."""
+        return self.config.classes.num if self.config.classes else 0
+
+    @property
+    def prompt_inputs(self) -> tuple[str, ...]:
+        """The inputs that are the prompt, which guidance drops."""
+        return PROMPT_INPUTS[self.config.conditioning]
+
+    @property
+    def train_window(self) -> int | None:
+        """Side of the window of each image that training sees, in pixels; None: the whole."""
+        return None
+
+    # Images.
+
+    def from_images(self, images: np.ndarray) -> np.ndarray:
+        """uint8 (B, S, S, 3) as the network sees them, float32 (B, 3, S, S)."""
+        return (to_float(images) - self.mean) / self.std
+
+    def to_images(self, x: np.ndarray) -> np.ndarray:
+        """The inverse of `from_images`, clipped to [0, 255]."""
         return to_uint8(x * self.std + self.mean)
 
     # Training.
 
-    @property
-    def window(self) -> int | None:
-        """Side of the window of each picture that training sees, in pixels; None: all of it."""
-        return None
+    def training_inputs(self, images: np.ndarray, prompt: Arrays, draws: Draws) -> Arrays:
+        """Named arrays of a batch, float32, every random draw in them (dropout_seeds: int32).
 
-    def batch(
-        self, step: int, positions: Sequence[int], pictures: np.ndarray, *prompt: np.ndarray
-    ) -> Arrays:
-        """Pictures uint8 (B, S, S, 3) and prompt -> what `loss` takes, with every random draw in
-        it.
+        Args:
+            images: uint8 (B, S, S, 3).
+            prompt: named arrays of B rows, dropped here at the rate `cond_drop_prob`.
+            draws: of the batch's positions.
         """
-        x = self.from_pictures(pictures)
-        t = np.array([stream.random() for stream in self.streams("time", step, positions)])
-        logsnr = self.config.diffusion.logsnr(t).astype(np.float32)
-        eps = unit_noise(self.streams("noise", step, positions), x.shape[1:])
-        kept = np.array(
-            [
-                stream.random() >= self.cond_drop_prob
-                for stream in self.streams("drop", step, positions)
-            ],
-            np.float32,
+        x = self.from_images(images)
+        logsnr = self.config.diffusion.logsnr(draws.uniform("time")).astype(np.float32)
+        eps = draws.noise("noise", x.shape[1:])
+
+        keep_mask = (draws.uniform("drop") >= self.config.cond_drop_prob).astype(np.float32)
+        arrays = self.inputs.drop_prompt(prompt, keep_mask)
+
+        if "dropout_seeds" in self.training.names:
+            seeds = [stream.integers(2**31) for stream in draws.streams("dropout")]
+            arrays["dropout_seeds"] = np.array(seeds, np.int32)
+        return {"x": x, "eps": eps, "logsnr": logsnr, **arrays}
+
+    def loss(self, *tensors: Tensor) -> Tensor:
+        """The loss of each image (B,), given what `training` names. Runs compiled."""
+        inputs = self.training.unpack(tensors)
+        x, eps, logsnr_B = inputs["x"], inputs["eps"], inputs["logsnr"]
+        output = self.predict(self.network, add_noise(x, eps, logsnr_B), logsnr_B, inputs)
+        return diffusion_loss(self.config.diffusion, output, x, eps, logsnr_B)
+
+    # Prediction, in training and in sampling.
+
+    @abstractmethod
+    def predict(
+        self, network: Network, z: Tensor, logsnr_B: Tensor, inputs: dict[str, Tensor]
+    ) -> Tensor:
+        """What `network` predicts (`diffusion.prediction`) for noisy images z (B, 3, S, S). Runs
+        compiled.
+        """
+
+    def call_network(
+        self,
+        network: Network,
+        x_BCHW: Tensor,
+        logsnr_BT: Tensor,
+        inputs: dict[str, Tensor],
+        label: Tensor | None = None,
+    ) -> Tensor:
+        """The network's output, conditioned on the prompt among `inputs`, or on another label."""
+        return network(
+            x_BCHW,
+            logsnr_BT,
+            inputs.get("text"),
+            inputs.get("text_mask"),
+            inputs.get("label") if label is None else label,
+            inputs.get("dropout_seeds"),
         )
-        told = [array * kept.reshape(-1, *(1,) * (array.ndim - 1)) for array in prompt]
-        if self.config.unet.dropout:
-            streams = self.streams("dropout", step, positions)
-            told.append(np.array([stream.integers(2**31) for stream in streams], np.int32))
-        return x, eps, logsnr, *told
-
-    @property
-    def cond_drop_prob(self) -> float:
-        """The share of samples whose prompt is dropped in training."""
-        section = self.config.text or self.config.classes
-        return section.cond_drop_prob if section else 0.0
-
-    def streams(
-        self, purpose: str, step: int, positions: Sequence[int]
-    ) -> list[np.random.Generator]:
-        """The randomness of each place of a step's global batch."""
-        return [generator(self.config.seed, purpose, step, position) for position in positions]
-
-    def loss(self, x: Tensor, eps: Tensor, logsnr_B: Tensor, *told: Tensor) -> Tensor:
-        """The loss of each image (B,); `told` is the prompt, with dropout its seeds, and the
-        condition.
-        """
-        output = self.predict(add_noise(x, eps, logsnr_B), logsnr_B, *told)
-        return score(self.config.diffusion, output, x, eps, logsnr_B)
 
     # Sampling.
 
-    def predict_guided(self, weight: Tensor, z: Tensor, logsnr_B: Tensor, *told: Tensor) -> Tensor:
-        """The network's answer with guidance; with and without the prompt in one call."""
-        twice: tuple[Tensor, ...] = ()
-        for part in told[: self.num_prompt]:
-            twice = (*twice, ops.cat((part, ops.zeros_like(part))))
-        for part in told[self.num_prompt :]:
-            twice = (*twice, ops.cat((part, part)))
-        output = self.predict(ops.cat((z, z)), ops.cat((logsnr_B, logsnr_B)), *twice)
-        with_prompt, without = ops.chunk(output, 2)
-        return guide(with_prompt, without, weight)
+    @abstractmethod
+    def sampling_inputs(self, request: SampleRequest, config: SamplerConfig) -> Arrays:
+        """Named arrays, as `inputs` lists them."""
 
-    def sample(
-        self,
-        config: SamplerConfig,
-        prompt: Arrays,
-        seed: int,
-        numbers: Sequence[int],
-        given: Any = None,
-        edit: Edit | None = None,
-        progress: Callable[[], object] = bool,
-        start: np.ndarray | None = None,
-        watch: Callable[[float, Tensor, Tensor], None] | None = None,
-    ) -> np.ndarray:
-        """Pictures uint8 (B, S, S, 3); each depends on the seed, its number and its own inputs
-        alone.
+    def sample_shape(self, request: SampleRequest) -> tuple[int, int, int]:
+        """(3, H, W) of the images that a request is for."""
+        return (3, self.config.size, self.config.size)
 
-        Args:
-            config: usually the stage's own, `self.config.sample`.
-            seed, numbers: name the noise of each image.
-            given: what the kind's `condition` takes; uint8 (B, s, s, 3) to be enlarged, in
-                super-resolution.
-            edit: what to start from, if not from noise.
-            progress: called after each step.
-            start: unit noise float32 (B, 3, S, S) to start from instead of the one that seed and
-                numbers name.
-            watch: shown each step's logsnr, z and the x that the network sees in it.
-        """
-        shape, condition = self.condition(given, seed, numbers, config.aug_level)
-        edit = edit or Edit(np.empty(0))
-        logsnrs = logsnr_steps(
-            config.schedule or self.config.diffusion,
-            config.steps,
-            config.extra_steps,
-            edit.strength,
-        )
-        before = self.from_pictures(edit.pictures) if edit.pictures.size else None
-        kept = () if edit.mask is None else (before, edit.mask)
-        fixed = [Tensor(np.asarray(array, np.float32)) for array in (*kept, *prompt, *condition)]
-        weight, compiled = (
-            Tensor(np.float32(config.guidance)),
-            self.bounded.advance(config, edit.mask is not None),
-        )
+    def sampling_schedule(self, request: SampleRequest, config: SamplerConfig) -> ScheduleConfig:
+        """The noise levels of sampling: the sampler's, or else training's."""
+        return config.schedule or self.config.diffusion
 
-        def advance(
-            level: float, factors: tuple[float, ...], *tensors: Tensor
-        ) -> tuple[Tensor, Tensor]:
-            logsnr_B = Tensor(np.full(len(numbers), level, np.float32))
-            z, x = compiled(
-                weight, Tensor(np.array(factors, np.float32)), logsnr_B, *tensors, *fixed
-            )
-            progress()
-            if watch:
-                watch(level, tensors[0], x)
-            return z, x
+    @abstractmethod
+    def sample_grid(self, images: np.ndarray, prompt: Arrays) -> np.ndarray:
+        """Samples beside true images, uint8 (B, S, S, 3), as one uint8 image for TensorBoard."""
 
-        def noise(draw: int) -> Tensor:
-            unit = Tensor(
-                sampling_noise(seed, numbers, shape, draw) if draw or start is None else start
-            )
-            if draw or before is None or edit.strength == 1:
-                return unit
-            return add_noise(
-                Tensor(before), unit, Tensor(np.full(len(numbers), logsnrs[0], np.float32))
-            )
-
-        repaint_steps = config.repaint_steps if edit.mask is not None else 1
-        return self.to_pictures(
-            sample(advance, noise, config.sampler, logsnrs, repaint_steps).asnumpy()
-        )
-
-    @cached_property
-    def bounded(self) -> "Stage":
-        """This stage, for sampling: what its network is asked about large pictures is answered in
-        bounded memory.
-        """
-
-        def network(
-            *tensors: Tensor,
-        ) -> Tensor:  # no `partial`, as an attribute of that kind would not be compiled
-            return tiled(self.network, *tensors)
-
-        stage: Any = copy(self)
-        stage.network = network
-        return cast(Stage, stage)
-
-    def advance(
-        self, config: SamplerConfig, masked: bool = False
-    ) -> Callable[..., tuple[Tensor, Tensor]]:
-        """(weight, numbers, logsnr_B, z, terms and what `predict` takes) -> z', x: a step of
-        sampling as one graph.
-
-        `masked`: what is known and the mask stand before what `predict` takes, and x is what is
-        known where the mask is 0. Each step is linear in z and x, so that there z stays the known
-        picture with the noise that it began with. Compiled once for whatever agrees in all that
-        shapes it. See `diffusion.sampler.sample`.
-        """
-        guided, num = config.guidance != 1.0, len(TERMS[config.sampler])
-        kind, quantile, prediction = (
-            config.threshold,
-            config.quantile,
-            self.config.diffusion.prediction,
-        )
-        pixels = (Tensor(self.mean), Tensor(self.std)) if self.config.pixels else ()
-
-        def bounded(x: Tensor) -> Tensor:
-            if not pixels:
-                return threshold(x, kind, quantile)
-            return (threshold(x * pixels[1] + pixels[0], kind, quantile) - pixels[0]) / pixels[1]
-
-        def advance(
-            weight: Tensor, numbers: Tensor, logsnr_B: Tensor, z: Tensor, *rest: Tensor
-        ) -> tuple[Tensor, Tensor]:
-            terms, told = rest[:num], rest[num + 2 * masked :]
-            output = (
-                self.predict_guided(weight, z, logsnr_B, *told)
-                if guided
-                else self.predict(z, logsnr_B, *told)
-            )
-            x = bounded(x_from(prediction, output, z, logsnr_B))
-            if masked:
-                known, mask = rest[num], rest[num + 1]
-                x = known + mask * (x - known)
-            return linear_step(numbers, z, x, *terms), x
-
-        return self.graphs.setdefault(
-            (guided, num, kind, quantile, masked), runtime.compile(advance)
-        )
-
-    # What a kind decides.
-
-    def predict(self, z: Tensor, logsnr_B: Tensor, *told: Tensor) -> Tensor:
-        """The network's answer to a noisy picture; `told` is the prompt, in training with dropout
-        its seeds, and the condition.
-        """
-        raise NotImplementedError
-
-    def condition(
-        self, given: Any, seed: int, numbers: Sequence[int], aug_level: float
-    ) -> tuple[tuple[int, ...], Arrays]:
-        """The shape (3, S, S) of the pictures to make, and what `predict` takes beside the prompt,
-        for sampling.
-        """
-        raise NotImplementedError
-
-    def picture(self, pictures: np.ndarray, *prompt: np.ndarray) -> np.ndarray:
-        """Samples beside the truth, as one uint8 picture to look at while training."""
-        raise NotImplementedError
-
+    @abstractmethod
     def manifest_fields(self) -> dict[str, Any]:
-        """What the manifest says of the kind: sizes and augmentation."""
-        raise NotImplementedError
+        """What stage.json says of the kind: `size_in`, `aug_range`, ..."""
 
 
-def sheet(*columns: np.ndarray) -> np.ndarray:
+def image_grid(*columns: np.ndarray) -> np.ndarray:
     """uint8 (B, S, S, 3) arrays side by side, one row an image."""
     return np.concatenate([np.concatenate(list(column)) for column in columns], axis=1)

@@ -1,12 +1,13 @@
 """The text of a batch: which of its captions a sample gets, and that caption's embeddings, stored
-or made now.
+or encoded now.
 
-Both kinds answer what `pipeline.text.prompts` asks: text (B, L, D) float32, zero beyond a caption's
-tokens, and mask (B, L) bool.
+Both kinds are `pipeline.text.prompts.Prompts`: `embed` returns text (B, L, D) float32, zero beyond
+a caption's tokens, and text_mask (B, L) bool.
 """
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,34 +15,49 @@ import numpy as np
 from pipeline.data.shards import Shards
 from pipeline.errors import UserError
 from pipeline.rng import generator
+from pipeline.stage.inputs import Arrays
 from pipeline.text.store import Recipe, TextStore
 
 if TYPE_CHECKING:
     from pipeline.text.encoder import TextConfig, TextEncoder
 
 log = logging.getLogger("cascade")
-MEND = "run `python -m tools.cache_text CONFIG`"
+CACHE_TEXT = "run `cascade cache-text CONFIG`"  # what mends a store
 
 
-def choose(
-    shards: Shards, number: int, seed: int, step: int, position: int
-) -> tuple[int, int, str, int]:
-    """(shard, row of its index, caption field, number of the caption in the field) for sample
-    `number`.
+@dataclass(frozen=True, kw_only=True)
+class CaptionChoice:
+    """One caption of a sample: the shard, the row of its index, the caption field, the caption's
+    number in that field.
+    """
+
+    shard: int
+    row: int
+    field: str
+    caption: int
+
+
+def choose_caption(
+    shards: Shards, sample_id: int, *, seed: int, step: int, position: int
+) -> CaptionChoice:
+    """The caption that a sample gets at a position of the batch of `step`.
 
     The field is drawn by the weights of those that the sample has, and one of the field's captions
     evenly.
     """
-    shard, row = shards.location(number)
+    shard, row = shards.location(sample_id)
     weights = shards.config.captions
     if list(weights) == ["txt"]:
-        return shard, row, "txt", 0
-    (found,) = shards.captions(shard, np.array([row]))
-    names = [name for name in weights if found[name]]
-    shares = np.cumsum([weights[name] for name in names])
+        return CaptionChoice(shard=shard, row=row, field="txt", caption=0)
+
+    (captions,) = shards.captions(shard, np.array([row]))
+    fields = [field for field in weights if captions[field]]
+    cumulative = np.cumsum([weights[field] for field in fields])
     u, v = generator(seed, "caption", step, position).random(2)
-    name = names[min(int(np.searchsorted(shares, u * shares[-1], side="right")), len(names) - 1)]
-    return shard, row, name, int(v * len(found[name]))
+    place = int(np.searchsorted(cumulative, u * cumulative[-1], side="right"))
+    field = fields[min(place, len(fields) - 1)]  # rounding may put u beyond the last
+    caption = int(v * len(captions[field]))
+    return CaptionChoice(shard=shard, row=row, field=field, caption=caption)
 
 
 class StoredText:
@@ -50,67 +66,87 @@ class StoredText:
     threadsafe = True
 
     def __init__(self, store: TextStore) -> None:
-        self.store, self.recipe = store, store.recipe
-        self.facts: Mapping[str, Any] = facts(self.recipe)
+        self.store = store
+        self.recipe = store.recipe
+        self.manifest_fields: Mapping[str, Any] = manifest_fields(self.recipe)
 
     def embed(
-        self, numbers: Sequence[int], seed: int, step: int, positions: Sequence[int]
-    ) -> tuple[np.ndarray, np.ndarray]:
+        self, sample_ids: Sequence[int], seed: int, step: int, positions: Sequence[int]
+    ) -> Arrays:
         recipe = self.recipe
-        text = np.zeros((len(numbers), recipe.length, recipe.width), np.float32)
-        mask = np.zeros((len(numbers), recipe.length), bool)
-        for place, (number, position) in enumerate(zip(numbers, positions, strict=True)):
-            rows = self.store.read(*choose(self.store.shards, number, seed, step, position))
-            text[place, : len(rows)], mask[place, : len(rows)] = rows, True
-        return text, mask
+        text = np.zeros((len(sample_ids), recipe.length, recipe.width), np.float32)
+        mask = np.zeros((len(sample_ids), recipe.length), bool)
+        for i, (sample_id, position) in enumerate(zip(sample_ids, positions, strict=True)):
+            choice = choose_caption(
+                self.store.shards, sample_id, seed=seed, step=step, position=position
+            )
+            tokens = self.store.read(choice.shard, choice.row, choice.field, choice.caption)
+            text[i, : len(tokens)] = tokens
+            mask[i, : len(tokens)] = True
+        return {"text": text, "text_mask": mask}
 
 
 class LiveText:
-    """Embeddings made when they are asked for; equal to the stored ones. In the thread that runs
+    """Embeddings encoded when they are needed; equal to the stored ones. For the thread that runs
     MindSpore only.
     """
 
     threadsafe = False
 
     def __init__(self, shards: Shards, recipe: Recipe, encoder: "TextEncoder") -> None:
-        self.shards, self.recipe, self.encoder = shards, recipe, encoder
-        self.facts: Mapping[str, Any] = facts(recipe)
+        self.shards = shards
+        self.recipe = recipe
+        self.encoder = encoder
+        self.manifest_fields: Mapping[str, Any] = manifest_fields(recipe)
 
     def embed(
-        self, numbers: Sequence[int], seed: int, step: int, positions: Sequence[int]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        words = []
-        for number, position in zip(numbers, positions, strict=True):
-            shard, row, name, caption = choose(self.shards, number, seed, step, position)
-            (found,) = self.shards.captions(shard, np.array([row]))
-            words.append(self.recipe.text(found[name][caption]))
-        return self.encoder.encode(words)
+        self, sample_ids: Sequence[int], seed: int, step: int, positions: Sequence[int]
+    ) -> Arrays:
+        captions = []
+        for sample_id, position in zip(sample_ids, positions, strict=True):
+            choice = choose_caption(self.shards, sample_id, seed=seed, step=step, position=position)
+            (fields,) = self.shards.captions(choice.shard, np.array([choice.row]))
+            captions.append(self.recipe.text(fields[choice.field][choice.caption]))
+        return encode_text(self.encoder, captions)
 
 
-def open_text(config: "TextConfig", shards: Shards) -> StoredText | LiveText:
+def encode_text(encoder: "TextEncoder", captions: Sequence[str]) -> Arrays:
+    """The prompt of these captions, which are cleaned already: text (B, L, D), text_mask (B, L)."""
+    text, mask = encoder.encode(captions)
+    return {"text": text, "text_mask": mask}
+
+
+def open_caption_embeddings(config: "TextConfig", shards: Shards) -> StoredText | LiveText:
     """The stored embeddings; or, where nothing is stored, an encoder.
 
-    Raises UserError for a store that lacks something or was made in another way.
+    Raises:
+        UserError: the store lacks something, or was written from another encoder or other captions.
     """
     store = TextStore(shards, recipe(config))
     faults = store.faults()
     if not faults:
         return StoredText(store)
-    if len(faults) < len(shards.indexes) * len(store.fields) or any(
-        reason != "is missing" for *_, reason in faults
-    ):
+
+    num_files = len(shards.indexes) * len(store.fields)
+    if len(faults) < num_files or any(reason != "is missing" for *_, reason in faults):
         path, *_, reason = faults[0]
         more = f" ({len(faults)} such files)" if len(faults) > 1 else ""
-        raise UserError(f"{path} {reason}{more}; {MEND}")
+        raise UserError(f"{path} {reason}{more}; {CACHE_TEXT}")
+
     log.warning(
-        "no stored embeddings: captions are encoded while training, which slows it; %s to do it before",
-        MEND,
+        "no stored embeddings: captions are encoded during training, which slows it down; %s to "
+        "encode them ahead",
+        CACHE_TEXT,
     )
     return LiveText(shards, store.recipe, load_encoder(config))
 
 
 def recipe(config: "TextConfig") -> Recipe:
-    """UserError if the encoder is not there or not as wide as the configuration says."""
+    """What the embeddings of this configuration depend on.
+
+    Raises:
+        UserError: the encoder is missing, or not as wide as the configuration says.
+    """
     from pipeline.text.fingerprint import fingerprint
     from pipeline.text.t5_folder import T5Config
 
@@ -127,8 +163,8 @@ def recipe(config: "TextConfig") -> Recipe:
     )
 
 
-def facts(recipe: Recipe) -> dict[str, Any]:
-    """What a manifest says of the text that a stage was trained with."""
+def manifest_fields(recipe: Recipe) -> dict[str, Any]:
+    """What stage.json says of the text that a stage was trained with."""
     return {
         "text": {
             "fingerprint": recipe.encoder,

@@ -1,8 +1,10 @@
-"""What conditions a sample, and what guidance drops: its text, its class, or nothing, as arrays of
-one row a sample.
+"""What conditions a sample, and what guidance drops: its text, its class, or nothing.
 
-A prompt is a tuple of arrays whose rows of zeros mean "nothing said": text (B, L, D) and mask (B,
-L), or label (B, K), a one at the sample's class, or no array at all.
+A prompt is a dict of named arrays, one row a sample, whose rows of zeros mean "no prompt":
+
+    text    text (B, L, D) float32 and text_mask (B, L), 1 at the tokens that are there
+    class   label (B, K) float32, one-hot
+    none    no array
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,24 +17,28 @@ import numpy as np
 from pipeline.config import ConfigError, to_dict
 from pipeline.data.shards import Shards
 from pipeline.errors import UserError
-from pipeline.text.caption_embeddings import open_text
+from pipeline.stage.inputs import Arrays
+from pipeline.text.caption_embeddings import open_caption_embeddings
 
 if TYPE_CHECKING:
     from pipeline.text.encoder import TextConfig
 
 Conditioning = Literal["text", "class", "none"]
-Arrays = tuple[np.ndarray, ...]
+
+PROMPT_INPUTS: dict[Conditioning, tuple[str, ...]] = {
+    "text": ("text", "text_mask"),
+    "class": ("label",),
+    "none": (),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassConfig:
     """The classes that a stage is conditioned on."""
 
-    names: int | tuple[str, ...]  # in the order of their numbers, or how many
-    field: str = (
-        "cls"  # of KEY.json, a class's name or number; the number in KEY.cls counts as `cls`
-    )
-    cond_drop_prob: float = 0.1  # share of samples that training tells no class, for guidance
+    names: int | tuple[str, ...]  # in the order of their ids, or how many
+    field: str = "cls"  # of KEY.json, a class's name or id; the id in KEY.cls counts as `cls`
+    cond_drop_prob: float = 0.1  # share of training samples whose class is dropped, for guidance
 
     def __post_init__(self) -> None:
         if self.num < 1:
@@ -41,7 +47,7 @@ class ClassConfig:
             )
         if isinstance(self.names, tuple) and len(set(self.names)) < self.num:
             raise ConfigError(
-                f"names: {list(self.names)} has a name twice; number the classes by different names"
+                f"names: {list(self.names)} has a name twice; give each class a name of its own"
             )
         if not 0 <= self.cond_drop_prob < 1:
             raise ConfigError(
@@ -50,82 +56,88 @@ class ClassConfig:
 
     @property
     def num(self) -> int:
+        """K, how many classes there are."""
         return self.names if isinstance(self.names, int) else len(self.names)
 
     @property
     def filter(self) -> dict[str, Any]:
         """What a sample's field has to be: see `pipeline.data.filters.FilterConfig.fields`."""
-        numbers = list(range(self.num))
-        return {self.field: numbers if isinstance(self.names, int) else [*self.names, *numbers]}
+        class_ids = list(range(self.num))
+        if isinstance(self.names, int):
+            return {self.field: class_ids}
+        return {self.field: [*self.names, *class_ids]}
 
 
 class Prompts(Protocol):
-    """What the loader asks."""
+    """The prompts of a data set's samples."""
 
-    threadsafe: bool  # whether any thread may ask
-    facts: Mapping[str, Any]  # what a manifest says of it
+    threadsafe: bool  # whether any thread may call `embed`
+    manifest_fields: Mapping[str, Any]  # what stage.json says of them
 
     def embed(
-        self, numbers: Sequence[int], seed: int, step: int, positions: Sequence[int]
+        self, sample_ids: Sequence[int], seed: int, step: int, positions: Sequence[int]
     ) -> Arrays:
-        """The prompt of each sample in `numbers`, as it is drawn for its place, one of `positions`
-        in `step`.
-        """
+        """The prompt of each sample, as it is drawn for its position in the batch of `step`."""
 
 
 class NoPrompts:
-    """Nothing is told."""
+    """Unconditional samples."""
 
     threadsafe = True
-    facts: Mapping[str, Any] = MappingProxyType({})
+    manifest_fields: Mapping[str, Any] = MappingProxyType({})
 
     def embed(
-        self, numbers: Sequence[int], seed: int, step: int, positions: Sequence[int]
+        self, sample_ids: Sequence[int], seed: int, step: int, positions: Sequence[int]
     ) -> Arrays:
-        return ()
+        return {}
 
 
 class ClassPrompts:
-    """Each sample's class, float32 (B, K)."""
+    """Each sample's class."""
 
     threadsafe = True
 
     def __init__(self, config: ClassConfig, shards: Shards) -> None:
-        self.config, self.shards = config, shards
-        self.facts: Mapping[str, Any] = {"classes": to_dict(config.names)}
+        self.config = config
+        self.shards = shards
+        self.manifest_fields: Mapping[str, Any] = {"classes": to_dict(config.names)}
 
     def embed(
-        self, numbers: Sequence[int], seed: int, step: int, positions: Sequence[int]
+        self, sample_ids: Sequence[int], seed: int, step: int, positions: Sequence[int]
     ) -> Arrays:
-        fields = (self.shards.meta(number)[self.config.field] for number in numbers)
-        return one_hot([number_of(self.config.names, field) for field in fields], self.config.num)
+        fields = [self.shards.meta(sample_id)[self.config.field] for sample_id in sample_ids]
+        class_ids = [class_id(self.config.names, field) for field in fields]
+        return {"label": one_hot(class_ids, self.config.num)}
 
 
-def one_hot(numbers: Sequence[int], num: int) -> Arrays:
-    """The prompt that tells these classes of `num`."""
-    return (np.eye(num, dtype=np.float32)[np.asarray(numbers, int)],)
+def one_hot(class_ids: Sequence[int], num_classes: int) -> np.ndarray:
+    """float32 (B, K)."""
+    return np.eye(num_classes, dtype=np.float32)[np.asarray(class_ids, int)]
 
 
-def number_of(names: Sequence[str] | int, said: str | int) -> int:
-    """The number of a class, by its name or its number; a number may be written as text. UserError
-    if there is none.
+def class_id(names: Sequence[str] | int, name_or_id: str | int) -> int:
+    """The id of a class, given by its name or its id, which may be written as text.
+
+    Raises:
+        UserError: there is no such class.
     """
     known = [] if isinstance(names, int) else list(names)
-    num = names if isinstance(names, int) else len(names)
-    if said in known:
-        return known.index(str(said))
-    if str(said).isascii() and str(said).isdigit() and int(said) < num:
-        return int(said)
-    fix = (
-        f"the classes are {', '.join(known)}"
-        if known
-        else f"classes are numbers from 0 to {num - 1}"
-    )
-    raise UserError(f"{said!r} is no class; {fix}")
+    num_classes = names if isinstance(names, int) else len(names)
+    text = str(name_or_id)
+
+    if name_or_id in known:
+        return known.index(text)
+    if text.isascii() and text.isdigit() and int(text) < num_classes:
+        return int(text)
+
+    fix = f"classes are numbers from 0 to {num_classes - 1}"
+    if known:
+        fix = f"the classes are {', '.join(known)}"
+    raise UserError(f"{name_or_id!r} is no class; {fix}")
 
 
 def open_prompts(text: "TextConfig | None", classes: ClassConfig | None, shards: Shards) -> Prompts:
-    """What conditions the samples of `shards`: that of the two which is configured."""
+    """The prompts of `shards`, by whichever of the two is configured."""
     if text is not None:
-        return open_text(text, shards)
+        return open_caption_embeddings(text, shards)
     return NoPrompts() if classes is None else ClassPrompts(classes, shards)

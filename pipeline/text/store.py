@@ -1,11 +1,11 @@
-"""Text embeddings of a data set, computed once and kept beside its shards.
+"""Text embeddings of a data set, computed once and stored next to its shards.
 
-The text encoder is frozen and far larger than a stage, so its answers are stored ahead of training:
-one file a shard and caption field, `00000.tar` -> `00000.text-0123456789ab.safetensors`, the
-hexadecimal digits being the start of the recipe's fingerprint. A file holds the embeddings of all
-captions one after the other without padding (a caption of 12 tokens takes 12 rows, not 128), where
-each caption starts, their checksums, and what all was made from. A file that does not match its
-shard and its recipe is refused, never used in silence.
+The text encoder is frozen and far larger than a stage, so its outputs are stored before training:
+one file for each shard and caption field, `00000.tar` -> `00000.text-0123456789ab.safetensors`,
+where the hexadecimal digits are the start of the recipe's fingerprint. A file contains the
+embeddings of all captions one after the other without padding (a caption of 12 tokens takes 12
+rows, not 128), the start of each caption, checksums, and the recipe's fingerprint. A file that does
+not match its shard and its recipe is refused.
 
 Shapes: N samples of a shard's index, C their captions, T all tokens, L tokens a caption after
 padding, D text width.
@@ -33,17 +33,18 @@ from pipeline.errors import JobError, UserError
 from pipeline.files import try_lock, write_tensors_atomically
 from pipeline.text.captions import CLEANING, clean
 
-OPEN = 128  # files held open
+MAX_OPEN = 128  # files
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What the embeddings of a caption depend on, beside the caption."""
+    """What the embeddings of a caption depend on, besides the caption."""
 
+    # The names of these fields are hashed: see `fingerprint`.
     encoder: str  # fingerprint of configuration, weights and tokenizer
     width: int
-    length: int  # tokens a caption at most
-    clean: bool  # whether captions are cleaned before
+    length: int  # maximal tokens a caption
+    clean: bool  # whether captions are cleaned first
 
     def fingerprint(self, field: str) -> str:
         """SHA-256, in hexadecimal, of the recipe and the caption field."""
@@ -51,157 +52,206 @@ class Recipe:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def text(self, caption: str) -> str:
-        """What the encoder is given of a caption."""
+        """The encoder's input for a caption."""
         return clean(caption) if self.clean else caption
 
 
 class Encoder(Protocol):
-    """What `build` needs of `pipeline.text.encoder.TextEncoder`."""
+    """The part of `pipeline.text.encoder.TextEncoder` that `build` uses."""
 
     def encode_ragged(
         self, captions: Sequence[str], progress: Callable[[int], object] | None = None
     ) -> tuple[np.ndarray, np.ndarray]: ...
 
 
-class Stored(NamedTuple):
+class EmbeddingFile(NamedTuple):
     """An open file."""
 
-    embeddings: Any  # (T, D), float16, read where it is sliced
+    embeddings: Any  # (T, D), float16, read from disk where it is sliced
     offsets: np.ndarray  # (C + 1,): caption c is rows offsets[c] to offsets[c + 1]
     firsts: np.ndarray  # (N + 1,): sample n has the captions firsts[n] to firsts[n + 1]
     crc32: np.ndarray  # (C,)
 
 
+class StoreFault(NamedTuple):
+    """A file that cannot be used."""
+
+    path: Path
+    shard: int
+    field: str  # caption field
+    reason: str
+
+
 class TextStore:
-    """The embeddings of `shards` under a recipe, whether they are all there or not."""
+    """The embeddings of `shards` under a recipe, complete or not."""
 
     def __init__(self, shards: Shards, recipe: Recipe) -> None:
-        self.shards, self.recipe = shards, recipe
+        self.shards = shards
+        self.recipe = recipe
         self.fields = tuple(shards.config.captions)
-        self._open = lru_cache(OPEN)(self.open)
+        self._open = lru_cache(MAX_OPEN)(self.open)
 
     def path(self, shard: int, field: str) -> Path:
-        what = f"text-{self.recipe.fingerprint(field)[:12]}"
-        return sidecar_path(
-            self.shards.indexes[shard].location, what, self.shards.config.cache_folder
+        location = self.shards.indexes[shard].location
+        name = f"text-{self.recipe.fingerprint(field)[:12]}"
+        return sidecar_path(location, name, self.shards.config.cache_folder)
+
+    def open(self, shard: int, field: str) -> EmbeddingFile:
+        file = safe_open(self.path(shard, field), "numpy")
+        return EmbeddingFile(
+            embeddings=file.get_slice("embeddings"),
+            offsets=file.get_tensor("offsets"),
+            firsts=file.get_tensor("firsts"),
+            crc32=file.get_tensor("crc32"),
         )
 
-    def open(self, shard: int, field: str) -> Stored:
-        file = safe_open(self.path(shard, field), "numpy")
-        arrays = (file.get_tensor(name) for name in ("offsets", "firsts", "crc32"))
-        return Stored(file.get_slice("embeddings"), *arrays)
-
-    def read(self, shard: int, row: int, field: str, number: int) -> np.ndarray:
-        """float16 (tokens, D): caption `number` of a row of the shard's index. UserError if it has
-        been damaged.
+    def read(self, shard: int, row: int, field: str, caption: int) -> np.ndarray:
+        """float16 (tokens, D): one of the captions, from 0, of a row of the shard's index.
+        UserError if it is damaged.
         """
-        stored = self._open(shard, field)
-        caption = int(stored.firsts[row]) + number
-        start, stop = stored.offsets[caption : caption + 2].tolist()
-        embedding: np.ndarray = stored.embeddings[start:stop]
-        if zlib.crc32(embedding.tobytes()) != stored.crc32[caption]:
+        file = self._open(shard, field)
+
+        # The captions of a sample are adjacent.
+        entry = int(file.firsts[row]) + caption
+        start, stop = file.offsets[entry : entry + 2].tolist()
+        # Read from disk now, hence the checksum.
+        embedding: np.ndarray = file.embeddings[start:stop]
+        if zlib.crc32(embedding.tobytes()) != file.crc32[entry]:
             raise UserError(
-                f"{self.path(shard, field)} is damaged (caption {number} of sample {row} has another checksum); remove "
-                "it and run `python -m tools.cache_text CONFIG`"
+                f"{self.path(shard, field)} is damaged (caption {caption} of sample {row} has "
+                "another checksum); remove it and run `cascade cache-text CONFIG`"
             )
         return embedding
 
     def fault(self, shard: int, field: str) -> str | None:
-        """Why the file of a shard cannot be used, or None."""
-        path, index = self.path(shard, field), self.shards.indexes[shard]
+        """Why the file of a shard cannot be used; None if it can."""
+        path = self.path(shard, field)
+        index = self.shards.indexes[shard]
         if not path.is_file():
-            stem = path.name.partition(".text-")[0]
-            others = sorted(other.name for other in path.parent.glob(f"{stem}.text-*.safetensors"))
-            what = "of another text encoder, length, caption field or cleaning"
-            return f"is missing ({others[0]} is {what})" if others else "is missing"
+            return self._why_missing(path)
+
         try:
             with safe_open(path, "numpy") as file:
-                facts, done = file.metadata() or {}, file.get_tensor("done")
-                offsets, firsts = file.get_tensor("offsets"), file.get_tensor("firsts")
-                tokens, width = file.get_slice("embeddings").get_shape()
+                metadata = file.metadata() or {}
+                done = file.get_tensor("done")
+                offsets = file.get_tensor("offsets")
+                firsts = file.get_tensor("firsts")
+                num_tokens, width = file.get_slice("embeddings").get_shape()
         except (SafetensorError, OSError, ValueError) as error:
             return f"is damaged ({error})"
-        if facts.get("fingerprint") != self.recipe.fingerprint(field):
-            return "was made by another recipe"
-        if facts.get("digest") != index.digest:
+
+        if metadata.get("fingerprint") != self.recipe.fingerprint(field):
+            return "was made with another recipe"
+        if metadata.get("digest") != index.digest:
             return "was made from other captions than the shard's"
-        sizes = (len(firsts), len(offsets), tokens, width)
-        if sizes != (len(done) + 1, firsts[-1] + 1, offsets[-1], self.recipe.width):
-            return "is damaged (its parts do not fit together)"
+
+        # Arrays that disagree would give another caption's embeddings.
+        sizes = (len(firsts), len(offsets), num_tokens, width)
+        expected = (len(done) + 1, firsts[-1] + 1, offsets[-1], self.recipe.width)
+        if sizes != expected:
+            return "is damaged (the sizes of its arrays do not match)"
         if not done[self.shards.rows(shard)].all():
-            return "lacks samples that the filters now let pass"
+            return "lacks samples that pass the present filters"
         return None
 
-    def faults(self) -> list[tuple[Path, int, str, str]]:
-        """(path, shard, field, reason) of each file that cannot be used."""
-        every = list(product(range(len(self.shards.indexes)), self.fields))
+    def _why_missing(self, path: Path) -> str:
+        # A hint for a changed configuration: a file of another recipe.
+        stem = path.name.partition(".text-")[0]
+        others = sorted(other.name for other in path.parent.glob(f"{stem}.text-*.safetensors"))
+        if not others:
+            return "is missing"
+        difference = "is of another text encoder, length, caption field or cleaning"
+        return f"is missing ({others[0]} {difference})"
+
+    def faults(self) -> list[StoreFault]:
+        """The files that cannot be used."""
+        entries = list(product(range(len(self.shards.indexes)), self.fields))
+
+        # Each check waits for the disk.
         with ThreadPoolExecutor(THREADS) as threads:
-            reasons = threads.map(lambda each: self.fault(*each), every)
-            return [
-                (self.path(*each), *each, reason)
-                for each, reason in zip(every, reasons, strict=True)
-                if reason
-            ]
+            reasons = list(threads.map(lambda entry: self.fault(*entry), entries))
+        return [
+            StoreFault(self.path(shard, field), shard, field, reason)
+            for (shard, field), reason in zip(entries, reasons, strict=True)
+            if reason
+        ]
 
-    def build(self, encoder: Callable[[], Encoder], progress: bool = True) -> int:
-        """Writes the files that are missing, stale or damaged, and answers how many.
+    def build(self, load_encoder: Callable[[], Encoder], progress: bool = True) -> int:
+        """Writes the files that are missing, stale or damaged; returns their number.
 
-        The same call again goes on where one was stopped; other processes, on other machines too,
-        may do the same at the same time, and share the work shard by shard. The encoder is loaded
-        if there is anything to do.
+        Run again after an interruption, it continues. Other processes, on other machines too, may
+        build the same store at the same time and share the work by shard. The encoder is loaded
+        only if there is work.
         """
-        todo = [(shard, field) for _, shard, field, _ in self.faults()]
-        written, loaded = 0, encoder() if todo else None
-        total = sum(
-            len(self.shards.rows(shard)) for shard, _ in todo
-        )  # one a sample, until they have been read
-        with tqdm(total=total, unit="caption", disable=not (progress and todo)) as bar:
-            while todo and loaded:
-                others = []
-                for shard, field in todo:
+        pending = [(fault.shard, fault.field) for fault in self.faults()]
+        if not pending:
+            return 0
+        encoder = load_encoder()
+        num_written = 0
+
+        # One caption for each sample, until `write` has counted them.
+        total = sum(len(self.shards.rows(shard)) for shard, _ in pending)
+        with tqdm(total=total, unit="caption", disable=not progress) as bar:
+            while pending:
+                locked_by_others = []
+                for shard, field in pending:
                     path = self.path(shard, field)
-                    with try_lock(path) as mine:
-                        if not mine:
-                            others.append((shard, field))
-                            continue
-                        if self.fault(shard, field):
-                            self.write(shard, field, loaded, bar)
-                            written += 1
-                        else:  # another process has done it
+                    with try_lock(path, fix="name another folder in data.cache") as locked:
+                        if not locked:
+                            locked_by_others.append((shard, field))
+                        elif self.fault(shard, field):
+                            self.write(shard, field, encoder, bar)
+                            num_written += 1
+                        else:  # another process has written it
                             bar.update(len(self.shards.rows(shard)))
-                todo = others
-                time.sleep(1 if todo else 0)  # another process has them; if it dies, they are ours
-        return written
+
+                # Look again: should the other process die, these become ours.
+                pending = locked_by_others
+                time.sleep(1 if pending else 0)
+        return num_written
 
     def write(self, shard: int, field: str, encoder: Encoder, bar: tqdm) -> None:
-        """Encodes one caption field of a shard, writes the file and reads it back."""
-        index, path = self.shards.indexes[shard], self.path(shard, field)
+        """Encodes one caption field of a shard, writes the file and verifies it."""
+        index = self.shards.indexes[shard]
+        path = self.path(shard, field)
         rows = self.shards.rows(shard)
-        done, counts = np.zeros(index.num_samples, bool), np.zeros(index.num_samples, np.int64)
-        done[rows] = True
-        words: list[str] = []
-        for row, found in zip(rows, self.shards.captions(shard, rows), strict=True):
-            words += map(self.recipe.text, found[field])
-            counts[row] = len(found[field])
-        bar.total = (bar.total or 0) + len(words) - len(rows)
-        embeddings, lengths = encoder.encode_ragged(words, bar.update)
+
+        texts: list[str] = []
+        counts = np.zeros(index.num_samples, np.int64)
+        for row, captions in zip(rows, self.shards.captions(shard, rows), strict=True):
+            texts += map(self.recipe.text, captions[field])
+            counts[row] = len(captions[field])
+
+        # Wider filters later need samples that this file lacks.
+        done = np.zeros(index.num_samples, np.uint8)
+        done[rows] = 1
+
+        # `build` has counted one caption a sample.
+        bar.total = (bar.total or 0) + len(texts) - len(rows)
+        embeddings, lengths = encoder.encode_ragged(texts, bar.update)
         offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        sums = [zlib.crc32(embeddings[a:b].tobytes()) for a, b in pairwise(offsets.tolist())]
+        checksums = [
+            zlib.crc32(embeddings[start:stop].tobytes())
+            for start, stop in pairwise(offsets.tolist())
+        ]
         arrays = {
             "embeddings": embeddings,
             "offsets": offsets,
             "firsts": np.concatenate([[0], np.cumsum(counts)]),
-            "crc32": np.array(sums, np.uint32),
-            "done": done.astype(np.uint8),
+            "crc32": np.array(checksums, np.uint32),
+            "done": done,
         }
-        facts = {"fingerprint": self.recipe.fingerprint(field), "digest": index.digest}
-        write_tensors_atomically(path, arrays, facts)
-        with safe_open(path, "numpy") as file:
-            same = all(
-                np.array_equal(file.get_tensor(name), array) for name, array in arrays.items()
-            )
-        if not same:
-            path.unlink()
-            raise JobError(
-                f"{path}: what was written does not read back the same; look at the disk"
-            )
+        metadata = {"fingerprint": self.recipe.fingerprint(field), "digest": index.digest}
+        write_tensors_atomically(path, arrays, metadata)
+        _verify(path, arrays)
+
+
+def _verify(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """JobError, and removes the file, if it does not contain these arrays."""
+    with safe_open(path, "numpy") as file:
+        is_equal = all(
+            np.array_equal(file.get_tensor(name), array) for name, array in arrays.items()
+        )
+    if not is_equal:
+        path.unlink()
+        raise JobError(f"{path}: reading it back gives other values; check the disk")

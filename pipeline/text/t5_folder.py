@@ -1,9 +1,8 @@
-"""What a Hugging Face folder of a T5 holds: the configuration, the encoder's tensors and the
-tokenizer.
+"""The Hugging Face folder of a T5: configuration, tensors of the encoder, and tokenizer.
 
-No MindSpore here, so that what a folder is can be asked without starting it. The encoder's tensors
-get the short names that `T5Encoder` has them under; a whole T5's decoder is left aside. Hugging
-Face keeps a dense layer as (out, in).
+This module does not import MindSpore, so that a folder can be inspected without starting it. The
+encoder's tensors get the short names that `T5Encoder` uses; the decoder of a whole T5 is ignored.
+Hugging Face stores a dense layer as (out, in).
 """
 
 from dataclasses import MISSING, dataclass, fields
@@ -11,55 +10,58 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from pipeline.errors import UserError
-from pipeline.text.hugging_face import Stored, read_json, stored_tensors
+from pipeline.text.hugging_face import StoredTensor, read_json, stored_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
 class T5Config:
-    """The fields of a Hugging Face config.json that matter to the encoder, under their names there."""
+    """The fields of a Hugging Face config.json that matter to the encoder, by their names there."""
 
     vocab_size: int
     d_model: int
-    d_kv: int  # width of a head; d_kv num_heads need not be d_model
-    d_ff: int
+    d_kv: int  # width of a head; d_kv num_heads need not equal d_model
+    d_ff: int  # hidden width of the feed-forward layers
     num_layers: int
     num_heads: int
     relative_attention_num_buckets: int = 32
-    relative_attention_max_distance: int = 128
+    relative_attention_max_distance: int = 128  # tokens
     layer_norm_epsilon: float = 1e-6
-    feed_forward_proj: Literal["relu", "gated-gelu"] = "relu"
+    feed_forward_proj: Literal["relu", "gated-gelu"] = "relu"  # T5 v1.0, v1.1
 
     @classmethod
     def read(cls, folder: str | Path) -> Self:
         """The configuration in `folder`/config.json; `UserError` if it is not a T5's."""
         path = Path(folder) / "config.json"
-        found = read_json(path)
-        if found.get("model_type") != "t5":
+        content = read_json(path)
+        if content.get("model_type") != "t5":
             raise UserError(
-                f"{path}: model_type is {found.get('model_type')!r}; give the folder of a T5 ('t5')"
+                f"{path}: model_type is {content.get('model_type')!r}; give the folder of a T5 "
+                "('t5')"
             )
-        missing = [
-            field.name
-            for field in fields(cls)
-            if field.default is MISSING and field.name not in found
-        ]
-        if missing:
-            raise UserError(
-                f"{path}: {missing[0]} is missing; take config.json from where the weights come from"
-            )
-        config = cls(
-            **{field.name: found[field.name] for field in fields(cls) if field.name in found}
-        )
+
+        for field in fields(cls):
+            if field.default is MISSING and field.name not in content:
+                raise UserError(
+                    f"{path}: {field.name} is missing; take config.json from the source of the "
+                    "weights"
+                )
+
+        # Old checkpoints lack the fields that have defaults here.
+        names = [field.name for field in fields(cls)]
+        config = cls(**{name: content[name] for name in names if name in content})
         if config.feed_forward_proj not in ("relu", "gated-gelu"):
             raise UserError(
-                f"{path}: feed_forward_proj is '{config.feed_forward_proj}'; use 'relu' or 'gated-gelu'"
+                f"{path}: feed_forward_proj is '{config.feed_forward_proj}'; use 'relu' or "
+                "'gated-gelu'"
             )
         return config
 
 
 def layer_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
-    """The weights of one layer as they are stored, in the order in which the layer takes them."""
-    width, inner, hidden = config.d_model, config.num_heads * config.d_kv, config.d_ff
+    """The weights of one layer as stored, in the order of the layer's arguments."""
+    width = config.d_model
+    inner = config.num_heads * config.d_kv
+    hidden = config.d_ff
     wi = ("wi",) if config.feed_forward_proj == "relu" else ("wi_0", "wi_1")
     return {
         "attention.norm": (width,),
@@ -72,13 +74,13 @@ def layer_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
 
 
 def encoder_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
-    """All weights of the encoder as they are stored; the layers' in the order in which they run."""
+    """All weights of the encoder as stored, in the order of computation."""
     return {
         "embedding": (config.vocab_size, config.d_model),
         "position_bias": (config.relative_attention_num_buckets, config.num_heads),
         **{
-            f"layers.{number}.{name}": shape
-            for number in range(config.num_layers)
+            f"layers.{layer}.{name}": shape
+            for layer in range(config.num_layers)
             for name, shape in layer_shapes(config).items()
         },
         "norm": (config.d_model,),
@@ -86,39 +88,44 @@ def encoder_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
 
 
 def hugging_face_names(name: str) -> tuple[str, ...]:
-    """Where the encoder's weight `name` may be in a Hugging Face checkpoint, best first."""
+    """The possible names of the encoder's weight `name` in a Hugging Face checkpoint, preferred
+    first.
+    """
     if name == "embedding":
         return "shared.weight", "encoder.embed_tokens.weight"
     if name == "position_bias":
         return ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",)
     if name == "norm":
         return ("encoder.final_layer_norm.weight",)
+
+    # layers.BLOCK.PART.WEIGHT
     _, block, part, weight = name.split(".")
     layer, cell = {"attention": (0, "SelfAttention"), "ff": (1, "DenseReluDense")}[part]
-    place = "layer_norm" if weight == "norm" else f"{cell}.{weight}"
-    return (f"encoder.block.{block}.layer.{layer}.{place}.weight",)
+    path = "layer_norm" if weight == "norm" else f"{cell}.{weight}"
+    return (f"encoder.block.{block}.layer.{layer}.{path}.weight",)
 
 
-def encoder_tensors(folder: str | Path, config: T5Config) -> dict[str, Stored]:
-    """The encoder's tensors, not yet read; `UserError` if one is missing or is not what `config`
-    asks for.
+def encoder_tensors(folder: str | Path, config: T5Config) -> dict[str, StoredTensor]:
+    """The encoder's tensors, not yet read; `UserError` if one is missing or has another shape than
+    `config` requires.
     """
-    stored, found = stored_tensors(Path(folder)), {}
-    for short, shape in encoder_shapes(config).items():
-        names = hugging_face_names(short)
+    stored = stored_tensors(Path(folder))
+    tensors = {}
+    for short_name, shape in encoder_shapes(config).items():
+        names = hugging_face_names(short_name)
         name = next((name for name in names if name in stored), None)
         if name is None:
             raise UserError(
-                f"{folder}: parameter {' or '.join(names)} is not among the {len(stored)} tensors found; "
-                "config.json asks for it, so take config.json and weights from the same model"
+                f"{folder}: parameter {' or '.join(names)} is not among the {len(stored)} tensors; "
+                "config.json requires it, so take config.json and weights from the same model"
             )
         if stored[name].shape != shape:
             raise UserError(
-                f"{folder}: parameter {name} has shape {stored[name].shape} where config.json asks for {shape}; "
-                "take config.json and weights from the same model"
+                f"{folder}: parameter {name} has shape {stored[name].shape} where config.json "
+                f"requires {shape}; take config.json and weights from the same model"
             )
-        found[short] = stored[name]
-    return found
+        tensors[short_name] = stored[name]
+    return tensors
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -126,13 +133,17 @@ def load_tokenizer(folder: Path) -> Any:
     path = folder / "spiece.model"
     if not path.is_file():
         raise UserError(
-            f"{path}: no such file; give the Hugging Face folder of T5's tokenizer, with its spiece.model"
+            f"{path}: no such file; give the Hugging Face folder of T5's tokenizer, with its "
+            "spiece.model"
         )
+
+    # Imported here: it takes seconds.
     from transformers import T5Tokenizer
 
     try:
         tokenizer = T5Tokenizer.from_pretrained(folder, local_files_only=True)
-        if not isinstance(tokenizer, T5Tokenizer):  # it answers False to some damaged files
+        # It returns False for some damaged files.
+        if not isinstance(tokenizer, T5Tokenizer):
             raise ValueError("transformers cannot read it")
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(

@@ -1,15 +1,15 @@
-"""Checkpoints: folders that are whole or not taken for checkpoints, and that say so themselves.
+"""Checkpoints: folders that are either complete or ignored, and that detect damage.
 
-    checkpoints/step_0001000/ model.safetensors ema.safetensors optimizer.safetensors    what `tensors` names
-                              state.json      whatever else a run needs to go on, as JSON
+    checkpoints/step_0001000/ model.safetensors ema.safetensors optimizer.safetensors
+                              state.json      what else a run needs to resume
                               manifest.json   size and SHA-256 of each file above
                               COMPLETE        SHA-256 of manifest.json, written last
 
-A step is written beside its place, fsynced, and renamed; only then are older steps removed. So a
-kill, a full disk or a power cut leaves the steps before it as they were. Damage that comes later (a
-disk, a copy cut short) is found by `newest`, which hashes what it returns and falls back to the
-step before. One process writes: see `files.lock`. It may do so behind a run's back: training stops
-only while `Writer` copies the arrays.
+A step is written to a temporary folder, synced, and renamed; only then are older steps removed. So
+a kill, a full disk or a power cut leaves the steps before it as they were. Later damage, by a bad
+disk or a truncated copy, is detected by `newest`, which hashes what it returns and falls back to
+the step before. Only one process may write: see `files.lock`. `Writer` writes in the background;
+training waits only while the arrays are copied.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -33,7 +33,7 @@ Tensors = dict[str, dict[str, np.ndarray]]  # file -> parameter -> array
 
 
 class CheckpointError(JobError):
-    """A checkpoint that could not be written, or is not what was written."""
+    """A checkpoint that could not be written, or is not as it was written."""
 
 
 def save(
@@ -43,126 +43,133 @@ def save(
     state: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Writes `step` and removes all but the `keep` newest up to it; returns the step's folder.
+    """Writes `step` and removes all but the `keep` newest steps up to it; returns its folder.
 
-    `state` is JSON values. A step that is there and good stays as it is: a run repeats itself, and
-    to replace the only good checkpoint would risk it. CheckpointError if the disk does not take it.
+    A step that exists undamaged is not written again: a resumed run repeats the same step, and
+    atomic_replace the only good checkpoint would put it at risk. CheckpointError if writing fails.
+
+    Args:
+        folder: of all checkpoints of the run.
+        step: how many steps are done.
+        tensors: file -> parameter -> array.
+        state: what else is saved, as JSON values.
+        keep: how many steps stay, this one included.
     """
     if keep < 1:
         raise ValueError(f"keep={keep}: at least the checkpoint just written has to be kept")
+
     target = folder / f"step_{step:07d}"
-    side = folder / f".tmp-{target.name}"
-    if target in _folders(folder) and _damage(target) is None:
+    if target in _step_folders(folder) and _damage(target) is None:
         return target
+
+    temporary = folder / f".tmp-{target.name}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in [
-            *folder.glob(".tmp-*"),
-            *folder.glob(".old-*"),
-        ]:  # of attempts that were killed
-            remove_folder(leftover)
-        side.mkdir()
-        for name, arrays in tensors.items():
-            write_tensors(side / f"{name}.safetensors", arrays)
-        (side / "state.json").write_text(json.dumps(state, indent=1))
-        written = sorted(side.iterdir())
-        manifest = {
-            path.name: {"size": path.stat().st_size, "sha256": sha256_file(path)}
-            for path in written
-        }
-        (side / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        (side / "COMPLETE").write_text(sha256_file(side / "manifest.json"))
-        replace_folder(side, target)
+        _remove_leftovers(folder)
+        _write(temporary, tensors, state)
+        replace_folder(temporary, target)
     except OSError as error:
-        shutil.rmtree(side, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
-            f"{target}: could not be saved: {error}; earlier checkpoints are as they were: "
-            "make room and run the same command again"
+            f"{target}: could not be saved: {error}; earlier checkpoints are intact: make room "
+            "and run the same command again"
         ) from error
-    for old in [number for number in steps(folder) if number <= step][
-        :-keep
-    ]:  # later ones are damaged, or else we had
-        remove_folder(
-            folder / f"step_{old:07d}"
-        )  # resumed from them; they are replaced when the run gets there
+
+    # Later steps are damaged, or the run would have resumed from them. They stay until it gets
+    # there and replaces them.
+    up_to_here = [saved for saved in steps(folder) if saved <= step]
+    for old in up_to_here[:-keep]:
+        remove_folder(folder / f"step_{old:07d}")
     return target
 
 
 class Writer:
-    """`save` in a thread of its own, one step at a time: while one is written, a second waits for
-    it.
+    """Saves checkpoints in a background thread, one at a time: a second `save` waits for the first.
 
-    It holds a copy of the arrays, as the next training step changes them in place. Leave its `with`
-    and all is written; what went wrong in the thread is raised by the next call of any method, or
-    there.
+    It copies the arrays, as the next training step changes them in place. Leaving its `with` block
+    waits for the thread. An error in the thread is raised by the next call of any method, or when
+    the block is left.
+
+    Args:
+        folder, keep: see `save`.
+        save_step: writes one step; for tests.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep: int, save_step: Callable[..., Path] = save) -> None:
+        self.folder = folder
+        self.keep = keep
+        self.save_step = save_step
         self.thread = ThreadPoolExecutor(1, "checkpoint")
-        self.writing: Future[Path] | None = None
+        self.pending: Future[Path] | None = None
 
     def save(
         self, step: int, tensors: Mapping[str, Mapping[str, np.ndarray]], state: dict[str, Any]
     ) -> None:
+        """Copies the arrays and starts to write them; see `checkpoint.save`."""
         self.join()
-        copied = {
+        copies = {
             file: {name: array.copy() for name, array in arrays.items()}
             for file, arrays in tensors.items()
         }
-        self.writing = self.thread.submit(save, self.folder, step, copied, state, self.keep)
+        self.pending = self.thread.submit(
+            self.save_step, self.folder, step, copies, state, self.keep
+        )
 
     def check(self) -> None:
-        """Raises what the thread ended with, if it has and that was an error."""
-        if self.writing is not None and self.writing.done():
+        """Raises the error of a save that has failed. Does not wait."""
+        if self.pending is not None and self.pending.done():
             self.join()
 
     def join(self) -> None:
-        """Waits until what was begun is on the disk."""
-        writing, self.writing = self.writing, None
-        if writing is not None:
-            writing.result()
+        """Waits until the save that was started is on the disk."""
+        pending = self.pending
+        self.pending = None
+        if pending is not None:
+            pending.result()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         self.thread.shutdown()
-        if kind is None:  # else the error that ends the run is the one to tell
+        # After another error, that one is reported and not the thread's.
+        if kind is None:
             self.join()
 
 
 def steps(folder: Path) -> list[int]:
-    """The steps whose writing was completed, ascending."""
+    """The steps that were written completely, ascending."""
     return [
         int(path.name.removeprefix("step_"))
-        for path in _folders(folder)
+        for path in _step_folders(folder)
         if (path / "COMPLETE").exists()
     ]
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest step that is as it was written, or None if nothing was ever saved here.
+    """The newest undamaged step, or None if nothing was ever saved here.
 
-    Damaged steps are passed over with a warning. If all are damaged: UserError, as to start over in
-    silence would throw away a run.
+    Damaged steps are skipped with a warning. If all are damaged: UserError, as to start again from
+    step 0 without saying so would discard the run.
     """
     damage = None
-    for path in reversed(_folders(folder)):
+    for path in reversed(_step_folders(folder)):
         damage = _damage(path)
         if damage is None:
             return path
-        log.warning("checkpoint passed over: %s", damage)
+        log.warning("damaged checkpoint skipped: %s", damage)
+
     if damage is not None:
         raise UserError(
-            f"{folder}: no checkpoint in it is good ({damage}); move the folder away to start from step 0"
+            f"{folder}: every checkpoint is damaged ({damage}); move the folder away to start from "
+            "step 0"
         )
     return None
 
 
 def verify(path: Path) -> None:
-    """CheckpointError, naming the file and what is wrong with it, unless every byte is as it was
-    written.
+    """CheckpointError, naming the file and the problem, unless every byte of the step in `path` is
+    as it was written.
     """
     try:
         manifest = (path / "manifest.json").read_bytes()
@@ -170,13 +177,13 @@ def verify(path: Path) -> None:
             raise CheckpointError(
                 f"{path / 'manifest.json'}: its sha256 is not the one in COMPLETE"
             )
-        for name, facts in json.loads(manifest).items():
+        for name, expected in json.loads(manifest).items():
             size = (path / name).stat().st_size
-            if size != facts["size"]:
+            if size != expected["size"]:
                 raise CheckpointError(
-                    f"{path / name}: has {size} bytes, the manifest says {facts['size']}"
+                    f"{path / name}: has {size} bytes, the manifest says {expected['size']}"
                 )
-            if sha256_file(path / name) != facts["sha256"]:
+            if sha256_file(path / name) != expected["sha256"]:
                 raise CheckpointError(f"{path / name}: its sha256 is not the one in the manifest")
     except FileNotFoundError as error:
         raise CheckpointError(f"{error.filename}: is missing") from None
@@ -187,30 +194,56 @@ def verify(path: Path) -> None:
 
 
 def load(path: Path) -> tuple[Tensors, dict[str, Any]]:
-    """(tensors, state) as they were given to `save`. Does not hash again what `newest` or `verify`
-    has just hashed.
+    """(tensors, state) as they were given to `save`.
+
+    Does not verify the files: `newest` has done so. CheckpointError if they cannot be read.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     try:
-        names = [
+        files = [
             name
             for name in json.loads((path / "manifest.json").read_bytes())
             if name.endswith(".safetensors")
         ]
-        tensors = {name.removesuffix(".safetensors"): load_file(path / name) for name in names}
+        tensors = {name.removesuffix(".safetensors"): load_file(path / name) for name in files}
         return tensors, json.loads((path / "state.json").read_bytes())
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be loaded: {error}") from error
 
 
-def _folders(folder: Path) -> list[Path]:
-    found = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{7,}", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+def _remove_leftovers(folder: Path) -> None:
+    """Temporary folders of attempts that were killed."""
+    for leftover in [*folder.glob(".tmp-*"), *folder.glob(".old-*")]:
+        remove_folder(leftover)
+
+
+def _write(
+    folder: Path, tensors: Mapping[str, Mapping[str, np.ndarray]], state: dict[str, Any]
+) -> None:
+    """The files of a step, in a new folder; `COMPLETE` is the last one."""
+    folder.mkdir()
+    for name, arrays in tensors.items():
+        write_tensors(folder / f"{name}.safetensors", arrays)
+    (folder / "state.json").write_text(json.dumps(state, indent=1))
+
+    manifest = {
+        path.name: {"size": path.stat().st_size, "sha256": sha256_file(path)}
+        for path in sorted(folder.iterdir())
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    (folder / "COMPLETE").write_text(sha256_file(folder / "manifest.json"))
+
+
+def _step_folders(folder: Path) -> list[Path]:
+    """By step, ascending."""
+    matches = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{7,}", path.name)]
+    return sorted(matches, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def _damage(path: Path) -> str | None:
+    """What `verify` reports, or None."""
     try:
         verify(path)
     except CheckpointError as error:

@@ -1,20 +1,23 @@
-"""Compiled graphs that stay with a run, so that who goes on in it does not compile again.
+"""Compiled graphs stored in the run folder, so that a resumed run does not compile again.
 
-MindSpore can store a process's graphs in a folder and load them in another process, and leaves
-three things to its caller. It numbers them in the order of compilation and does not look at what
-shaped them: here the folder's name is a digest of all that does, sources, configuration, versions,
-and a training compiles in one order. It finds a graph's parameters by their names in the cell that
-was compiled: here a cell that holds just these. It writes in place: here the folder is whole or not
-there.
+MindSpore can store a process's graphs in a folder and load them in another process. It leaves three
+things to the caller:
+
+- It numbers graphs in the order of compilation and does not check what shaped them. Here the
+  folder's name is a digest of sources, configuration and versions, and a training compiles in a
+  fixed order.
+- It finds a graph's parameters by name in the cell that was compiled. Here that is a cell that
+  holds exactly these parameters.
+- It writes in place. Here a folder is renamed to its final name only when it is complete.
 """
 
 import logging
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from hashlib import blake2b
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from mindspore import Parameter, ParameterTuple, Tensor, nn
 
@@ -23,22 +26,26 @@ from pipeline.files import remove_folder, replace_folder
 
 log = logging.getLogger("cascade")
 
-KEPT = "graphs"  # in a run folder
+GRAPHS_FOLDER = "graphs"  # in a run folder
 
 
-class Graph(nn.Cell):
-    """`function` of tensors, given positionally, compiled at its first call with what `folder` has
-    for it, if any.
+class CompiledFunction(nn.Cell):
+    """A function of positional tensors, compiled at its first call, or loaded from a folder.
 
-    `parameters` are all that the function uses, each under a name of its own.
+    Args:
+        function: what is compiled.
+        parameters: all that the function uses, with distinct names.
+        folder: where MindSpore stores and looks for the graph; None: it is not stored.
     """
 
     def __init__(
         self, function: Callable[..., Any], parameters: Iterable[Parameter], folder: Path | None
     ) -> None:
         super().__init__()
-        self.function, self.held, self.folder = function, ParameterTuple(parameters), folder
-        self.graph = runtime.compile(type(self).construct)
+        self.function = function
+        self.used_parameters = ParameterTuple(parameters)
+        self.folder = folder
+        self.graph = runtime.jit(type(self).construct)
 
     def construct(self, *tensors: Tensor) -> Any:
         return self.function(*tensors)
@@ -46,71 +53,101 @@ class Graph(nn.Cell):
     def __call__(self, *tensors: Tensor) -> Any:
         if self.folder is None:
             return self.graph(self, *tensors)
-        folder, self.folder = self.folder, None
-        with runtime.keeping_graphs(folder):
+
+        # The first call compiles; only this call may see the folder.
+        folder = self.folder
+        self.folder = None
+        with runtime.graph_cache(folder):
             return self.graph(self, *tensors)
 
 
 class CompileCache:
-    """Compiles a training's functions. MindSpore takes one folder a process, so that the first
-    training's stay.
+    """Compiles the functions of one training, and stores their graphs in its run folder.
+
+    MindSpore takes one folder a process, so only the first training of a process is cached. Until
+    `commit`, graphs that are not there yet are stored in a temporary folder.
 
     Args:
-        run: its folder; without one nothing is kept.
-        rank: which of its ranks this is.
-        stage: what is trained; its sources and those beside it count.
+        run: the run folder; without one nothing is stored.
+        rank: of this process.
+        stage: what is trained; its sources are part of the key.
         shaped_by: what else the graphs depend on, as text.
     """
 
-    taken = False  # by this process's first
+    # Whether a training of this process has the cache already.
+    in_use: ClassVar[bool] = False
 
     def __init__(
         self, run: Path | None = None, rank: int = 0, stage: object = None, shaped_by: str = ""
     ) -> None:
-        self.folder: Path | None = None
-        self.target: Path | None = None
-        if run is None or CompileCache.taken:
+        self.folder: Path | None = None  # that MindSpore uses
+        self.target: Path | None = None  # that `commit` renames it to
+        if run is None or CompileCache.in_use:
             return
-        CompileCache.taken = True
-        digest = blake2b(shaped_by.encode(), digest_size=8)
-        modules = (sys.modules.get(cls.__module__) for cls in type(stage).__mro__)
-        files = (str(getattr(module, "__file__", "")) for module in modules)
-        mine, *others = (Path(file) for file in files if file.endswith(".py"))
-        beside = (
-            mine.parent.rglob("*.py") if "." in type(stage).__module__ else [mine]
-        )  # one without a package
-        for path in (
-            *sorted(Path(runtime.__file__).parent.rglob("*.py")),
-            *sorted(beside),
-            *others,
-        ):
-            digest.update(path.read_bytes())
-        library = kernels.library()
-        kind = "Ascend" if device.on_ascend() else library.name if library else "CPU"
-        for known in (version("mindspore"), version("mindformers"), kind):
-            digest.update(known.encode())
-        target = run / KEPT / f"{digest.hexdigest()}-{rank}"
-        for other in (run / KEPT).glob(f"*-{rank}"):
+        CompileCache.in_use = True
+
+        target = run / GRAPHS_FOLDER / f"{graph_key(stage, shaped_by, toolchain())}-{rank}"
+        for other in target.parent.glob(f"*-{rank}"):
             if other != target:
                 remove_folder(other)
-        self.folder = target
-        if not target.exists():
-            self.folder, self.target = target.with_name(f".new-{target.name}"), target
+
+        if target.exists():
+            self.folder = target
+        else:
+            self.folder = target.with_name(f".new-{target.name}")
+            self.target = target
             remove_folder(self.folder)
 
     @property
     def warm(self) -> bool:
-        """Whether they are there from before."""
+        """Whether an earlier process has left the graphs."""
         return self.folder is not None and self.target is None
 
-    def compile(self, function: Callable[..., Any], parameters: Iterable[Parameter]) -> Graph:
-        return Graph(function, parameters, self.folder)
+    def compile(
+        self, function: Callable[..., Any], parameters: Iterable[Parameter]
+    ) -> CompiledFunction:
+        """`function` of positional tensors, which uses `parameters`, as a compiled function."""
+        return CompiledFunction(function, parameters, self.folder)
 
-    def keep(self) -> None:
-        """Lets those that were compiled stay; once all have been called."""
-        target, self.target = self.target, None
-        if target and self.folder and self.folder.exists():
-            try:
-                replace_folder(self.folder, target)
-            except OSError as error:
-                log.warning("%s: the compiled graphs are not kept: %s", target, error.strerror)
+    def commit(self) -> None:
+        """Makes the new graphs permanent. To be called once every compiled function has run."""
+        target = self.target
+        self.target = None
+        if target is None or self.folder is None or not self.folder.exists():
+            return
+
+        try:
+            replace_folder(self.folder, target)
+        except OSError as error:
+            log.warning("%s: compiled graphs cannot be stored: %s", target, error.strerror)
+
+
+def graph_key(stage: object, shaped_by: str, tools: Sequence[str]) -> str:
+    """A hexadecimal digest of all that shapes the graphs of a training."""
+    digest = blake2b(shaped_by.encode(), digest_size=8)
+    for path in source_files(stage):
+        digest.update(path.read_bytes())
+    for tool in tools:
+        digest.update(tool.encode())
+    return digest.hexdigest()
+
+
+def source_files(stage: object) -> list[Path]:
+    """The sources of the library, of the package of the stage's class, and of its base classes."""
+    modules = (sys.modules.get(cls.__module__) for cls in type(stage).__mro__)
+    files = (str(getattr(module, "__file__", "")) for module in modules)
+    own, *bases = (Path(file) for file in files if file.endswith(".py"))
+
+    library = sorted(Path(runtime.__file__).parent.rglob("*.py"))
+    in_package = "." in type(stage).__module__
+    package = sorted(own.parent.rglob("*.py")) if in_package else [own]
+    return [*library, *package, *bases]
+
+
+def toolchain() -> tuple[str, ...]:
+    """The versions of what compiles, and the kind of device or the library of CPU kernels."""
+    library = kernels.library()
+    target = library.name if library else "CPU"
+    if device.on_ascend():
+        target = "Ascend"
+    return version("mindspore"), version("mindformers"), target

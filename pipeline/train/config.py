@@ -1,44 +1,34 @@
-"""What is trained, as the loop sees it: what it reads of a stage's configuration and asks of a
-stage.
-"""
+"""The length of a training run, and what it writes."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-import numpy as np
-from mindspore import Tensor, nn
 
 from pipeline.config import ConfigError
-from pipeline.data.shards import DataConfig
-from pipeline.text.encoder import TextConfig
-from pipeline.text.prompts import Arrays, ClassConfig
-from pipeline.train.optimizer import OptimizerConfig
 from pipeline.train.precision import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How long, and what is kept and shown on the way. `every` counts steps; 0 is never."""
+    """The training loop. A field `*_every` is a number of steps; 0 is never."""
 
-    steps: int = 2_500_000
-    grad_accum_steps: int = 1  # parts into which a rank's batch is cut to save memory
+    steps: int = 2_500_000  # of the whole run
+
+    # How a step is computed.
+    grad_accum_steps: int = 1  # micro-batches that a rank's batch is split into, to save memory
     precision: Precision = "float32"  # of convolutions and matrix products
-    shard_optimizer: bool = (
-        False  # each rank keeps a share of AdamW's state and of the EMA (ZeRO-1)
-    )
-    ema_decay: float = 0.9999
+    # Each rank keeps a shard of AdamW's state and of the EMA (ZeRO-1).
+    shard_optimizer: bool = False
+    ema_decay: float = 0.9999  # of the exponential moving average of the weights
+
+    # What is written.
     checkpoint_every: int = 5_000
-    keep_checkpoints: int = 3
-    report_every: int = 10
-    sample_every: int = 5_000
-    num_samples: int = 8  # pictures in samples/step_*.png
-    max_skipped: int = (
-        10  # steps in a row whose loss or gradient is not finite, at which the job ends
-    )
-    check_every: int = (
-        1_000  # whether all ranks still have the same weights; the last step always is
-    )
+    keep_checkpoints: int = 3  # the newest ones
+    report_every: int = 10  # to metrics.jsonl, TensorBoard and the terminal
+    sample_every: int = 5_000  # steps between sample grids
+    num_samples: int = 8  # images in samples/step_*.png
+
+    # What ends the job.
+    max_skipped: int = 10  # consecutive steps whose loss or gradient is not finite
+    check_every: int = 1_000  # that all ranks have equal weights; also checked at the last step
 
     def __post_init__(self) -> None:
         positive = (
@@ -48,52 +38,16 @@ class TrainConfig:
             "keep_checkpoints",
             "report_every",
             "num_samples",
+            "max_skipped",
         )
-        for name in (*positive, "max_skipped"):
+        for name in positive:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: {getattr(self, name)} is not positive; give 1 or more")
         for name in ("sample_every", "check_every"):
             if getattr(self, name) < 0:
                 raise ConfigError(
-                    f"{name}: {getattr(self, name)} is negative; give a number of steps, or 0 for never"
+                    f"{name}: {getattr(self, name)} is negative; give a number of steps, or 0 for "
+                    "never"
                 )
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay: {self.ema_decay} is not in [0, 1); 0.9999 is usual")
-
-
-class Config(Protocol):
-    """What the loop reads of a stage's configuration."""
-
-    @property
-    def run(self) -> str: ...
-    @property
-    def seed(self) -> int: ...
-    @property
-    def size(self) -> int: ...
-    @property
-    def text(self) -> TextConfig | None: ...
-    @property
-    def classes(self) -> ClassConfig | None: ...
-    @property
-    def data(self) -> DataConfig: ...
-    @property
-    def optimizer(self) -> OptimizerConfig: ...
-    @property
-    def train(self) -> TrainConfig: ...
-
-
-class Trainee(Protocol):
-    """What the loop asks of a stage."""
-
-    network: nn.Cell
-
-    @property
-    def config(self) -> Config: ...
-    @property
-    def window(self) -> int | None: ...
-    def batch(
-        self, step: int, positions: Sequence[int], pictures: np.ndarray, *prompt: np.ndarray
-    ) -> Arrays: ...
-    def loss(self, *tensors: Tensor) -> Tensor: ...
-    def picture(self, pictures: np.ndarray, *prompt: np.ndarray) -> np.ndarray: ...
-    def manifest_fields(self) -> dict[str, Any]: ...

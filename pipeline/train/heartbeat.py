@@ -1,12 +1,14 @@
-"""What a rank is doing, for whoever watches the job from outside: `rank_R.json` in the folder of
-the attempt's logs.
+"""Heartbeats: what a rank is doing, for the supervisor that watches the job from outside.
 
-    {"rank": 1, "pid": 4711, "host": "node3", "phase": "training", "step": 1200, "time": 1730000000.0, "error": null}
+Each rank writes `rank_R.json` in the folder of the attempt's logs:
 
-The phases are starting, compiling, training, checkpoint, sampling, finished and failed. It is the
-training thread that writes, at each change of phase and else once a second at most: a rank that
-hangs falls silent. Only training says so often; to compile, or to wait for the others, takes as
-long as it takes.
+    {"rank": 1, "pid": 4711, "host": "node3",
+     "phase": "training", "step": 1200, "time": 1730000000.0, "error": null}
+
+The phases are starting, compiling, training, checkpoint, sampling, finished and failed. The
+training thread itself writes the file, at each change of phase and otherwise at most once a second,
+so the file of a rank that hangs grows old. Only the phase `training` is refreshed that often:
+compiling, or waiting for other ranks, has no time limit.
 """
 
 import json
@@ -14,45 +16,66 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 log = logging.getLogger("cascade")
-EVERY = 1.0  # seconds
+
+INTERVAL = 1.0  # seconds between two writes within a phase
 
 Phase = Literal["starting", "compiling", "training", "checkpoint", "sampling", "finished", "failed"]
 
 
 class Heartbeat:
-    """The file of `rank` in `folder`; nothing at all without one."""
+    """Writes the heartbeats of one rank.
 
-    def __init__(self, folder: Path | None, rank: int) -> None:
+    Args:
+        folder: of the attempt's logs; without one, nothing is written.
+        rank: of this process.
+        clock: seconds from any origin, monotonic.
+    """
+
+    def __init__(
+        self, folder: Path | None, rank: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.path = folder and folder / f"rank_{rank}.json"
-        self.facts = {"rank": rank, "pid": os.getpid(), "host": socket.gethostname()}
+        self.process = {"rank": rank, "pid": os.getpid(), "host": socket.gethostname()}
+        self.clock = clock
         self.phase: str | None = None
-        self.step, self.told = 0, 0.0
+        self.step = 0
+        self.last_write = 0.0
 
     def beat(
         self, phase: Phase, step: int | None = None, error: BaseException | None = None
     ) -> None:
-        """In `phase`, after `step` steps (None: as many as before)."""
-        self.step = self.step if step is None else step
-        if self.path is None or (phase == self.phase and time.monotonic() - self.told < EVERY):
+        """Reports `phase` after `step` steps (None: as many as in the last call)."""
+        if step is not None:
+            self.step = step
+        if self.path is None:
             return
-        self.phase, self.told = phase, time.monotonic()
-        said = {
+        if phase == self.phase and self.clock() - self.last_write < INTERVAL:
+            return
+
+        self.phase = phase
+        self.last_write = self.clock()
+        record = {
+            **self.process,
             "phase": phase,
             "step": self.step,
             "time": time.time(),
             "error": error and describe(error),
         }
-        side = self.path.with_name(f".tmp-{self.path.name}")
-        try:  # not synced: it is worth nothing after a power cut, and must not cost the step a wait for the disk
-            side.write_text(json.dumps(self.facts | said))
-            side.replace(self.path)
-        except OSError as problem:  # the watched must not fail for the watcher
+
+        # Renamed but not synced: after a power cut the file is useless, and a step must not wait
+        # for the disk. A failure to write must not end the training.
+        temporary = self.path.with_name(f".tmp-{self.path.name}")
+        try:
+            temporary.write_text(json.dumps(record))
+            temporary.replace(self.path)
+        except OSError as problem:
             log.warning(
-                "%s: cannot be written (%s); this rank may be taken for dead",
+                "%s: cannot be written (%s); the supervisor may take this rank for dead",
                 self.path,
                 problem.strerror,
             )
@@ -60,5 +83,5 @@ class Heartbeat:
 
 
 def describe(error: BaseException) -> str:
-    """One line: the kind of error and what it says first."""
+    """One line: the type of the error and the first line of its message."""
     return f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")

@@ -1,255 +1,337 @@
-"""A run of one stage, from the first step or from where it was.
+"""Training one stage, from the first step or from the newest checkpoint.
 
-To resume, run the same command again: the newest good checkpoint holds parameters, optimizer, EMA
-and step; the order of the data and every random draw follow from the seed and the step. On one
-machine with the same number of threads and ranks the continued run gives the losses and weights of
-an uninterrupted one, bit for bit; with another number of ranks the same samples and, but for
-rounding, the same losses.
+To resume, run the same command again: the newest undamaged checkpoint holds parameters, optimizer,
+EMA and step; the order of the data and every random draw follow from the seed and the step. On one
+machine with the same number of threads and ranks, a resumed run gives the losses and weights of an
+uninterrupted one, bit for bit. With another number of ranks it sees the same samples and gives the
+same losses up to rounding.
 
-All ranks go through the same lines. What only rank 0 does, which is to read and write the run
-folder, to report and to sample, the others learn of, or wait for, in their next collective.
+All ranks execute the same lines. Only rank 0 reads and writes the run folder, reports and samples;
+the others wait for it, or learn the result, in their next collective.
 """
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 from pipeline import runtime
-from pipeline.config import dump, to_dict
-from pipeline.data.loader import Loader
+from pipeline.config import dump
+from pipeline.data.loader import ImageSize, Loader
 from pipeline.data.shards import Shards
 from pipeline.errors import JobError, UserError
 from pipeline.files import lock
 from pipeline.log import RunLog
 from pipeline.nn.parameters import initialize, num_parameters
-from pipeline.stage.manifest import write_stage
-from pipeline.text.prompts import open_prompts
+from pipeline.stage.config import StageConfig
+from pipeline.stage.manifest import manifest_of, write_stage
+from pipeline.stage.stage import Stage
+from pipeline.text.prompts import Prompts, open_prompts
 from pipeline.train import checkpoint
 from pipeline.train.compile_cache import CompileCache
-from pipeline.train.config import Config, Trainee
 from pipeline.train.heartbeat import Heartbeat
-from pipeline.train.precision import LossScale, cast_matmuls
+from pipeline.train.precision import cast_matmuls
 from pipeline.train.process_group import ProcessGroup
-from pipeline.train.resume import facts, prepare_run_dir, resume
+from pipeline.train.resume import Progress, prepare_run_dir, resumable_state, resume
 from pipeline.train.state import TrainState
-from pipeline.train.step import StepResult, TrainStep
+from pipeline.train.step import MicroBatches, StepResult, TrainStep, never, prefetch
 
 log = logging.getLogger("cascade")
 
 
-def train(stage: Trainee, stop: Callable[[], bool] = bool) -> bool:
+def train(stage: Stage, should_stop: Callable[[], bool] = never) -> bool:
     """Trains `stage` to its last step and writes its stage folder, as one of the job's ranks.
 
-    False if `stop()`, on any rank, ended it early, after saving. JobError if the ranks do not stay
-    together.
+    Returns False if `should_stop()`, on any rank, ended it early, after saving. UserError if
+    something is wrong with configuration, data or run folder; JobError if ranks are lost or
+    disagree.
     """
     job = runtime.start_communication()
     if job.rank:
-        log.setLevel(logging.WARNING)  # rank 0 speaks for all
-    heart = Heartbeat(runtime.attempt(), job.rank)
-    heart.beat("starting")
+        # Rank 0 reports for all.
+        log.setLevel(logging.WARNING)
+
+    heartbeat = Heartbeat(runtime.attempt_dir(), job.rank)
+    heartbeat.beat("starting")
     try:
-        finished = run(stage, ProcessGroup(job.rank, job.world), heart, stop)
+        is_finished = train_in_group(
+            stage, ProcessGroup(job.rank, job.world_size), heartbeat, should_stop
+        )
     except BaseException as error:
-        heart.beat("failed", error=error)
+        heartbeat.beat("failed", error=error)
         raise
-    heart.beat("finished")
-    return finished
+
+    heartbeat.beat("finished")
+    return is_finished
 
 
-def run(stage: Trainee, ranks: ProcessGroup, heart: Heartbeat, stop: Callable[[], bool]) -> bool:
-    """`train`, among `ranks`."""
-    config, first = stage.config, ranks.rank == 0
-    folder, places = Path(config.run), share(config, ranks.rank, ranks.world)
-    shards = Shards.open(config.data, progress=first)
+def train_in_group(
+    stage: Stage, group: ProcessGroup, heartbeat: Heartbeat, should_stop: Callable[[], bool]
+) -> bool:
+    """`train`, as a rank of `group`."""
+    config = stage.config
+    folder = Path(config.run)
+    share = positions_of_rank(config, group.rank, group.world)
+    shards = Shards.open(config.data, progress=group.is_main)
     prompts = open_prompts(config.text, config.classes, shards)
     cast_matmuls(stage.network, config.train.precision)
-    with (
-        lock(folder) if first else nullcontext()
-    ):  # only now: a mistake leaves no run folder behind
-        newest = prepare_run_dir(folder, config) if first else None
-        check_ranks_agree(
-            ranks, config, shards
-        )  # and so, when the others go on, the run folder is there
-        quarantine = folder / "quarantine.jsonl"
-        loader = Loader(
-            shards, prompts, config.seed, config.size, stage.window, stage.batch, quarantine, places
+
+    # The run folder is made only now: a mistake in the configuration leaves none behind.
+    with lock(folder) if group.is_main else nullcontext():
+        newest = prepare_run_dir(folder, config) if group.is_main else None
+        # When this returns, the run folder is there on all ranks.
+        check_ranks_agree(group, config, shards)
+
+        loader = open_loader(stage, shards, prompts, share)
+        trainer = Trainer(stage, loader, group, heartbeat)
+        trainer.resume(newest)
+        is_finished = trainer.is_finished or trainer.train(should_stop)
+        if is_finished:
+            trainer.write_stage(prompts)
+        return is_finished
+
+
+class Trainer:
+    """A rank's training of one stage: the loop, and what each step leaves.
+
+    Args:
+        stage: what is trained. Its network is initialized here.
+        loader: this rank's share of the batches.
+        group: the ranks of the job.
+        heartbeat: reports what this rank does.
+    """
+
+    def __init__(
+        self, stage: Stage, loader: Loader, group: ProcessGroup, heartbeat: Heartbeat
+    ) -> None:
+        self.stage = stage
+        self.loader = loader
+        self.group = group
+        self.heartbeat = heartbeat
+        self.config = stage.config.train
+        self.folder = Path(stage.config.run)
+        self.progress = Progress()
+        self.skipped_in_a_row = 0
+
+        initialize(stage.network, stage.config.seed)
+        shaped_by = f"{group.world} ranks\n{dump(stage.config)}"
+        self.compile_cache = CompileCache(self.folder, group.rank, stage, shaped_by)
+
+        optimizer = stage.config.optimizer
+        self.state = TrainState(stage.network, optimizer, self.config, group, self.compile_cache)
+        self.train_step = TrainStep(
+            stage.loss, self.state, optimizer, self.config, self.compile_cache
         )
-        initialize(stage.network, config.seed)
-        graphs = CompileCache(folder, ranks.rank, stage, f"{ranks.world} ranks\n{dump(config)}")
-        state = TrainState(
-            *(stage.network, config.optimizer, config.train.steps, config.train.ema_decay),
-            *(ranks, config.train.shard_optimizer, graphs),
-        )
-        scale = LossScale(config.train.precision)
-        trainer = TrainStep(
-            stage.loss,
-            state,
-            config.optimizer.max_grad_norm,
-            config.train.grad_accum_steps,
-            scale,
-            graphs,
-        )
-        done, skipped = resume(newest, trainer, shards)
+
+    @property
+    def is_finished(self) -> bool:
+        return self.progress.step >= self.config.steps
+
+    def resume(self, newest: Path | None) -> None:
+        """Restores the checkpoint `newest`, which only rank 0 needs to know."""
+        self.progress = resume(newest, self.train_step, self.loader.shards)
+        shards = self.loader.shards
         log.info(
             "%s: %.2fM parameters, %d samples in %d shards, %s, %d ranks, step %d of %d",
-            *(
-                folder,
-                num_parameters(stage.network) / 1e6,
-                len(shards),
-                len(shards.indexes),
-                shards.account(),
-            ),
-            *(ranks.world, done, config.train.steps),
+            self.folder,
+            num_parameters(self.stage.network) / 1e6,
+            len(shards),
+            len(shards.indexes),
+            shards.exclusion_summary(),
+            self.group.world,
+            self.progress.step,
+            self.config.steps,
         )
-        finished = done >= config.train.steps or steps(
-            stage, loader, trainer, graphs, heart, done, skipped, stop
+
+    def train(self, should_stop: Callable[[], bool]) -> bool:
+        """Trains from here to the last step; False if it was stopped before."""
+        log.info("%s the training step", "loading" if self.compile_cache.warm else "compiling")
+        self.heartbeat.beat("compiling", self.progress.step)
+        config = self.config
+        done = self.progress.step
+
+        with (
+            RunLog(self.folder, done, config.steps, enabled=self.group.is_main) as run_log,
+            checkpoint.Writer(self.folder / "checkpoints", config.keep_checkpoints) as writer,
+        ):
+            timer = StepTimer(done)
+            arrays = self.loader.batches(done, config.steps)
+            batches = map(self.stage.training.flatten, arrays)
+            for micro_batches in prefetch(batches, self.train_step.micro_batches):
+                result = self.next_step(micro_batches, should_stop)
+                is_stopping = result.num_stop_requests > 0
+                writer.check()
+
+                run_log.advance(self.progress.step)
+                if self.is_due(config.report_every) or self.is_finished:
+                    self.report(run_log, result, timer)
+                if self.is_due(config.check_every) or self.is_finished:
+                    self.state.check_weights_agree(self.progress.step)
+
+                # Saved before sampling, which may fail.
+                if self.is_due(config.checkpoint_every) or self.is_finished or is_stopping:
+                    self.save(writer)
+                if self.is_due(config.sample_every):
+                    self.sample(run_log)
+
+                if is_stopping and not self.is_finished:
+                    writer.join()
+                    log.info("%s: stopped and saved; the same command resumes the run", self.where)
+                    return False
+        return True
+
+    def next_step(self, micro_batches: MicroBatches, should_stop: Callable[[], bool]) -> StepResult:
+        """Runs one step and counts it. JobError if too many in a row were skipped."""
+        result = self.train_step(micro_batches, should_stop)
+        if result.applied:
+            # Both the gradient and the update have run, and so were compiled.
+            self.compile_cache.commit()
+
+        self.progress = Progress(
+            step=self.progress.step + 1,
+            num_skipped=self.progress.num_skipped + (not result.applied),
         )
-        average = state.average() if finished else {}
-        if finished and first:
-            write_stage(
-                folder / "stage",
-                manifest(stage, prompts.facts, max(done, config.train.steps)),
-                average,
-            )
-            log.info("%s: done, the stage is in %s", folder, folder / "stage")
-        return finished
+        self.heartbeat.beat("training", self.progress.step)
+        self.skipped_in_a_row = count_skipped(
+            result, self.skipped_in_a_row, self.config.max_skipped, self.where
+        )
+        return result
+
+    @property
+    def where(self) -> str:
+        """The run and its step, for messages."""
+        return f"{self.folder}: step {self.progress.step}"
+
+    def is_due(self, every: int) -> bool:
+        """Whether this is one of the steps that come `every` so many; 0 is never."""
+        return every > 0 and self.progress.step % every == 0
+
+    def report(self, run_log: RunLog, result: StepResult, timer: "StepTimer") -> None:
+        """Writes the metrics of this step."""
+        if not self.group.is_main:
+            return
+
+        seconds = timer.seconds_per_step(self.progress.step)
+        # The learning-rate schedule counts applied steps only, from 0.
+        applied = self.progress.step - 1 - self.progress.num_skipped
+        run_log.report(
+            self.progress.step,
+            {
+                "loss": result.loss,
+                "lr": self.state.lr(applied),
+                "grad_norm": result.grad_norm,
+                "images_per_second": self.stage.config.data.global_batch / seconds,
+                "seconds": seconds,
+                "quarantined": len(self.loader.quarantine.listed),
+                "skipped": self.progress.num_skipped,
+            },
+        )
+
+    def save(self, writer: checkpoint.Writer) -> None:
+        """Starts to write a checkpoint. All ranks have to call it, as each gives its shard."""
+        self.heartbeat.beat("checkpoint")
+        files = self.state.files()
+        if self.group.is_main:
+            state = resumable_state(self.progress, self.train_step.loss_scale, self.loader.shards)
+            writer.save(self.progress.step, files, state)
+
+    def sample(self, run_log: RunLog) -> None:
+        """Samples with the EMA weights. All ranks have to call it, as each gives its shard."""
+        self.heartbeat.beat("sampling")
+        with self.state.ema_in_network():
+            if self.group.is_main:
+                images, prompt = self.loader.first(self.config.num_samples)
+                run_log.image(self.progress.step, self.stage.sample_grid(images, prompt))
+
+    def write_stage(self, prompts: Prompts) -> None:
+        """Writes the stage folder. All ranks have to call it, as each gives its shard."""
+        weights = self.state.ema_weights()
+        if self.group.is_main:
+            # A run that was finished before may have more steps than are configured now.
+            step = max(self.progress.step, self.config.steps)
+            manifest = manifest_of(self.stage, prompts.manifest_fields, step)
+            write_stage(self.folder / "stage", manifest, weights)
+            log.info("%s: done, the stage is in %s", self.folder, self.folder / "stage")
 
 
-def steps(
-    stage: Trainee,
-    loader: Loader,
-    trainer: TrainStep,
-    graphs: CompileCache,
-    heart: Heartbeat,
-    done: int,
-    skipped: int,
-    stop: Callable[[], bool],
-) -> bool:
-    """From step `done`, of which `skipped` were not taken, to the last; False if stopped before."""
-    config, folder, first = (
-        stage.config.train,
-        Path(stage.config.run),
-        trainer.state.ranks.rank == 0,
+class StepTimer:
+    """Measures the mean duration of steps between two reports."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.time = time.perf_counter()
+
+    def seconds_per_step(self, step: int) -> float:
+        """Seconds a step since the last call; `step` is how many are done."""
+        now = time.perf_counter()
+        seconds = (now - self.time) / (step - self.step)
+        self.step = step
+        self.time = now
+        return seconds
+
+
+def open_loader(stage: Stage, shards: Shards, prompts: Prompts, share: range) -> Loader:
+    """The loader of this rank's `share` of the global batch."""
+    config = stage.config
+    return Loader(
+        shards,
+        prompts,
+        seed=config.seed,
+        size=ImageSize(side=config.size, window=stage.train_window),
+        make_inputs=stage.training_inputs,
+        quarantine=Path(config.run) / "quarantine.jsonl",
+        share=share,
     )
-    log.info("%s the training step", "loading" if graphs.warm else "compiling")
-    heart.beat("compiling", done)
-    with (
-        RunLog(folder, done, config.steps, enabled=first) as report,
-        checkpoint.Writer(folder / "checkpoints", config.keep_checkpoints) as writer,
-    ):
-        since, last, in_a_row = time.perf_counter(), done, 0
-        for step, parts in enumerate(trainer.ahead(loader.batches(done, config.steps)), done + 1):
-            outcome = trainer(parts, stop)
-            if outcome.taken:
-                graphs.keep()
-            heart.beat("training", step)
-            writer.check()
-            skipped += not outcome.taken
-            in_a_row = count_skipped(
-                outcome, in_a_row, config.max_skipped, f"{folder}: step {step}"
-            )
-            stopping, ending = outcome.stops > 0, step == config.steps
-            report.advance(step)
-            if first and (step % config.report_every == 0 or ending):
-                seconds = (time.perf_counter() - since) / (step - last)
-                report.report(
-                    step,
-                    {
-                        "loss": outcome.loss,
-                        "lr": trainer.state.lr(step - 1 - skipped),
-                        "grad_norm": outcome.norm,
-                        "images_per_second": stage.config.data.global_batch / seconds,
-                        "seconds": seconds,
-                        "quarantined": len(loader.quarantine.known),
-                        "skipped": skipped,
-                    },
-                )
-                since, last = time.perf_counter(), step
-            if ending or (config.check_every and step % config.check_every == 0):
-                trainer.state.check_alike(step)
-            if (
-                step % config.checkpoint_every == 0 or ending or stopping
-            ):  # before a picture, which may fail
-                heart.beat("checkpoint")
-                tensors = trainer.state.files()
-                if first:
-                    writer.save(step, tensors, facts(step, skipped, trainer.scale, loader.shards))
-            if config.sample_every and step % config.sample_every == 0:
-                heart.beat("sampling")
-                with trainer.state.averaged():
-                    if first:
-                        report.picture(step, stage.picture(*loader.first(config.num_samples)))
-            if stopping and not ending:
-                writer.join()
-                log.info(
-                    "%s: stopped after step %d, saved; the same command goes on from there",
-                    folder,
-                    step,
-                )
-                return False
-    return True
 
 
-def check_ranks_agree(ranks: ProcessGroup, config: Config, shards: Shards) -> None:
-    """Returns when all ranks are here. UserError if they are not about to train the same on the
-    same samples.
+def positions_of_rank(config: StageConfig, rank: int = 0, world: int = 1) -> range:
+    """The positions in the global batch that `rank` trains on.
+
+    UserError if the batch cannot be divided into equal micro-batches.
     """
-    others = ranks.mismatching_ranks(
-        blake2b(f"{shards.digest} {dump(config)}".encode(), digest_size=8).digest()
-    )
-    if others:
-        raise UserError(
-            f"rank {', '.join(map(str, others))} has another configuration or other samples than the other ranks: give "
-            f"all {ranks.world} the same command, and the same shards in data.shards"
-        )
-
-
-def count_skipped(outcome: StepResult, before: int, limit: int, where: str) -> int:
-    """Steps in a row that were not taken, `before` of them before this one. JobError if they are
-    `limit`.
-    """
-    if outcome.taken:
-        return 0
-    if outcome.overflow:  # what a loss scale is there for
-        log.info("%s: the gradient overflows, the loss scale is halved", where)
-        return before
-    said = f"{where}: loss {outcome.loss}, gradient norm {outcome.norm}"
-    if before + 1 == limit:
-        raise JobError(
-            f"{said}, and so for {limit} steps in a row (train.max_skipped), none of which was taken; lower "
-            "optimizer.lr or look at the data; the last checkpoint is good"
-        )
-    log.warning("%s: the step is not taken", said)
-    return before + 1
-
-
-def share(config: Config, rank: int = 0, world: int = 1) -> range:
-    """The places of `rank` in the global batch. UserError if it cannot be cut into equal parts."""
-    batch, parts = config.data.global_batch, world * config.train.grad_accum_steps
+    batch = config.data.global_batch
+    accumulated = config.train.grad_accum_steps
+    parts = world * accumulated
     if batch % parts:
         raise UserError(
-            f"data.global_batch: {batch} is not a multiple of {parts}, the parts that {world} ranks and "
-            f"train.grad_accum_steps={config.train.grad_accum_steps} cut it into; give {-(-batch // parts) * parts}"
+            f"data.global_batch: {batch} is not a multiple of {parts}, the number of micro-batches "
+            f"with {world} ranks and train.grad_accum_steps={accumulated}; give "
+            f"{-(-batch // parts) * parts}"
         )
     return range(rank * batch // world, (rank + 1) * batch // world)
 
 
-def manifest(stage: Trainee, prompts: Mapping[str, Any], step: int) -> dict[str, Any]:
-    """stage.json, but for the weights' sum."""
-    config: dict[str, Any] = to_dict(stage.config)
-    return {
-        "kind": config["kind"],
-        "size_out": config["size"],
-        "channels": 3,
-        **{name: config["diffusion"][name] for name in ("schedule", "prediction", "loss")},
-        **stage.manifest_fields(),
-        **prompts,
-        "ema_decay": stage.config.train.ema_decay,
-        "step": step,
-        "config": config,
-    }
+def check_ranks_agree(group: ProcessGroup, config: StageConfig, shards: Shards) -> None:
+    """Waits for all ranks. UserError unless they have the same configuration and samples."""
+    text = f"{shards.digest} {dump(config)}"
+    mismatching = group.mismatching_ranks(blake2b(text.encode(), digest_size=8).digest())
+    if mismatching:
+        raise UserError(
+            f"rank {', '.join(map(str, mismatching))} has another configuration or other samples "
+            f"than the other ranks: give all {group.world} the same command, and the same shards "
+            "in data.shards"
+        )
+
+
+def count_skipped(result: StepResult, in_a_row: int, limit: int, where: str) -> int:
+    """How many consecutive steps were skipped, given that `in_a_row` were before this one.
+
+    JobError if they are `limit`. A step whose loss scale overflowed is expected and does not count.
+    """
+    if result.applied:
+        return 0
+    if result.loss_scale_overflow:
+        log.info("%s: gradient overflow, the loss scale is halved", where)
+        return in_a_row
+
+    problem = f"{where}: loss {result.loss}, gradient norm {result.grad_norm}"
+    if in_a_row + 1 == limit:
+        raise JobError(
+            f"{problem}, the last of {limit} consecutive steps that were skipped "
+            "(train.max_skipped); lower optimizer.lr or look at the data; the last checkpoint is "
+            "good"
+        )
+    log.warning("%s: step skipped", problem)
+    return in_a_row + 1

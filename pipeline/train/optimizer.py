@@ -1,4 +1,4 @@
-"""The optimizer and its learning rate: MindFormers' and MindSpore's own, chosen by config."""
+"""The optimizer and its learning-rate schedule, of MindFormers and MindSpore, chosen by config."""
 
 import logging
 import warnings
@@ -14,18 +14,19 @@ from pipeline.config import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Imagen's: Adam at 1e-4 after a linear warm-up of 10,000 steps, cosine decay to 0; Adafactor
-    for the base.
+    """The defaults are those of Imagen (Saharia et al., arXiv 2205.11487) for super-resolution:
+    Adam at 1e-4 after a linear warm-up of 10,000 steps; its base is trained with Adafactor.
     """
 
+    # adamw for super-resolution, adafactor for the base, in Imagen
     kind: Literal["adamw", "adafactor"] = "adamw"
-    lr: float = 1e-4
-    warmup_steps: int = 10_000
-    decay: Literal["cosine", "constant"] = "cosine"
-    betas: tuple[float, float] = (0.9, 0.999)  # Adafactor keeps no first moment
+    lr: float = 1e-4  # at the end of the warm-up
+    warmup_steps: int = 10_000  # of linear warm-up
+    decay: Literal["cosine", "constant"] = "cosine"  # after the warm-up; cosine ends at 0
+    betas: tuple[float, float] = (0.9, 0.999)  # AdamW's; Adafactor keeps no first moment
     eps: float = 1e-8  # AdamW's
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0  # largest norm of the whole gradient
+    weight_decay: float = 0.0  # decoupled, as in AdamW
+    max_grad_norm: float = 1.0  # the norm of the whole gradient to which a longer one is clipped
 
     def __post_init__(self) -> None:
         for name in ("lr", "max_grad_norm", "eps"):
@@ -43,8 +44,11 @@ class OptimizerConfig:
 
 
 def mindformers() -> tuple[type, dict[str, type]]:
-    """MindFormers' AdamW and schedules. Its import is slow and warns of packages we do not use."""
-    quiet = logging.root.manager.disable
+    """MindFormers' AdamW, and its schedules by the values of `decay`.
+
+    Its import is slow and warns of packages that are not used here.
+    """
+    disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
@@ -52,13 +56,14 @@ def mindformers() -> tuple[type, dict[str, type]]:
             from mindformers.core.lr import ConstantWarmUpLR, CosineWithWarmUpLR
             from mindformers.core.optim import AdamW
     finally:
-        logging.disable(quiet)
+        logging.disable(disabled)
+
     return AdamW, {"cosine": CosineWithWarmUpLR, "constant": ConstantWarmUpLR}
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> nn.Cell:
-    """Linear warm-up, then cosine decay to 0 at `steps`, or none: a cell from step (from 0) to
-    rate.
+    """The schedule, a cell from step (from 0) to learning rate: linear warm-up, then cosine decay
+    to 0 at `steps`, or a constant.
     """
     _, schedules = mindformers()
     return schedules[config.decay](
@@ -66,27 +71,30 @@ def learning_rate(config: OptimizerConfig, steps: int) -> nn.Cell:
     )
 
 
-def optimizer(config: OptimizerConfig, parameters: list[Parameter], rate: nn.Cell) -> nn.Optimizer:
-    """Decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101), or factored moments (arXiv
-    1804.04235).
+def optimizer(
+    config: OptimizerConfig, parameters: list[Parameter], schedule: nn.Cell
+) -> nn.Optimizer:
+    """AdamW with decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101), or Adafactor
+    (Shazeer & Stern, arXiv 1804.04235) without a first moment.
     """
     if config.kind == "adafactor":
         adafactor = nn.AdaFactor(
             parameters,
-            learning_rate=rate,
+            learning_rate=schedule,
             scale_parameter=False,
             relative_step=False,
             beta1=0.0,
             weight_decay=config.weight_decay,
         )
-        adafactor.exp_avg[
-            0
-        ].name = "no_first_moment"  # one placeholder for all; its own name is another each time
+        # One placeholder stands for all first moments. Its own name differs from process to
+        # process, and would not be found in a checkpoint.
+        adafactor.exp_avg[0].name = "no_first_moment"
         return adafactor
-    cls, _ = mindformers()
-    adamw = cls(
+
+    adamw_class, _ = mindformers()
+    adamw = adamw_class(
         parameters,
-        learning_rate=rate,
+        learning_rate=schedule,
         betas=config.betas,
         eps=config.eps,
         weight_decay=config.weight_decay,
@@ -95,12 +103,12 @@ def optimizer(config: OptimizerConfig, parameters: list[Parameter], rate: nn.Cel
 
 
 class SequentialAdamW(nn.Cell):
-    """The step of MindFormers' AdamW on a CPU: the same formula, one parameter after another, and
-    no division.
+    """The step of MindFormers' AdamW for a CPU: the same formula, one parameter after another, and
+    without a division.
 
-    MindSpore's division on a CPU keeps a list of where each number comes from, 16 bytes a number
-    for as long as the graph lives, twice in that step; and what MindFormers leaves unordered is
-    begun for all parameters at once, so that the intermediate results of all are there together.
+    A division on a CPU keeps a list of indices, 16 bytes an element, as long as its graph lives,
+    and that step has two. And MindFormers leaves the parameters unordered, so that all are begun at
+    once and the temporaries of all are in memory together.
     """
 
     def __init__(self, adamw: nn.Optimizer) -> None:
@@ -109,19 +117,27 @@ class SequentialAdamW(nn.Cell):
 
     def construct(self, gradients: tuple[Tensor, ...]) -> Tensor:
         adamw = self.adamw
-        rate, weight_decay = adamw.get_lr(), adamw.get_weight_decay()
+        rate = adamw.get_lr()
+        weight_decay = adamw.get_weight_decay()
         adamw.assignadd(adamw.global_step, adamw.global_step_increase_tensor)
-        beta1, beta2, step = adamw.beta1, adamw.beta2, adamw.global_step.astype(mstype.float32)
-        length, correction = rate / (1.0 - ops.pow(beta1, step)), 1.0 / (1.0 - ops.pow(beta2, step))
-        kept, done = 1.0 - rate * weight_decay, rate
-        for weight, gradient, first, second in zip(
+
+        beta1 = adamw.beta1
+        beta2 = adamw.beta2
+        step = adamw.global_step.astype(mstype.float32)
+        step_size = rate / (1.0 - ops.pow(beta1, step))
+        correction = 1.0 / (1.0 - ops.pow(beta2, step))
+        decay = 1.0 - rate * weight_decay
+
+        # `depend` orders the parameters: each waits for the assignment of the one before it.
+        done = rate
+        for weight, gradient, first, second in zip(  # noqa: B905
             adamw.parameters, gradients, adamw.exp_avg, adamw.exp_avg_sq
-        ):  # noqa: B905
+        ):
             g = ops.depend(gradient, done)
             m = ops.depend(first, done) * beta1 + g * (1.0 - beta1)
             v = ops.depend(second, done) * beta2 + g * g * (1.0 - beta2)
-            towards = m * length * ops.reciprocal(ops.sqrt(v * correction) + adamw.eps)
-            new = ops.depend(weight, done) * kept - towards
+            update = m * step_size * ops.reciprocal(ops.sqrt(v * correction) + adamw.eps)
+            new = ops.depend(weight, done) * decay - update
             ops.assign(first, m)
             ops.assign(second, v)
             done = ops.assign(weight, new)

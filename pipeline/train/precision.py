@@ -1,8 +1,7 @@
-"""Arithmetic in 16 bits where it pays: convolutions and matrix products; the rest, and all weights,
-stay float32.
+"""Mixed precision: convolutions and matrix products in 16 bits, all else and weights in float32.
 
-That is what PyTorch calls autocast. float16 has a narrow range, so that small gradients would
-vanish in it: the loss is multiplied by a number as large as may be while they are taken
+This is what PyTorch calls autocast. float16 has a narrow range in which small gradients underflow,
+so the loss is multiplied by a scale, as large as possible, while gradients are computed
 (Micikevicius et al., arXiv 1710.03740, section 3.2).
 """
 
@@ -15,47 +14,60 @@ from pipeline import device
 from pipeline.config import ConfigError
 
 Precision = Literal["float32", "bfloat16", "float16"]
-GROWTH = 2000  # steps without overflow after which a larger scale is tried
-LARGEST = 2.0**16  # where it starts, too
+
+GROWTH_INTERVAL = 2000  # steps without overflow after which the scale is doubled
+MAX_SCALE = 2.0**16  # also the initial scale
 
 
 def cast_matmuls(network: nn.Cell, precision: Precision) -> None:
-    """Lets convolutions and dense layers of `network` compute in `precision`. ConfigError if the
-    device does not.
+    """Makes the convolutions and dense layers of `network` compute in `precision`.
+
+    ConfigError if the device does not support it.
     """
-    if precision not in device.precisions():
+    if precision not in device.supported_precisions():
         raise ConfigError(
-            f"train.precision: {precision} is nothing that this device computes in; give one of "
-            f"{', '.join(device.precisions())}"
+            f"train.precision: {precision} is not supported on this device; give one of "
+            f"{', '.join(device.supported_precisions())}"
         )
-    if precision != "float32":
-        for _, cell in network.cells_and_names():
-            if isinstance(cell, nn.Conv2d | nn.Dense):
-                cell.to_float(getattr(mstype, precision))
+
+    if precision == "float32":
+        return
+    for _, cell in network.cells_and_names():
+        if isinstance(cell, nn.Conv2d | nn.Dense):
+            cell.to_float(getattr(mstype, precision))
 
 
 class LossScale:
-    """Halved by a step whose gradient overflows, which is then not taken; doubled after `GROWTH`
-    steps without one.
+    """Dynamic loss scale for float16; the constant 1 for any other precision.
 
-    1, for good, unless `precision` is float16.
+    A step whose gradient overflows halves it, and that step is skipped. `growth_interval` steps
+    without an overflow double it, up to `MAX_SCALE`.
     """
 
-    def __init__(self, precision: Precision = "float32") -> None:
+    def __init__(
+        self, precision: Precision = "float32", growth_interval: int = GROWTH_INTERVAL
+    ) -> None:
         self.dynamic = precision == "float16"
-        self.value, self.good = LARGEST if self.dynamic else 1.0, 0
+        self.growth_interval = growth_interval
+        self.value = MAX_SCALE if self.dynamic else 1.0
+        self.good_steps = 0  # finite steps since the scale last changed
 
-    def after(self, finite: bool) -> bool:
-        """Learns how a step went; whether it was the scale that was too large, as far as can be
-        told.
+    def update(self, finite: bool) -> bool:
+        """Adjusts the scale after a step, given whether its loss and gradient were finite.
+
+        Returns whether the scale is the likely cause: not if it was 1 already.
         """
         if not self.dynamic:
             return False
+
         if not finite:
-            blamed = self.value > 1
-            self.value, self.good = max(self.value / 2, 1.0), 0
-            return blamed
-        self.good += 1
-        if self.good == GROWTH:
-            self.value, self.good = min(2 * self.value, LARGEST), 0
+            overflow = self.value > 1
+            self.value = max(self.value / 2, 1.0)
+            self.good_steps = 0
+            return overflow
+
+        self.good_steps += 1
+        if self.good_steps == self.growth_interval:
+            self.value = min(2 * self.value, MAX_SCALE)
+            self.good_steps = 0
         return False

@@ -1,17 +1,16 @@
-"""What the ranks of a data-parallel job say to each other: all of it is here.
+"""Communication between the ranks of a data-parallel job: every collective of a training is here.
 
-Every rank trains the same weights on its share of the batch. They begin alike (`broadcast`), and
-each step adds up their gradients (`sum`), so that they take the same step and stay alike, bit for
-bit: `mismatching_ranks` finds out whether they did. Where each keeps only a share of the optimizer they
-`gather` what they made of it. There is no barrier and no clock. A rank that has something else to
-do, rank 0 that saves or samples, is waited for in the next sum, for at most `runtime.PATIENCE`
-seconds.
+All ranks train the same weights, each on its share of the batch. They start equal
+(`broadcast_array`), and each step sums their gradients (`all_reduce_sum`), so they make the same
+update and stay equal, bit for bit; `mismatching_ranks` verifies that. If the optimizer is sharded,
+`gather` collects the updated shards. There is no barrier: when rank 0 saves or samples, the others
+wait for it in the next collective, for at most `runtime.COLLECTIVE_TIMEOUT` seconds.
 
-What else the ranks have to agree on (the mean loss; whether one of them was asked to stop) rides
-along with the gradients as numbers of their own, so that a step is one collective. A number that is
-not finite on one rank is not finite in the sum, on all of them: nobody has to be told.
+Scalars that ranks have to agree on (the mean loss, the number of stop requests) are appended to the
+last gradient vector, so they need no collective of their own. A value that is not finite on one
+rank is not finite in the sum either, so all ranks see it.
 
-On a CPU all AllReduce can do is to sum float32 and float16; Broadcast and AllGather move bytes.
+On a CPU, AllReduce supports only sums of float32 and float16; Broadcast and AllGather move bytes.
 """
 
 import math
@@ -28,113 +27,145 @@ from pipeline.errors import JobError
 
 P = ParamSpec("P")
 T = TypeVar("T")
-PIECE = 2**26  # bytes that are told at a time
+
+CHUNK_BYTES = 2**26  # that one broadcast carries at most
 
 
 def requires_all_ranks(method: Callable[P, T]) -> Callable[P, T]:
-    """A method of `ProcessGroup` that needs all of them: when one has gone, JobError rather than what the
-    network says.
+    """Decorates a collective method of `ProcessGroup`: if a rank is gone, it raises JobError
+    instead of the communication library's own error.
     """
 
     @wraps(method)
-    def asked(*args: P.args, **kwargs: P.kwargs) -> T:
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return method(*args, **kwargs)
         except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
             raise JobError(
-                f"{args[0]} has lost the others ({str(error).strip().splitlines()[0]}): look in their logs for the one "
-                "that ended first; the same command goes on from the last checkpoint"
+                f"{args[0]} has lost the other ranks ({reason}): look in their logs for the one "
+                "that ended first; the same command resumes from the last checkpoint"
             ) from error
 
-    return asked
+    return guarded
 
 
 class ProcessGroup:
-    """The ranks of a job, seen from one of them. Alone, it has nobody to ask and answers itself."""
+    """The ranks of a job, as seen by rank `rank` of `world`. With one rank, every collective
+    returns its input.
+    """
 
     def __init__(self, rank: int = 0, world: int = 1) -> None:
-        self.rank, self.world = rank, world
+        self.rank = rank
+        self.world = world
 
     def __str__(self) -> str:
         return f"rank {self.rank} of {self.world}"
 
-    # The three things that a network does. GlobalComm is asked late: before `init` it names the
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which alone reads and writes the run folder."""
+        return self.rank == 0
+
+    # The three primitives. GlobalComm is read when they are called: before `init` it names the
     # wrong group.
 
-    def all_reduce(self, flat: Tensor) -> Tensor:
-        return ops.AllReduce(ops.ReduceOp.SUM, GlobalComm.WORLD_COMM_GROUP)(flat)
+    def all_reduce(self, vector: Tensor) -> Tensor:
+        """The sum of `vector` over all ranks."""
+        return ops.AllReduce(ops.ReduceOp.SUM, GlobalComm.WORLD_COMM_GROUP)(vector)
 
-    def all_gather(self, flat: Tensor) -> Tensor:
-        return ops.AllGather(GlobalComm.WORLD_COMM_GROUP)(flat)
+    def all_gather(self, vector: Tensor) -> Tensor:
+        """The vectors of all ranks, concatenated in order of rank."""
+        return ops.AllGather(GlobalComm.WORLD_COMM_GROUP)(vector)
 
-    def broadcast_tensor(self, flat: Tensor) -> Tensor:
-        return ops.Broadcast(0, GlobalComm.WORLD_COMM_GROUP)((flat,))[0]
+    def broadcast_tensor(self, vector: Tensor) -> Tensor:
+        """Rank 0's `vector`."""
+        return ops.Broadcast(0, GlobalComm.WORLD_COMM_GROUP)((vector,))[0]
 
-    # What is made of them.
+    # What is composed of them.
 
     @requires_all_ranks
-    def sum(
-        self, vectors: Sequence[Tensor], numbers: Sequence[float]
+    def all_reduce_sum(
+        self, vectors: Sequence[Tensor], scalars: Sequence[float]
     ) -> tuple[list[Tensor], list[float]]:
-        """The sums over the ranks of float32 `vectors` and of `numbers`."""
+        """The sums over all ranks of each of the float32 `vectors` and of each of `scalars`."""
         if self.world == 1:
-            return list(vectors), list(numbers)
+            return list(vectors), list(scalars)
+
         *others, last = vectors
         sums = list(map(self.all_reduce, others))
-        joined = self.all_reduce(ops.cat((last, Tensor(np.array(numbers, np.float32)))))
+        joined = self.all_reduce(ops.cat((last, Tensor(np.array(scalars, np.float32)))))
         return [*sums, joined[: last.size]], joined[last.size :].asnumpy().tolist()
 
     @requires_all_ranks
-    def gather(self, share: Tensor) -> Tensor:
-        """The equal shares of all ranks, one after another."""
-        return share if self.world == 1 else self.all_gather(share)
+    def gather(self, shard: Tensor) -> Tensor:
+        """The equally long shards of all ranks, concatenated in order of rank."""
+        return shard if self.world == 1 else self.all_gather(shard)
 
-    def broadcast(self, array: np.ndarray | None, shape: Sequence[int], dtype: Any) -> np.ndarray:
-        """What rank 0 has for `array`, bit for bit; the others need none."""
-        kind = dtype_to_nptype(dtype)
+    def broadcast_array(
+        self,
+        array: np.ndarray | None,
+        shape: Sequence[int],
+        dtype: Any,
+        chunk_bytes: int = CHUNK_BYTES,
+    ) -> np.ndarray:
+        """Rank 0's `array`, bit for bit, in chunks of at most `chunk_bytes`.
+
+        Args:
+            array: on the other ranks it is not read and may be None.
+            shape, dtype: of the array, known to all ranks; `dtype` is MindSpore's.
+        """
+        np_dtype = dtype_to_nptype(dtype)
         if self.world == 1:
-            return np.asarray(array, kind)
-        data = bytearray(math.prod(shape) * np.dtype(kind).itemsize)
-        if self.rank == 0:
-            data[:] = np.ascontiguousarray(array, kind).tobytes()
-        for start in range(0, len(data), PIECE):
-            data[start : start + PIECE] = self.broadcast_bytes(bytes(data[start : start + PIECE]))
-        return np.frombuffer(data, kind).reshape(shape)
+            return np.asarray(array, np_dtype)
+
+        data = bytearray(math.prod(shape) * np.dtype(np_dtype).itemsize)
+        if self.is_main:
+            data[:] = np.ascontiguousarray(array, np_dtype).tobytes()
+        for start in range(0, len(data), chunk_bytes):
+            chunk = slice(start, start + chunk_bytes)
+            data[chunk] = self.broadcast_bytes(bytes(data[chunk]))
+        return np.frombuffer(data, np_dtype).reshape(shape)
 
     @requires_all_ranks
     def broadcast_bytes(self, data: bytes) -> bytes:
-        """What rank 0 has for `data`, which must be equally long on all ranks."""
-        return (
-            data
-            if self.world == 1
-            else as_bytes(self.broadcast_tensor(as_numbers(data)), len(data))
-        )
+        """Rank 0's `data`, which must have the same length on all ranks."""
+        if self.world == 1:
+            return data
+        return decode_bytes(self.broadcast_tensor(encode_bytes(data)), len(data))
 
-    def broadcast_ints(self, *numbers: int) -> tuple[int, ...]:
-        """What rank 0 has for `numbers`, each of 64 bits."""
-        form = f"<{len(numbers)}q"
-        return struct.unpack(form, self.broadcast_bytes(struct.pack(form, *numbers)))
+    def broadcast_ints(self, *values: int) -> tuple[int, ...]:
+        """Rank 0's `values`, 64-bit integers."""
+        layout = f"<{len(values)}q"
+        return struct.unpack(layout, self.broadcast_bytes(struct.pack(layout, *values)))
 
     @requires_all_ranks
     def mismatching_ranks(self, digest: bytes) -> list[int]:
-        """The ranks whose `digest` is not the most common one (of two: rank 1's, as nobody can broadcast_bytes
-        which is right).
+        """The ranks whose `digest` is not the most common one.
+
+        Of two ranks that differ it is rank 1, as there is no telling which of them is right.
         """
         if self.world == 1:
             return []
-        found = np.split(self.all_gather(as_numbers(digest)).asnumpy(), self.world)
-        digests = [pieces.tobytes() for pieces in found]
-        usual = max(digests, key=digests.count)  # the first of those that are equally common
-        return [rank for rank, other in enumerate(digests) if other != usual]
+
+        gathered = np.split(self.all_gather(encode_bytes(digest)).asnumpy(), self.world)
+        digests = [part.tobytes() for part in gathered]
+
+        # Of digests that are equally common, `max` returns the first.
+        most_common = max(digests, key=digests.count)
+        return [rank for rank, other in enumerate(digests) if other != most_common]
 
 
-def as_numbers(data: bytes) -> Tensor:
-    """Bytes as float32 numbers that each hold two of them exactly, as no device changes a small
-    whole number on its way, while it may quieten a NaN or flush what is tiny.
+def encode_bytes(data: bytes) -> Tensor:
+    """Bytes as a float32 vector, two of them in each element.
+
+    Communication is in float32, and a small integer is exact in it. The bytes must not be
+    reinterpreted as float32: devices may alter NaNs and flush subnormal numbers to zero.
     """
-    return Tensor(np.frombuffer(data + b"\0" * (len(data) % 2), "<u2").astype(np.float32))
+    padded = data + b"\0" * (len(data) % 2)
+    return Tensor(np.frombuffer(padded, "<u2").astype(np.float32))
 
 
-def as_bytes(numbers: Tensor, length: int) -> bytes:
-    """The first `length` bytes of what `as_numbers` was given."""
-    return numbers.asnumpy().astype("<u2").tobytes()[:length]
+def decode_bytes(vector: Tensor, length: int) -> bytes:
+    """The inverse of `encode_bytes`; `length` is that of the data."""
+    return vector.asnumpy().astype("<u2").tobytes()[:length]

@@ -1,9 +1,9 @@
-"""From a run folder back into a run: which checkpoint to go on from, and whether it may be."""
+"""Resuming: which checkpoint a run goes on from, and whether the configuration allows it."""
 
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ from pipeline.config import ConfigError, build, differences, dump, read_yaml, to
 from pipeline.data.shards import Shards
 from pipeline.errors import UserError
 from pipeline.files import write_atomically
+from pipeline.stage.config import StageConfig
 from pipeline.train import checkpoint
-from pipeline.train.config import Config
 from pipeline.train.precision import LossScale
 from pipeline.train.step import TrainStep
 
@@ -20,87 +20,139 @@ log = logging.getLogger("cascade")
 
 COUNTS = ("step", "skipped", "loss_scale", "good_steps")  # of a checkpoint's state.json
 
-# What may change between two attempts of one run, because the steps done so far would have been the
-# same.
-FREE = ("run", "train.steps", "train.checkpoint_every", "train.keep_checkpoints", "train.report_every",
-        "train.sample_every", "train.num_samples", "train.max_skipped", "train.check_every",
-        "train.shard_optimizer", "data.workers", "data.max_damage", "data.cache", "sample.")  # fmt: skip
+# Fields, or beginnings of them, that may differ between two attempts of one run: the steps done so
+# far would have been the same.
+MAY_CHANGE = (
+    "run",
+    "train.steps",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.report_every",
+    "train.sample_every",
+    "train.num_samples",
+    "train.max_skipped",
+    "train.check_every",
+    "train.shard_optimizer",
+    "data.workers",
+    "data.max_damage",
+    "data.cache",
+    "sample.",
+)
 
 
-def changed(run: Path, config: Config) -> Iterator[tuple[str, Any, Any]]:
-    """(field, what it was when `run` was trained, what it is now) of each that may not change."""
-    saved = run / "config.yaml"
-    for field, before, now in (
-        differences(complete(read_yaml(saved), config), to_dict(config)) if saved.exists() else ()
-    ):
-        if not field.startswith(FREE):
-            yield field, before, now
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """A field of the configuration that differs from the one the run was trained with."""
+
+    field: str  # dotted path
+    before: Any
+    now: Any
 
 
-def complete(saved: dict[str, Any], config: Config) -> dict[str, Any]:
-    """`saved` with the defaults of fields that are younger than it, if it is still one of this
-    kind.
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a run is."""
+
+    step: int = 0  # steps done
+    num_skipped: int = 0  # of them, not applied
+
+
+def forbidden_changes(run: Path, config: StageConfig) -> Iterator[Change]:
+    """The changes from the configuration saved in `run` that are not in `MAY_CHANGE`.
+
+    UserError if the saved one is of another version of this package.
     """
-    with suppress(ConfigError):
-        return to_dict(build(type(config), saved))
-    return saved
+    path = run / "config.yaml"
+    if not path.exists():
+        return
+
+    for field, before, now in differences(read_saved(path, config), to_dict(config)):
+        if not field.startswith(MAY_CHANGE):
+            yield Change(field=field, before=before, now=now)
 
 
-def finished(config: Config) -> bool:
-    """Whether its run has left the stage that this configuration trains: then there is nothing to
-    start.
+def read_saved(path: Path, config: StageConfig) -> dict[str, Any]:
+    """The configuration in `path`, with the defaults of fields that are newer than the file.
+
+    UserError if it has fields or values that are no longer valid.
     """
+    saved = read_yaml(path)
+    # Another kind has other fields: the difference to report is the kind.
+    if saved.get("kind") != config.kind:
+        return saved
+
+    try:
+        complete: dict[str, Any] = to_dict(build(type(config), saved))
+    except ConfigError as error:
+        problem = str(error).partition("; ")[0]
+        raise UserError(
+            f"{path}: was written by another version of cascade ({problem}); finish the run with "
+            "that version, or take another run folder"
+        ) from None
+    return complete
+
+
+def finished(config: StageConfig) -> bool:
+    """Whether the run has already trained this configuration to its end and left the stage."""
     run = Path(config.run)
     try:
         step = json.loads((run / "stage" / "stage.json").read_bytes())["step"]
-    except (
-        FileNotFoundError,
-        ValueError,
-        KeyError,
-    ):  # none, or a broken one that the last step will write anew
+    except (FileNotFoundError, ValueError, KeyError):
+        # There is no stage, or a broken one, which the last step writes again.
         return False
-    return step >= config.train.steps and not list(changed(run, config))
+    return step >= config.train.steps and not list(forbidden_changes(run, config))
 
 
-def prepare_run_dir(run: Path, config: Config) -> Path | None:
-    """The checkpoint to go on from, if any, once the configuration is known to be the run's own;
-    saves it.
+def prepare_run_dir(run: Path, config: StageConfig) -> Path | None:
+    """Saves the configuration in the run folder and returns the checkpoint to resume from, if any.
+
+    UserError if the configuration is not that of the checkpoint.
     """
     newest = checkpoint.newest(run / "checkpoints")
-    for field, before, now in changed(run, config) if newest else ():
-        raise UserError(
-            f"{field}: was {before} when {run} was trained to {newest and newest.name} and is {now} now; take the old "
-            "value, or another run folder"
-        )
+    if newest is not None:
+        for change in forbidden_changes(run, config):
+            raise UserError(
+                f"{change.field}: was {change.before} when {run} was trained to {newest.name} and "
+                f"is {change.now} now; take the old value, or another run folder"
+            )
+
     write_atomically(run / "config.yaml", dump(config).encode())
     return newest
 
 
-def resume(newest: Path | None, trainer: TrainStep, shards: Shards) -> tuple[int, int]:
-    """Brings all ranks to the checkpoint `newest`, of which rank 0 knows; its step, and how many
-    were skipped before.
+def resume(newest: Path | None, train_step: TrainStep, shards: Shards) -> Progress:
+    """Restores the checkpoint `newest` on all ranks; only rank 0 needs to know it.
 
-    UserError if the data are no longer those that led to it.
+    UserError if the samples are not those that it was trained on.
     """
-    tensors, state = checkpoint.Tensors(), dict[str, Any]()
-    if newest:
+    tensors: checkpoint.Tensors = {}
+    state: dict[str, Any] = {}
+    if newest is not None:
         tensors, state = checkpoint.load(newest)
         if state.get("data", shards.digest) != shards.digest:
             raise UserError(
-                f"data.shards: the samples are no longer those that {newest} was trained on (there are {len(shards):,} "
-                "now; a shard was changed, added, lost or indexed anew): put them back, or take another run folder"
+                f"data.shards: the samples are no longer those that {newest} was trained on (there "
+                f"are {len(shards):,} now; a shard was changed, added, lost or indexed anew): put "
+                "them back, or take another run folder"
             )
-    done, skipped, scale, good = trainer.state.ranks.broadcast_ints(
-        *(state.get(name, 0) for name in COUNTS)
-    )
-    if done:
-        trainer.state.load(tensors, str(newest))
-        trainer.scale.value, trainer.scale.good = float(scale) or trainer.scale.value, good
+
+    counts = (state.get(name, 0) for name in COUNTS)
+    step, num_skipped, scale, good_steps = train_step.state.group.broadcast_ints(*counts)
+    if step:
+        train_step.state.load(tensors, str(newest))
+        # A checkpoint without a loss scale leaves it as it is.
+        train_step.loss_scale.value = float(scale) or train_step.loss_scale.value
+        train_step.loss_scale.good_steps = good_steps
         log.info("resuming from %s", newest)
-    return done, skipped
+    return Progress(step=step, num_skipped=num_skipped)
 
 
-def facts(step: int, skipped: int, scale: LossScale, shards: Shards) -> dict[str, Any]:
-    """What a checkpoint's state.json says, for `resume` to read."""
-    counts = (step, skipped, int(scale.value), scale.good)
+def resumable_state(progress: Progress, loss_scale: LossScale, shards: Shards) -> dict[str, Any]:
+    """A checkpoint's state.json, which `resume` reads."""
+    counts = (
+        progress.step,
+        progress.num_skipped,
+        int(loss_scale.value),
+        loss_scale.good_steps,
+    )
     return {**dict(zip(COUNTS, counts, strict=True)), "data": shards.digest}

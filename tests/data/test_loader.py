@@ -1,80 +1,98 @@
-"""Batches by step: the same whoever asks; what cannot be used is replaced, written down, and not
-lost in silence.
+"""Batches by step: the same in any process and any thread; an image that cannot be used is replaced
+and listed, never lost without a line.
 """
 
 import json
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Generator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.lib.stride_tricks import sliding_window_view
 
 from pipeline.config import build
 from pipeline.data.decode import decode
 from pipeline.data.image import crop_resize
-from pipeline.data.loader import ATTEMPTS, Arrays, Loader
+from pipeline.data.loader import MAX_REPLACEMENTS, ImageSize, Loader, MakeInputs
 from pipeline.data.shards import DataConfig, Shards
 from pipeline.errors import UserError
+from pipeline.rng import Draws
+from pipeline.stage.inputs import Arrays
 from tests.helpers.jobs import WAIT, leaving_nothing, until
 from tests.helpers.tars import jpeg, sample, tar
 
-SIZE, BATCH, STEPS = 8, 6, 5
-GOOD, BROKEN = "abcdefg", "xy"  # keys of the samples in `crawl`
+SIZE = 8  # side of the images, in pixels
+BATCH = 6
+STEPS = 5
+SEED = 3
+USABLE = "abcdefg"  # keys of the samples in `crawl`
+BROKEN = "xy"
 
 
-class Numbers:
-    """In the place of embeddings: whose they would be."""
+class SampleIdPrompts:
+    """In the place of embeddings: the ids of the samples whose embeddings they would be."""
+
+    manifest_fields: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, threadsafe: bool = True) -> None:
-        self.threadsafe, self.facts = threadsafe, {}
-        self.askers: set[str] = set()
+        self.threadsafe = threadsafe
+        self.calling_threads: set[str] = set()
 
     def embed(
-        self, numbers: Sequence[int], seed: int, step: int, positions: Sequence[int]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        self.askers.add(threading.current_thread().name)
-        return np.array(numbers, np.float32).reshape(-1, 1, 1), np.ones((len(numbers), 1), bool)
+        self, sample_ids: Sequence[int], seed: int, step: int, positions: Sequence[int]
+    ) -> Arrays:
+        self.calling_threads.add(threading.current_thread().name)
+        return {
+            "text": np.array(sample_ids, np.float32).reshape(-1, 1, 1),
+            "text_mask": np.ones((len(sample_ids), 1), bool),
+        }
 
 
-def arrange(
-    step: int, positions: Sequence[int], pictures: np.ndarray, text: np.ndarray, mask: np.ndarray
-) -> Arrays:
-    return np.full(len(positions), step), np.array(positions), pictures, text, mask
+def make_inputs(images: np.ndarray, prompt: Arrays, draws: Draws) -> Arrays:
+    """In the place of a stage's: all that the loader hands to it."""
+    return {
+        "seed": np.full(len(images), draws.seed),
+        "step": np.full(len(images), draws.step),
+        "position": np.array(draws.positions),
+        "image": images,
+        **prompt,
+    }
 
 
-def write(path: Path, pictures: dict[str, bytes]) -> Path:
-    path.write_bytes(
-        tar([file for key, data in pictures.items() for file in sample(key, jpg=data)])
-    )
+def write_tar(path: Path, images: dict[str, bytes]) -> Path:
+    path.write_bytes(tar([file for key, data in images.items() for file in sample(key, jpg=data)]))
     return path
 
 
 @pytest.fixture(scope="module")
 def crawl(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tars as they come: nine samples, two of whose pictures are broken though their headers are
-    not.
-    """
+    """Three tars of nine samples; two of the images have whole headers and are broken behind."""
     folder = tmp_path_factory.mktemp("crawl")
-    pictures = {key: jpeg(20, 12, number) for number, key in enumerate("abxcdyefg")}
+    images = {key: jpeg(20, 12, seed) for seed, key in enumerate("abxcdyefg")}
     for key in BROKEN:
-        pictures[key] = pictures[key][:-20]
-    items = list(pictures.items())
-    for number in range(3):
-        write(folder / f"{number}.tar", dict(items[3 * number : 3 * number + 3]))
+        images[key] = images[key][:-20]
+    items = list(images.items())
+    for shard in range(3):
+        write_tar(folder / f"{shard}.tar", dict(items[3 * shard : 3 * shard + 3]))
     return folder
 
 
-def make(
+def make_loader(
     shards: Path,
     run: Path,
     share: range = range(BATCH),
-    arrange: Any = arrange,
-    cut: int | None = None,
-    **options: Any,
+    *,
+    make_inputs: MakeInputs = make_inputs,
+    window: int | None = None,
+    threadsafe: bool = True,
+    **data: Any,
 ) -> Loader:
+    """A loader of the tars in the folder `shards`; `data` as in a configuration."""
     raw = {
         "shards": f"{shards}/*.tar",
         "global_batch": BATCH,
@@ -82,267 +100,284 @@ def make(
         "crop": "random",
         "max_damage": 1.0,
     }
-    text = Numbers(options.pop("threadsafe", True))
-    config = build(DataConfig, raw | options)
+    config = build(DataConfig, raw | data)
     run.mkdir(exist_ok=True)
     return Loader(
         Shards.open(config, progress=False),
-        text,
-        seed=3,
-        size=SIZE,
-        window=cut,
-        arrange=arrange,
+        SampleIdPrompts(threadsafe),
+        seed=SEED,
+        size=ImageSize(side=SIZE, window=window),
+        make_inputs=make_inputs,
         quarantine=run / "quarantine.jsonl",
         share=share,
     )
 
 
-def pictures_of(batch: Arrays) -> list[int]:
-    """The samples of a batch."""
-    return [int(number) for number in batch[3].ravel()]
+def sample_ids_of(batch: Arrays) -> list[int]:
+    """The samples in a batch, replaced ones by their replacements."""
+    return [int(sample_id) for sample_id in batch["text"].ravel()]
 
 
-def listed(run: Path) -> list[dict[str, str]]:
+def quarantined(run: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in (run / "quarantine.jsonl").read_text().splitlines()]
 
 
-def assert_equal(a: list[Arrays], b: list[Arrays]) -> None:
-    assert len(a) == len(b)
-    for one, other in zip(a, b, strict=True):
-        for x, y in zip(one, other, strict=True):
-            np.testing.assert_array_equal(x, y)
+def assert_equal(batches: Sequence[Arrays], expected: Sequence[Arrays]) -> None:
+    assert len(batches) == len(expected)
+    for batch, expected_batch in zip(batches, expected, strict=True):
+        assert batch.keys() == expected_batch.keys()
+        for name, array in batch.items():
+            assert array.dtype == expected_batch[name].dtype
+            np.testing.assert_array_equal(array, expected_batch[name])
 
 
-def threads() -> list[str]:
+def loader_threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("loader")]
 
 
 @pytest.fixture(scope="module")
-def whole(crawl: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Arrays]:
-    """All batches, made by one process and one thread."""
-    return list(make(crawl, tmp_path_factory.mktemp("whole"), workers=1).batches(0, STEPS))
+def reference(crawl: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Arrays]:
+    """All batches, from one process and one thread."""
+    return list(make_loader(crawl, tmp_path_factory.mktemp("whole"), workers=1).batches(0, STEPS))
+
+
+# Which samples, and where they come from.
 
 
 def test_a_batch_is_the_samples_of_its_step(shards_folder: Path, tmp_path: Path) -> None:
-    loader = make(shards_folder, tmp_path, crop="center")
+    loader = make_loader(shards_folder, tmp_path, crop="center")
     for step, batch in enumerate(loader.batches(0, STEPS)):
-        steps, positions, pictures, _, mask = batch
-        assert steps.tolist() == [step] * BATCH
-        assert positions.tolist() == list(range(BATCH))
-        assert (
-            pictures_of(batch)
-            == loader.ids(step).tolist()
-            == loader.order.ids(step, BATCH).tolist()
-        )
-        assert mask.all()
-        for picture, number in zip(pictures, loader.ids(step), strict=True):
-            expected = crop_resize(decode(loader.shards.image(int(number)), SIZE), SIZE, 0.5, 0.5)
-            np.testing.assert_array_equal(picture, expected)
+        assert batch["seed"].tolist() == [SEED] * BATCH
+        assert batch["step"].tolist() == [step] * BATCH
+        assert batch["position"].tolist() == list(range(BATCH))
+        assert batch["text_mask"].all()
+
+        sample_ids = loader.sample_ids(step).tolist()
+        assert sample_ids_of(batch) == sample_ids == loader.order.ids(step, BATCH).tolist()
+        for image, sample_id in zip(batch["image"], sample_ids, strict=True):
+            expected = crop_resize(decode(loader.shards.image(sample_id), SIZE), SIZE, 0.5, 0.5)
+            np.testing.assert_array_equal(image, expected)
     assert not (tmp_path / "quarantine.jsonl").exists()
 
 
 @pytest.mark.parametrize("world", [2, 3, 6])
-def test_the_ranks_batches_are_the_whole_batch(
-    world: int, whole: list[Arrays], crawl: Path, tmp_path: Path
+def test_the_batches_of_all_ranks_are_the_global_batch(
+    world: int, reference: list[Arrays], crawl: Path, tmp_path: Path
 ) -> None:
     """Fewer shards than ranks, of uneven sizes: every rank has every step."""
-    each = BATCH // world
-    ranks = [
-        make(crawl, tmp_path / "run", range(rank * each, (rank + 1) * each))
-        for rank in range(world)
-    ]
-    parts = [list(rank.batches(0, STEPS)) for rank in ranks]
+    size = BATCH // world
+    shares = [range(rank * size, (rank + 1) * size) for rank in range(world)]
+    loaders = [make_loader(crawl, tmp_path / "run", share) for share in shares]
+    by_rank = [list(loader.batches(0, STEPS)) for loader in loaders]
     joined = [
-        tuple(np.concatenate(arrays) for arrays in zip(*step, strict=True))
-        for step in zip(*parts, strict=True)
+        {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        for parts in zip(*by_rank, strict=True)
     ]
-    assert_equal(joined, whole)
+    assert_equal(joined, reference)
 
 
 @pytest.mark.parametrize(("start", "workers"), [(0, 1), (0, 4), (2, 2), (STEPS - 1, 3), (STEPS, 1)])
 @pytest.mark.parametrize("threadsafe", [True, False])
-def test_batches_do_not_depend_on_start_workers_or_where_text_comes_from(
-    start: int, workers: int, threadsafe: bool, whole: list[Arrays], crawl: Path, tmp_path: Path
+def test_batches_do_not_depend_on_start_workers_or_the_thread_that_embeds(
+    start: int, workers: int, threadsafe: bool, reference: list[Arrays], crawl: Path, tmp_path: Path
 ) -> None:
-    loader = make(crawl, tmp_path / "run", workers=workers, threadsafe=threadsafe)
-    assert_equal(list(loader.batches(start, STEPS)), whole[start:])
-    assert threads() == []
-    assert isinstance(loader.prompts, Numbers)
+    loader = make_loader(crawl, tmp_path / "run", workers=workers, threadsafe=threadsafe)
+    assert_equal(list(loader.batches(start, STEPS)), reference[start:])
+    assert loader_threads() == []
+    assert isinstance(loader.prompts, SampleIdPrompts)
     if not threadsafe:
-        assert loader.prompts.askers <= {threading.current_thread().name}
+        assert loader.prompts.calling_threads <= {threading.current_thread().name}
 
 
 RANK = """
 import sys
 from pathlib import Path
 sys.path.insert(0, ".")
-from tests.data.test_loader import make, pictures_of
-rank, world, start, folder = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
-each = 6 // world
-loader = make(Path(sys.argv[5]), folder, range(rank * each, (rank + 1) * each))
-with open(folder / f"seen-{world}-{rank}", "w", buffering=1) as file:
+from tests.data.test_loader import make_loader, sample_ids_of
+rank, world, start = map(int, sys.argv[1:4])
+folder, shards = map(Path, sys.argv[4:])
+size = 6 // world
+loader = make_loader(shards, folder, range(rank * size, (rank + 1) * size))
+with open(folder / f"log-{world}-{rank}", "w", buffering=1) as file:
     for step, batch in enumerate(loader.batches(start, start + 10_000), start):
-        print(step, *pictures_of(batch), file=file)
+        print(step, *sample_ids_of(batch), file=file)
 """
 
 
 def run_ranks(
     world: int, start: int, steps: int, crawl: Path, folder: Path
 ) -> dict[int, list[int]]:
-    """The samples of each step, as `world` processes saw them before they were killed with -9
-    somewhere.
-    """
-    files = [folder / f"seen-{world}-{rank}" for rank in range(world)]
+    """The samples of each step, as `world` processes logged them until they were killed with -9."""
+    files = [folder / f"log-{world}-{rank}" for rank in range(world)]
     with leaving_nothing(folder) as begin:
-        given = [map(str, (rank, world, start, folder, crawl)) for rank in range(world)]
-        ranks = [begin([sys.executable, "-W", "error", "-c", RANK, *words]) for words in given]
+        arguments = [map(str, (rank, world, start, folder, crawl)) for rank in range(world)]
+        ranks = [begin([sys.executable, "-W", "error", "-c", RANK, *each]) for each in arguments]
 
-        def seen_enough() -> bool:
+        def all_logged() -> bool:
             assert all(rank.poll() is None for rank in ranks)
             return all(file.exists() and file.read_text().count("\n") >= steps for file in files)
 
-        until(seen_enough, f"{steps} steps")
+        until(all_logged, f"{steps} steps")
         for rank in ranks:
             rank.kill()
             rank.wait(WAIT)
-    seen: dict[int, list[int]] = {}
+
+    sample_ids: dict[int, list[int]] = {}
     for file in files:
-        for line in file.read_text().splitlines(keepends=True)[:steps]:
+        for line in file.read_text().splitlines()[:steps]:
             step, *ids = map(int, line.split())
-            seen.setdefault(step, []).extend(ids)
-    return seen
+            sample_ids.setdefault(step, []).extend(ids)
+    return sample_ids
 
 
 def test_killed_and_resumed_on_another_number_of_ranks(crawl: Path, tmp_path: Path) -> None:
-    """The state is one integer, the step: what comes after it is what an uninterrupted run would
-    have seen.
-    """
-    first = run_ranks(2, 0, 7, crawl, tmp_path)
-    later = run_ranks(3, 7, 9, crawl, tmp_path)
-    assert list(first) == list(range(7))
-    assert list(later) == list(range(7, 16))
-    whole = [pictures_of(batch) for batch in make(crawl, tmp_path / "run").batches(0, 16)]
-    assert [*first.values(), *later.values()] == whole
+    """The state is one integer, the step: later batches are those of a run without a stop."""
+    before = run_ranks(2, 0, 7, crawl, tmp_path)
+    after = run_ranks(3, 7, 9, crawl, tmp_path)
+    assert list(before) == list(range(7))
+    assert list(after) == list(range(7, 16))
+    batches = make_loader(crawl, tmp_path / "run").batches(0, 16)
+    uninterrupted = [sample_ids_of(batch) for batch in batches]
+    assert [*before.values(), *after.values()] == uninterrupted
 
 
-def test_the_crop_is_drawn_for_the_place(crawl: Path, tmp_path: Path) -> None:
-    """The same sample comes cut elsewhere in another step, and in the middle if that is asked for."""
-    loader = make(crawl, tmp_path)
-    cuts = {
-        loader.picture(0, step, position).tobytes() for step in range(4) for position in range(4)
+# Crops and windows.
+
+
+def test_a_random_crop_is_drawn_for_step_and_position(crawl: Path, tmp_path: Path) -> None:
+    loader = make_loader(crawl, tmp_path)
+    crops = {
+        loader.image(0, step, position).tobytes() for step in range(4) for position in range(4)
     }
-    assert len(cuts) > 3
-    assert all(loader.picture(0, 1, 2).tobytes() in cuts for _ in range(2))
-    centered = make(crawl, tmp_path, crop="center")
-    assert len({centered.picture(0, step, 0).tobytes() for step in range(8)}) == 1
+    assert len(crops) > 3
+    assert all(loader.image(0, 1, 2).tobytes() in crops for _ in range(2))
 
 
-def test_windows_are_drawn_for_the_place(shards_folder: Path, tmp_path: Path) -> None:
-    """From all over the picture; in the middle where they are looked at."""
-    loader, whole = (make(shards_folder, tmp_path, cut=cut, crop="center") for cut in (3, None))
-    square = whole.picture(0, 0, 0)
-    windows = np.lib.stride_tricks.sliding_window_view(square, (3, 3), axis=(0, 1)).transpose(
-        0, 1, 3, 4, 2
-    )
-    seen = set()
+def test_a_center_crop_is_the_same_in_every_step(crawl: Path, tmp_path: Path) -> None:
+    loader = make_loader(crawl, tmp_path, crop="center")
+    assert len({loader.image(0, step, 0).tobytes() for step in range(8)}) == 1
+
+
+def test_windows_are_drawn_for_step_and_position(shards_folder: Path, tmp_path: Path) -> None:
+    """From all over the image; from its middle in sample grids."""
+    side = 3
+    whole = make_loader(shards_folder, tmp_path, crop="center").image(0, 0, 0)
+    loader = make_loader(shards_folder, tmp_path, crop="center", window=side)
+    windows = sliding_window_view(whole, (side, side, 3))[:, :, 0]  # (y, x, side, side, 3)
+
+    corners = set()
     for step in range(60):
-        found = (windows == loader.picture(0, step, 5)).all(axis=(2, 3, 4))
-        assert found.any()
-        seen.add(tuple(np.argwhere(found)[0]))
-    assert len(seen) > 8
-    middle = windows[(SIZE - 3 + 1) // 2, (SIZE - 3 + 1) // 2]
-    assert (loader.first(1)[0][0] == middle).all()
-    assert next(loader.batches(0, 1))[2].shape == (BATCH, 3, 3, 3)
+        matches = (windows == loader.image(0, step, 5)).all(axis=(2, 3, 4))
+        assert matches.any()
+        corners.add(tuple(np.argwhere(matches)[0]))
+    assert len(corners) > 8
+
+    middle = (SIZE - side + 1) // 2
+    images, _ = loader.first(1)
+    assert (images[0] == windows[middle, middle]).all()
+    assert next(loader.batches(0, 1))["image"].shape == (BATCH, side, side, 3)
 
 
-def test_first_starts_again_from_the_first(crawl: Path, tmp_path: Path) -> None:
-    pictures, text, mask = make(crawl, tmp_path).first(11)
-    assert pictures.shape == (11, SIZE, SIZE, 3)
-    assert mask.shape == (11, 1)
-    assert (text[9:] == text[:2]).all()
+def test_the_first_samples_repeat_where_there_are_fewer(crawl: Path, tmp_path: Path) -> None:
+    images, prompt = make_loader(crawl, tmp_path).first(11)
+    assert images.shape == (11, SIZE, SIZE, 3)
+    assert prompt["text_mask"].shape == (11, 1)
+    assert (prompt["text"][9:] == prompt["text"][:2]).all()
 
 
-def test_what_cannot_be_decoded_is_replaced_and_listed_once(crawl: Path, tmp_path: Path) -> None:
+# What cannot be used.
+
+
+def test_broken_images_are_replaced_and_listed_once(crawl: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    first, second = (
-        make(crawl, run, share) for share in (range(3), range(3, BATCH))
-    )  # two processes of a job
-    names = {i: first.shards.name(i)[1] for i in range(9)}
-    seen = set()
-    for loader in (first, second, make(crawl, run)):  # and a later run
+    first_rank = make_loader(crawl, run, range(3))
+    second_rank = make_loader(crawl, run, range(3, BATCH))
+    later_run = make_loader(crawl, run)
+
+    keys = {i: first_rank.shards.name(i)[1] for i in range(9)}
+    used = set()
+    for loader in (first_rank, second_rank, later_run):
         for batch in loader.batches(0, 3 * STEPS):
-            seen |= {names[number] for number in pictures_of(batch)}
-    assert seen == set(GOOD)
-    entries = {entry["key"]: entry for entry in listed(run)}
-    assert len(listed(run)) == len(entries) == 2
+            used |= {keys[sample_id] for sample_id in sample_ids_of(batch)}
+    assert used == set(USABLE)
+
+    entries = {entry["key"]: entry for entry in quarantined(run)}
+    assert len(quarantined(run)) == len(entries) == 2
     assert entries.keys() == set(BROKEN)
     assert entries["x"]["shard"] == str(crawl / "0.tar")
     assert entries["x"]["reason"].startswith("cannot be decoded (")
 
 
-def test_what_the_index_left_out_is_listed_too(tmp_path: Path) -> None:
-    write(tmp_path / "a.tar", {"good": jpeg(), "empty": b""})
+def test_what_the_index_left_out_is_listed_once(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", {"usable": jpeg(), "empty": b""})
     for _ in range(2):
-        make(tmp_path, tmp_path)
-    (entry,) = listed(tmp_path)
+        make_loader(tmp_path, tmp_path)
+    (entry,) = quarantined(tmp_path)
     assert (entry["shard"], entry["key"]) == (str(tmp_path / "a.tar"), "empty")
 
 
-def test_nothing_that_can_be_decoded(tmp_path: Path) -> None:
-    loader = make(write(tmp_path / "a.tar", {"one": jpeg()[:-20]}).parent, tmp_path)
+def test_a_data_set_without_a_usable_image_ends_the_run(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", {"one": jpeg()[:-20]})
+    loader = make_loader(tmp_path, tmp_path)
     with pytest.raises(UserError) as error:
         next(loader.batches(0, STEPS))
     assert str(error.value) == (
-        f"data.shards: {tmp_path}/a.tar:one and {ATTEMPTS} stand-ins cannot be used; the reasons are in "
-        f"{tmp_path}/quarantine.jsonl; repair or remove those shards"
+        f"data.shards: {tmp_path}/a.tar:one and {MAX_REPLACEMENTS} replacements cannot be used; "
+        f"the reasons are in {tmp_path}/quarantine.jsonl; repair or remove those shards"
     )
-    assert len(listed(tmp_path)) == 1
-    assert threads() == []
+    assert len(quarantined(tmp_path)) == 1
+    assert loader_threads() == []
 
 
-def test_too_many_that_cannot_be_decoded_end_the_run(crawl: Path, tmp_path: Path) -> None:
+def test_too_many_broken_images_end_the_run(crawl: Path, tmp_path: Path) -> None:
     with pytest.raises(
         UserError,
-        match=r"data\.max_damage: 2 of about 9 samples looked at cannot be used, more than 15",
+        match=r"data\.max_damage: 2 of about 9 samples .* cannot be used, more than 15",
     ):
-        list(make(crawl, tmp_path, max_damage=0.15).batches(0, 3 * STEPS))
-    assert threads() == []
+        list(make_loader(crawl, tmp_path, max_damage=0.15).batches(0, 3 * STEPS))
+    assert loader_threads() == []
 
 
 def test_a_tar_that_is_gone_ends_the_run(tmp_path: Path) -> None:
-    loader = make(write(tmp_path / "a.tar", {"one": jpeg()}).parent, tmp_path)
+    write_tar(tmp_path / "a.tar", {"one": jpeg()})
+    loader = make_loader(tmp_path, tmp_path)
     (tmp_path / "a.tar").unlink()
     with pytest.raises(UserError, match=r"a\.tar"):
         next(loader.batches(0, 1))
-    assert threads() == []
+    assert loader_threads() == []
+
+
+# Threads.
 
 
 @pytest.mark.parametrize("threadsafe", [True, False])
-def test_an_error_in_a_thread_surfaces_at_its_step(
+def test_an_error_in_a_thread_is_raised_at_its_step(
     threadsafe: bool, crawl: Path, tmp_path: Path
 ) -> None:
-    def fail(step: int, positions: Sequence[int], *arrays: np.ndarray) -> Arrays:
-        if step == 2:
+    def fail(images: np.ndarray, prompt: Arrays, draws: Draws) -> Arrays:
+        if draws.step == 2:
             raise ZeroDivisionError("step 2")
-        return arrange(step, positions, *arrays)
+        return make_inputs(images, prompt, draws)
 
-    batches = make(crawl, tmp_path, arrange=fail, threadsafe=threadsafe).batches(0, STEPS)
-    assert [next(batches)[0][0] for _ in range(2)] == [0, 1]
+    loader = make_loader(crawl, tmp_path, make_inputs=fail, threadsafe=threadsafe)
+    batches = loader.batches(0, STEPS)
+    assert [batch["step"][0] for batch in islice(batches, 2)] == [0, 1]
     with pytest.raises(ZeroDivisionError, match="step 2"):
         next(batches)
-    assert threads() == []
+    assert loader_threads() == []
 
 
-def test_a_loop_that_is_left_early_leaves_no_threads(crawl: Path, tmp_path: Path) -> None:
-    made: list[int] = []
+def test_a_loop_that_ends_early_leaves_no_threads(crawl: Path, tmp_path: Path) -> None:
+    steps: list[int] = []
 
-    def count(step: int, positions: Sequence[int], *arrays: np.ndarray) -> Arrays:
-        made.append(step)
-        return arrange(step, positions, *arrays)
+    def count(images: np.ndarray, prompt: Arrays, draws: Draws) -> Arrays:
+        steps.append(draws.step)
+        return make_inputs(images, prompt, draws)
 
-    batches = make(crawl, tmp_path, arrange=count).batches(0, 10_000)
+    batches = make_loader(crawl, tmp_path, make_inputs=count).batches(0, 10_000)
     next(batches)
-    assert threads()
+    assert loader_threads()
+    assert isinstance(batches, Generator)
     batches.close()
-    assert threads() == []
-    assert max(made) <= 3  # the one taken, and those ahead of it
+    assert loader_threads() == []
+    assert max(steps) <= 3  # the one taken, and those ahead of it

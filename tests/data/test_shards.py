@@ -1,6 +1,4 @@
-"""Data sets as one row of samples: numbers, names and bytes as the tars have them, and what is
-refused.
-"""
+"""The samples of data sets: numbers, names and bytes equal to those of the tars, and refusals."""
 
 import json
 import os
@@ -14,7 +12,7 @@ import numpy as np
 import pytest
 
 from pipeline.config import ConfigError, build
-from pipeline.data.shards import Damaged, DataConfig, Shards, indexed
+from pipeline.data.shards import DamagedSample, DataConfig, Shards, open_indexes
 from pipeline.errors import UserError
 from tests.helpers.image_files import html
 from tests.helpers.server import Server
@@ -31,35 +29,32 @@ def shards(shards_folder: Path) -> Shards:
 
 
 def test_every_sample_in_order(shards: Shards, shards_folder: Path) -> None:
-    """The truth is what tarfile reads."""
+    """Against tarfile."""
     assert len(shards) == 24
-    assert (shards.sizes, shards.weights, shards.removed, list(shards.faults)) == (
-        [[12, 12]],
-        [1.0],
-        {},
-        [],
-    )
+    assert (shards.sizes, shards.weights) == ([[12, 12]], [1.0])
+    assert not shards.removed
+    assert not list(shards.faults)
     for i in range(24):
         shard, row = divmod(i, 12)
         with tarfile.open(shards_folder / f"{shard:05d}.tar") as file:
             parts = [file.extractfile(f"{i:08d}.{kind}") for kind in ("jpg", "txt")]
-            image, words = (part.read() for part in parts if part)
+            image, caption = (part.read() for part in parts if part)
         assert shards.image(i) == image
         assert shards.name(i) == (str(shards_folder / f"{shard:05d}.tar"), f"{i:08d}")
         assert shards.location(i) == (shard, row)
-        assert list(shards.captions(shard, np.array([row]))) == [{"txt": [words.decode()]}]
+        assert list(shards.captions(shard, np.array([row]))) == [{"txt": [caption.decode()]}]
 
 
 @pytest.mark.parametrize("i", [-1, 24])
-def test_numbers_outside(shards: Shards, i: int) -> None:
+def test_sample_numbers_out_of_range(shards: Shards, i: int) -> None:
     with pytest.raises(IndexError, match=f"sample {i} of 24"):
         shards.image(i)
 
 
-def test_threads_read_the_same(shards: Shards) -> None:
-    alone = [shards.image(i) for i in range(24)]
+def test_threads_read_the_same_bytes(shards: Shards) -> None:
+    expected = [shards.image(i) for i in range(24)]
     with ThreadPoolExecutor(8) as threads:
-        assert list(threads.map(shards.image, list(range(24)) * 10)) == alone * 10
+        assert list(threads.map(shards.image, list(range(24)) * 10)) == expected * 10
 
 
 def write(path: Path, scores: range) -> None:
@@ -80,12 +75,12 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_filters_number_what_is_left(folder: Path) -> None:
+def test_the_samples_that_pass_are_numbered_consecutively(folder: Path) -> None:
     shards = opened(f"{folder}/a.tar", filter={"fields": {"score": [1, 3]}})
     assert [shards.name(i)[1] for i in range(len(shards))] == ["1", "3"]
     assert shards.image(1) == opened(f"{folder}/a.tar").image(3)
     assert shards.rows(0).tolist() == [1, 3]
-    assert shards.account() == "left out: 2 score not [1, 3]"
+    assert shards.exclusion_summary() == "left out: 2 score not [1, 3]"
 
 
 def test_several_sets_with_weights(folder: Path) -> None:
@@ -100,31 +95,32 @@ def test_too_much_damage_is_refused_before_the_run(folder: Path) -> None:
     with pytest.raises(UserError) as caught:
         opened(f"{folder}/b.tar", max_damage=0.3)
     assert str(caught.value) == (
-        "data.max_damage: 33.3% of the samples are damaged, more than 30.0%; left out: 1 damaged (the first, "
-        f"{folder}/b.tar:y, its jpg is none of JPEG, PNG, WEBP, GIF, BMP); repair the shards or raise it"
+        "data.max_damage: 33.3% of the samples are damaged, more than 30.0%; left out: 1 damaged "
+        f"(the first: {folder}/b.tar:y, its jpg is none of JPEG, PNG, WEBP, GIF, BMP); repair the "
+        "shards or raise it"
     )
     assert len(opened(f"{folder}/b.tar", max_damage=0.34)) == 2
 
 
-def test_a_lost_shard_counts_as_the_samples_it_would_hold(folder: Path) -> None:
-    whole = (folder / "a.tar").read_bytes()
-    for number in range(9):
-        (folder / f"whole{number}.tar").write_bytes(whole)
-    (folder / "c.tar").write_bytes(os.urandom(len(whole)))
+def test_a_lost_shard_counts_by_its_size(folder: Path) -> None:
+    content = (folder / "a.tar").read_bytes()
+    for i in range(9):
+        (folder / f"whole{i}.tar").write_bytes(content)
+    (folder / "c.tar").write_bytes(os.urandom(len(content)))
     shards = opened(f"{folder}/[!b]*.tar", max_damage=1)
     assert len(shards) == 40
-    assert shards.damage == pytest.approx(1 / 11, rel=0.01)
+    assert shards.damaged_fraction == pytest.approx(1 / 11, rel=0.01)
 
 
-def test_nothing_left(folder: Path) -> None:
+def test_a_set_without_samples_is_refused(folder: Path) -> None:
     with pytest.raises(
         UserError,
-        match=r"data\.shards: .*a\.tar: no sample is left; left out: 6 shorter side under 99",
+        match=r"data\.shards: .*a\.tar: no sample passes; left out: 6 shorter side under 99",
     ):
         opened({f"{folder}/a.tar": 1, f"{folder}/b.tar": 1}, filter={"min_size": 99})
 
 
-def test_one_shard_in_two_sets(folder: Path) -> None:
+def test_one_shard_in_two_sets_is_refused(folder: Path) -> None:
     with pytest.raises(UserError, match=r"a\.tar: in two data sets"):
         opened({f"{folder}/a.tar": 1, f"{folder}/[ab].tar": 1})
 
@@ -142,33 +138,33 @@ def rewrite(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "words"), [(grow, "bytes and had"), (rewrite, "has changed at byte")]
+    ("change", "reason"), [(grow, "bytes and had"), (rewrite, "has changed at byte")]
 )
-def test_an_index_that_no_longer_fits_is_refused_and_mended(
-    change: Callable[[Path], None], words: str, folder: Path
+def test_an_outdated_index_is_refused_and_rebuilt_on_demand(
+    change: Callable[[Path], None], reason: str, folder: Path
 ) -> None:
     pattern = f"{folder}/a.tar"
     before = opened(pattern)
     change(folder / "a.tar")
     with pytest.raises(UserError) as caught:
         opened(pattern)
-    assert words in str(caught.value)
-    assert str(caught.value).endswith(f"run `python -m tools.index '{pattern}'`")
+    assert reason in str(caught.value)
+    assert str(caught.value).endswith(f"run `cascade index '{pattern}'`")
     config = build(DataConfig, {"shards": pattern})
-    indexed(config, config.sources(), outdated=True, progress=False)
+    open_indexes(config, config.sources(), rebuild_outdated=True, progress=False)
     after = opened(pattern)
     assert (after.digest == before.digest) == (change is grow)
 
 
 def test_a_copy_needs_no_new_index(folder: Path) -> None:
     before = opened(f"{folder}/a.tar")
-    made = (folder / "a.index.safetensors").stat().st_mtime_ns
+    written = (folder / "a.index.safetensors").stat().st_mtime_ns
     touch(folder / "a.tar")
     assert opened(f"{folder}/a.tar").digest == before.digest
-    assert (folder / "a.index.safetensors").stat().st_mtime_ns == made
+    assert (folder / "a.index.safetensors").stat().st_mtime_ns == written
 
 
-def test_bytes_that_changed_since_are_noticed(folder: Path) -> None:
+def test_a_changed_image_is_refused_when_it_is_read(folder: Path) -> None:
     shards = opened(f"{folder}/a.tar")
     offset = int(shards.indexes[0].column("offset")[2, 0])
     with (folder / "a.tar").open("r+b") as file:
@@ -177,11 +173,11 @@ def test_bytes_that_changed_since_are_noticed(folder: Path) -> None:
         file.seek(offset + 200)
         file.write(bytes([byte[0] ^ 1]))
     assert shards.image(1)
-    with pytest.raises(Damaged, match="its bytes are no longer those that were indexed"):
+    with pytest.raises(DamagedSample, match="has changed since it was indexed"):
         shards.image(2)
 
 
-def test_a_tar_that_is_cut_or_gone_later(folder: Path) -> None:
+def test_a_tar_that_is_truncated_or_removed_later(folder: Path) -> None:
     shards = opened(f"{folder}/a.tar")
     os.truncate(folder / "a.tar", 2048)
     with pytest.raises(UserError, match=r"a\.tar: ends before byte"):
@@ -200,16 +196,16 @@ def test_indexes_in_a_cache_folder(folder: Path) -> None:
 
 
 def test_shards_on_a_server(folder: Path, tmp_path: Path) -> None:
-    """Indexed from end to end, read by ranges, and from the cache when the server is gone."""
+    """Indexed from end to end, read by ranges, and from the cache when the server has stopped."""
     local = opened(f"{folder}/a.tar")
     with Server(folder) as server:
         remote = opened(server.url("a.tar"), cache=str(tmp_path / "cache"))
         assert remote.digest == local.digest
-        read = [remote.image(i) for i in range(4)]
-    assert read == [local.image(i) for i in range(4)] == [remote.image(i) for i in range(4)]
+        images = [remote.image(i) for i in range(4)]
+    assert images == [local.image(i) for i in range(4)] == [remote.image(i) for i in range(4)]
 
 
-def test_a_server_without_a_cache_folder(folder: Path) -> None:
+def test_remote_shards_need_a_cache_folder(folder: Path) -> None:
     with Server(folder) as server, pytest.raises(UserError, match=r"name one in data\.cache"):
         opened(server.url("a.tar"))
 
@@ -220,8 +216,8 @@ def test_a_server_without_a_cache_folder(folder: Path) -> None:
         ({"global_batch": 0}, "global_batch: 0 is not positive"),
         ({"shuffle_shards": 0}, "shuffle_shards: 0 is not positive"),
         ({"workers": 0}, "workers: 0 is not positive"),
-        ({"max_damage": 1.5}, r"max_damage: 1.5 is not a share in \[0, 1\]"),
-        ({"shards": {}}, "shards: {}; give each entry a weight above 0"),
+        ({"max_damage": 1.5}, r"max_damage: 1.5 is not a fraction in \[0, 1\]"),
+        ({"shards": {}}, "shards: {}; give at least one data set"),
         ({"shards": {"a": 1, "b": 0}}, "give each entry a weight above 0"),
         (
             {"shards": {"a": 1, "b": 1e-6}},
@@ -231,12 +227,12 @@ def test_a_server_without_a_cache_folder(folder: Path) -> None:
         ({"captions": {"txt": -1}}, "captions: {'txt': -1.0}; give each entry a weight above 0"),
     ],
 )
-def test_settings_that_cannot_be(raw: dict[str, Any], message: str) -> None:
+def test_invalid_configurations(raw: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build(DataConfig, {"shards": "a.tar", **raw})
 
 
-def test_shards_are_one_pattern_several_or_sets() -> None:
+def test_shards_are_a_pattern_or_several_or_weighted_sets() -> None:
     for raw, sets in (
         ("a.tar", {("a.tar",): 1.0}),
         (["a.tar", "b.tar"], {("a.tar", "b.tar"): 1.0}),
@@ -246,18 +242,18 @@ def test_shards_are_one_pattern_several_or_sets() -> None:
 
 
 @pytest.mark.parametrize("fits", [True, False])
-def test_an_index_on_the_server_is_taken_over_if_it_fits(
+def test_an_index_on_the_server_is_reused_if_it_fits(
     fits: bool, folder: Path, tmp_path: Path
 ) -> None:
-    """Rather than reading the whole shard; and it is asked once."""
+    """Instead of reading the whole shard; and it is requested once."""
     local = opened(f"{folder}/a.tar")
     if not fits:
         rewrite(folder / "a.tar")
-    whole = f"bytes=0-{(folder / 'a.tar').stat().st_size - 1}"
+    full_range = f"bytes=0-{(folder / 'a.tar').stat().st_size - 1}"
     with Server(folder) as server:
         remote = opened(server.url("a.tar"), cache=str(tmp_path / "cache"))
         assert (remote.digest == local.digest) == fits
-        assert (whole in [asked for *_, asked in server.requests]) != fits
-        asked = len(server.requests)
+        assert (full_range in [request.range for request in server.requests]) != fits
+        num_requests = len(server.requests)
         opened(server.url("a.tar"), cache=str(tmp_path / "cache"))
-        assert len(server.requests) == asked + 1  # its size and date
+        assert len(server.requests) == num_requests + 1  # size and version

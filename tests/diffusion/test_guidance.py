@@ -1,13 +1,15 @@
 """Guidance and thresholding, one image at a time, against `numpy.quantile` and `numpy.clip`."""
 
+from collections.abc import Callable
+
 import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor
 
-from pipeline.diffusion.guidance import guide, quantile, threshold
+from pipeline.diffusion.guidance import Threshold, guide, quantile, threshold
 
-KINDS = ("none", "static", "dynamic")
+KINDS: tuple[Threshold, ...] = ("none", "static", "dynamic")
 RNG = np.random.default_rng(0)
 # Three images: within the range, a little beyond it, far beyond it.
 X = RNG.uniform(-1, 1, (3, 3, 8, 8)).astype(np.float32) * np.array(
@@ -15,7 +17,7 @@ X = RNG.uniform(-1, 1, (3, 3, 8, 8)).astype(np.float32) * np.array(
 ).reshape(3, 1, 1, 1)
 
 
-def reference(x_BCHW, kind, q):
+def reference(x_BCHW: np.ndarray, kind: Threshold, q: float) -> np.ndarray:
     if kind == "none":
         return x_BCHW
     if kind == "static":
@@ -34,91 +36,94 @@ class TestGuide:
     @pytest.mark.parametrize(
         "kind", [float, lambda weight: Tensor(np.float32(weight))], ids=["float", "tensor"]
     )
-    def test_is_a_line_through_both_answers(self, weight, kind):
-        found = guide(Tensor(self.conditional), Tensor(self.unconditional), kind(weight)).asnumpy()
-        wanted = weight * self.conditional.astype(np.float64) + (1 - weight) * self.unconditional
-        assert found.dtype == np.float32
-        np.testing.assert_allclose(found, wanted, atol=1e-5)
+    def test_is_a_line_through_both_outputs(
+        self, weight: float, kind: Callable[[float], float | Tensor]
+    ) -> None:
+        output = guide(Tensor(self.conditional), Tensor(self.unconditional), kind(weight)).asnumpy()
+        expected = weight * self.conditional.astype(np.float64) + (1 - weight) * self.unconditional
+        assert output.dtype == np.float32
+        np.testing.assert_allclose(output, expected, atol=1e-5)
 
-    def test_weight_0_ignores_the_text(self):
-        found = guide(Tensor(self.conditional), Tensor(self.unconditional), 0.0).asnumpy()
-        np.testing.assert_array_equal(found, self.unconditional)
+    def test_weight_0_ignores_the_text(self) -> None:
+        output = guide(Tensor(self.conditional), Tensor(self.unconditional), 0.0).asnumpy()
+        np.testing.assert_array_equal(output, self.unconditional)
 
-    def test_weight_1_is_no_guidance(self):
-        found = guide(Tensor(self.conditional), Tensor(self.unconditional), 1.0).asnumpy()
-        np.testing.assert_allclose(found, self.conditional, atol=1e-6)
+    def test_weight_1_is_no_guidance(self) -> None:
+        output = guide(Tensor(self.conditional), Tensor(self.unconditional), 1.0).asnumpy()
+        np.testing.assert_allclose(output, self.conditional, atol=1e-6)
 
 
 @pytest.mark.usefixtures("both")
 @pytest.mark.parametrize("q", [0.01, 0.5, 0.9, 0.995, 0.99999, 1.0])
 @pytest.mark.parametrize("num", [1, 2, 3, 11, 200, 3 * 64 * 64])
 @pytest.mark.parametrize("ties", [False, True])
-def test_quantile_is_numpys(q, num, ties):
+def test_quantile_equals_numpy(q: float, num: int, ties: bool) -> None:
     values = np.random.default_rng(num).standard_normal((4, num)).astype(np.float32)
     values = values.round() if ties else values
-    found = quantile(Tensor(values), q).asnumpy()
-    wanted = np.quantile(values.astype(np.float64), q, axis=1, keepdims=True)
-    np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
+    output = quantile(Tensor(values), q).asnumpy()
+    expected = np.quantile(values.astype(np.float64), q, axis=1, keepdims=True)
+    np.testing.assert_allclose(output, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.usefixtures("both")
-def test_places_beyond_what_float32_counts():
-    """2^24 + 3 numbers in order, of which the last ones differ."""
+def test_quantile_of_more_values_than_float32_counts() -> None:
+    """2^24 + 3 values, of which the four largest differ."""
     num = 2**24 + 3
     values = np.zeros((1, num), np.float32)
     values[0, :4] = (4, 3, 2, 1)
-    found = [
+    output = [
         quantile(Tensor(values), q).asnumpy()[0, 0]
         for q in (1.0, 1 - 1 / (num - 1), 1 - 2.5 / (num - 1))
     ]
-    np.testing.assert_allclose(found, (4, 3, 1.5), atol=0.01)
+    np.testing.assert_allclose(output, (4, 3, 1.5), atol=0.01)
 
 
 @pytest.mark.usefixtures("both")
 class TestThreshold:
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("q", [0.5, 0.9, 0.995, 1.0])
-    def test_is_its_definition(self, kind, q):
+    def test_equals_its_definition(self, kind: Threshold, q: float) -> None:
         np.testing.assert_allclose(
             threshold(Tensor(X), kind, q).asnumpy(), reference(X, kind, q), atol=1e-6
         )
 
     @pytest.mark.parametrize("kind", ["static", "dynamic"])
-    def test_ends_within_the_range(self, kind):
-        found = threshold(Tensor(X), kind).asnumpy()
-        assert np.abs(found).max() == 1
-        assert (np.sign(found) == np.sign(X)).all()
+    def test_output_is_within_the_range(self, kind: Threshold) -> None:
+        output = threshold(Tensor(X), kind).asnumpy()
+        assert np.abs(output).max() == 1
+        assert (np.sign(output) == np.sign(X)).all()
 
     @pytest.mark.parametrize("kind", KINDS)
-    def test_leaves_values_within_the_range(self, kind):
+    def test_values_within_the_range_stay(self, kind: Threshold) -> None:
         np.testing.assert_array_equal(threshold(Tensor(X[:1]), kind).asnumpy(), X[:1])
 
-    def test_dynamic_only_cuts_a_few_that_are_too_large(self):
+    def test_dynamic_only_clips_where_few_values_are_too_large(self) -> None:
         x = X[:1].copy()
-        x[0, 0, 0, 0], x[0, 1, 2, 3] = 5, -9  # 2 of 192, and the quantile of 0.98 lies below them
+        # 2 of 192 values; the quantile 0.98 is below them.
+        x[0, 0, 0, 0] = 5
+        x[0, 1, 2, 3] = -9
         np.testing.assert_array_equal(
             threshold(Tensor(x), "dynamic", 0.98).asnumpy(), np.clip(x, -1, 1)
         )
 
-    def test_dynamic_at_quantile_1_only_divides(self):
+    def test_dynamic_at_quantile_1_only_divides(self) -> None:
         largest = np.abs(X[1:]).max(axis=(1, 2, 3), keepdims=True)
         np.testing.assert_allclose(
             threshold(Tensor(X[1:]), "dynamic", 1.0).asnumpy(), X[1:] / largest, atol=1e-7
         )
 
     @pytest.mark.parametrize("kind", KINDS)
-    def test_an_image_does_not_change_another(self, kind):
+    def test_images_are_independent(self, kind: Threshold) -> None:
         others = np.concatenate((10 * X[:1], X[1:]))
-        found = threshold(Tensor(X), kind).asnumpy()[1:]
-        np.testing.assert_array_equal(threshold(Tensor(others), kind).asnumpy()[1:], found)
+        output = threshold(Tensor(X), kind).asnumpy()[1:]
+        np.testing.assert_array_equal(threshold(Tensor(others), kind).asnumpy()[1:], output)
 
     @pytest.mark.parametrize("kind", KINDS)
-    def test_compiled(self, kind):
-        """After guidance, as a compiled denoiser has it."""
+    def test_compiled_after_guidance(self, kind: Threshold) -> None:
 
         @ms.jit
-        def denoise(conditional, unconditional, weight):
+        def denoise(conditional: Tensor, unconditional: Tensor, weight: Tensor) -> Tensor:
             return threshold(guide(conditional, unconditional, weight), kind, 0.9)
 
-        found = denoise(Tensor(X), Tensor(-X), Tensor(np.float32(2.0))).asnumpy()
-        np.testing.assert_allclose(found, reference(3 * X, kind, 0.9), rtol=1e-6, atol=1e-6)
+        output = denoise(Tensor(X), Tensor(-X), Tensor(np.float32(2.0))).asnumpy()
+        np.testing.assert_allclose(output, reference(3 * X, kind, 0.9), rtol=1e-6, atol=1e-6)

@@ -1,11 +1,13 @@
-"""Editing through three stages that were trained for four steps: what is known stays, what changes
-is what was asked for. Whether it looks well is for a trained cascade to show, see docs/editing.md.
+"""Editing through three stages that were trained for four steps: what is known stays, and what was
+asked for changes. How good it looks is measured on a trained cascade, see docs/editing.md.
 """
 
 import hashlib
-import json
 import shutil
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,16 +16,28 @@ from PIL import Image
 from launch.cli import main as cli
 from pipeline import Cascade
 from pipeline.errors import UserError
-from pipeline.generate.edit import detailed, edits_of, open_editing, pooled, shrunk, strengths
-from pipeline.generate.output_folder import generate
+from pipeline.generate.cascade import Result
+from pipeline.generate.edit import (
+    EditFiles,
+    add_detail,
+    edits_of,
+    open_edit_files,
+    pool_mask,
+    shrink,
+    strengths,
+)
+from pipeline.generate.engine import SampleStep
+from pipeline.generate.output_folder import OutputFolder, generate
 from pipeline.imaging.compositing import seam
 from tools.shapes import draw, random_scene
 
 PROMPTS = ["a small red circle on white", "a large blue square on black"]
+SEED = 7
 SIZES = {"base": 16, "sr32": 32, "sr64": 64}
-IMAGES = [draw(random_scene(0, number), 64) for number in (1, 2)]
-HOLE = np.zeros((64, 64), bool)
-HOLE[21:45, 18:50] = True  # on no grid of the smaller stages
+SIZE = 64
+IMAGES = [draw(random_scene(0, index), SIZE) for index in (1, 2)]
+HOLE = np.zeros((SIZE, SIZE), bool)
+HOLE[21:45, 18:50] = True  # aligned to no pixel grid of the smaller stages
 MASK = Image.fromarray(HOLE)
 
 
@@ -33,39 +47,39 @@ def cascade(trained: Path) -> Cascade:
 
 
 @pytest.fixture(scope="module")
-def painted(cascade):
-    return cascade(PROMPTS, seed=7, image=IMAGES, mask=MASK)
+def inpainted(cascade: Cascade) -> Result:
+    return cascade(PROMPTS, seed=SEED, image=IMAGES, mask=MASK)
 
 
-def pixels(images: list[Image.Image]) -> np.ndarray:
+def pixels(images: Sequence[Image.Image]) -> np.ndarray:
     return np.stack([np.asarray(image) for image in images])
 
 
-def at(size: int) -> np.ndarray:
-    """Where the hole is at this size: each pixel that covers some of it, found one by one."""
-    factor = 64 // size
-    return np.array([
-        [HOLE[i * factor : (i + 1) * factor, j * factor : (j + 1) * factor].max() for j in range(size)]
-        for i in range(size)
-    ])  # fmt: skip
+def hole_at(size: int) -> np.ndarray:
+    """The hole at a stage's size: each pixel that covers some of it, looked up one by one."""
+    factor = SIZE // size
+    hole = np.zeros((size, size), bool)
+    for i, j in np.ndindex(size, size):
+        hole[i, j] = HOLE[i * factor : (i + 1) * factor, j * factor : (j + 1) * factor].max()
+    return hole
 
 
-# What each stage sees.
+# What each stage starts from.
 
 
 @pytest.mark.parametrize("size", [1, 2, 8, 16, 64])
-def test_a_pixel_is_painted_if_any_that_it_covers_is(size):
-    assert (pooled(HOLE[None, None], size)[0, 0] == at(size)).all()
+def test_a_pixel_is_sampled_if_any_that_it_covers_is(size: int) -> None:
+    assert (pool_mask(HOLE[None, None], size)[0, 0] == hole_at(size)).all()
 
 
-def test_the_start_has_the_colours_of_the_low_resolution_and_the_detail_of_the_picture():
-    pictures = pixels(IMAGES) // 2 + 60  # away from black and white, where it would be cut
-    low = shrunk(pictures, 16)
-    assert np.abs(detailed(low, pictures).astype(int) - pictures).max() <= 1
-    assert np.abs(detailed(low + 20, pictures).astype(int) - pictures - 20).max() <= 1
+def test_the_start_has_the_colours_of_the_low_resolution_and_the_detail_of_the_image() -> None:
+    images = pixels(IMAGES) // 2 + 60  # away from black and white, where it would be clipped
+    low_res = shrink(images, 16)
+    assert np.abs(add_detail(low_res, images).astype(int) - images).max() <= 1
+    assert np.abs(add_detail(low_res + 20, images).astype(int) - images - 20).max() <= 1
 
 
-def test_strengths_unless_said_otherwise():
+def test_strengths_have_defaults() -> None:
     assert strengths(None, True, ["a", "b"]) == {"a": 1.0, "b": 1.0}
     assert strengths(None, False, ["a", "b"]) == {"a": 0.8, "b": 0.8}
     assert strengths(0.5, True, ["a", "b"]) == {"a": 0.5, "b": 0.5}
@@ -75,45 +89,46 @@ def test_strengths_unless_said_otherwise():
 # Inpainting.
 
 
-def test_what_is_known_stays(painted):
-    """Bit for bit in the end; before, within the level by which a stage's own picture is rounded."""
-    assert (pixels(painted.images)[:, ~HOLE] == pixels(IMAGES)[:, ~HOLE]).all()
+def test_known_pixels_stay(inpainted: Result) -> None:
+    """Bit for bit in the end; before, within the level to which a stage's image is rounded."""
+    assert (pixels(inpainted.images)[:, ~HOLE] == pixels(IMAGES)[:, ~HOLE]).all()
     for name, size in SIZES.items():
-        known, picture = (
-            array.astype(int)
-            for array in (pixels(painted.stages[name]), shrunk(pixels(IMAGES), size))
-        )
-        assert np.abs(known - picture)[:, ~at(size)].max() <= 1, name
+        difference = pixels(inpainted.stages[name]).astype(int) - shrink(pixels(IMAGES), size)
+        assert np.abs(difference[:, ~hole_at(size)]).max() <= 1, name
 
 
-def test_the_hole_is_painted_by_prompt_and_seed(cascade, painted):
-    def hole(prompt: str, seed: int) -> np.ndarray:
-        return pixels(cascade([prompt], seed=seed, image=IMAGES[0], mask=MASK).images)[0, HOLE]
+def test_the_hole_depends_on_prompt_and_seed(cascade: Cascade, inpainted: Result) -> None:
+    def sampled(prompt: str, seed: int) -> np.ndarray:
+        result = cascade([prompt], seed=seed, image=IMAGES[0], mask=MASK)
+        return pixels(result.images)[0, HOLE]
 
-    first = pixels(painted.images)[0, HOLE]
-    assert (hole(PROMPTS[0], 7) == first).all()
-    for other in (np.asarray(IMAGES[0])[HOLE], hole(PROMPTS[1], 7), hole(PROMPTS[0], 8)):
+    first = pixels(inpainted.images)[0, HOLE]
+    assert (sampled(PROMPTS[0], SEED) == first).all()
+    original = np.asarray(IMAGES[0])[HOLE]
+    for other in (original, sampled(PROMPTS[1], SEED), sampled(PROMPTS[0], SEED + 1)):
         assert (other != first).mean() > 0.1
 
 
-def test_the_seam_does_not_show(painted):
-    for picture in pixels(painted.images):
-        found = seam(picture, HOLE)
-        assert found.across <= max(found.known, found.painted)
+def test_the_seam_does_not_show(inpainted: Result) -> None:
+    for image in pixels(inpainted.images):
+        differences = seam(image, HOLE)
+        assert differences.across <= max(differences.known, differences.painted)
 
 
-def test_a_picture_alone_is_the_picture_in_company(cascade, painted):
-    alone = cascade(PROMPTS[1:], seed=7, numbers=[1], image=IMAGES[1], mask=[MASK])
-    for name, images in painted.stages.items():
+def test_an_edited_image_does_not_depend_on_its_batch(cascade: Cascade, inpainted: Result) -> None:
+    alone = cascade(PROMPTS[1:], seed=SEED, image_ids=[1], image=IMAGES[1], mask=[MASK])
+    for name, images in inpainted.stages.items():
         assert (pixels(alone.stages[name])[0] == pixels(images)[1]).all(), name
 
 
-def test_a_weak_edit_of_a_hole_stays_near_what_was_in_it(cascade, painted):
-    weak = cascade(PROMPTS, seed=7, image=IMAGES, mask=MASK, strength=0.1)
+def test_a_weak_edit_of_a_hole_stays_near_what_was_in_it(
+    cascade: Cascade, inpainted: Result
+) -> None:
+    weak = cascade(PROMPTS, seed=SEED, image=IMAGES, mask=MASK, strength=0.1)
     assert (pixels(weak.images)[:, ~HOLE] == pixels(IMAGES)[:, ~HOLE]).all()
     near, far = (
-        np.abs(pixels(each.images) - pixels(IMAGES).astype(float)).mean()
-        for each in (weak, painted)
+        np.abs(pixels(result.images) - pixels(IMAGES).astype(float)).mean()
+        for result in (weak, inpainted)
     )
     assert 0 < near < far / 2
 
@@ -121,34 +136,33 @@ def test_a_weak_edit_of_a_hole_stays_near_what_was_in_it(cascade, painted):
 # Image to image.
 
 
-def test_the_stronger_the_farther(cascade):
-    def distance(strength: float) -> float:
-        made = cascade(PROMPTS, seed=7, image=IMAGES, strength=strength)
-        return np.abs(pixels(made.images) - pixels(IMAGES).astype(float)).mean()
+def test_a_higher_strength_changes_more(cascade: Cascade) -> None:
+    def difference(strength: float) -> float:
+        result = cascade(PROMPTS, seed=SEED, image=IMAGES, strength=strength)
+        return float(np.abs(pixels(result.images) - pixels(IMAGES).astype(float)).mean())
 
-    weak, half, strong = (distance(strength) for strength in (0.001, 0.4, 1.0))
+    weak, half, strong = (difference(strength) for strength in (0.001, 0.4, 1.0))
     assert weak < half < strong
     assert weak < strong / 4
 
 
-def test_each_stage_has_its_strength(cascade):
-    said = {"base": 0.4, "sr32": 1.0, "sr64": 0.5}
+def test_each_stage_has_its_strength(cascade: Cascade) -> None:
     one, other = (
-        cascade(PROMPTS, image=IMAGES, strength=said | {"sr64": last}) for last in (0.5, 0.9)
+        cascade(PROMPTS, image=IMAGES, strength={"base": 0.4, "sr32": 1.0, "sr64": last})
+        for last in (0.5, 0.9)
     )
     for name in ("base", "sr32"):
         assert (pixels(one.stages[name]) == pixels(other.stages[name])).all()
     assert (pixels(one.images) != pixels(other.images)).any()
 
 
-def test_the_first_stage_enlarges_the_picture_itself(cascade):
-    found = cascade(PROMPTS, image=IMAGES, start="sr64", strength=0.5)
-    low = [Image.fromarray(picture) for picture in shrunk(pixels(IMAGES), 32)]
-    assert list(found.stages) == ["sr64"]
-    assert (
-        pixels(found.images)
-        == pixels(cascade(PROMPTS, image=IMAGES, start="sr64", strength=0.5, low=low).images)
-    ).all()
+def test_the_first_stage_enlarges_the_image_itself(cascade: Cascade) -> None:
+    result = cascade(PROMPTS, image=IMAGES, start="sr64", strength=0.5)
+    assert list(result.stages) == ["sr64"]
+
+    low_res = [Image.fromarray(image) for image in shrink(pixels(IMAGES), 32)]
+    expected = cascade(PROMPTS, image=IMAGES, start="sr64", strength=0.5, low_res=low_res)
+    assert (pixels(result.images) == pixels(expected.images)).all()
 
 
 @pytest.mark.parametrize(
@@ -156,8 +170,8 @@ def test_the_first_stage_enlarges_the_picture_itself(cascade):
     [
         (
             {"image": Image.new("RGB", (64, 48))},
-            "image 0: 64 x 48 pixels, but this cascade edits pictures of 64 x 64, which its last stage makes; crop or "
-            "resize it",
+            "image 0: 64 x 48 pixels, but this cascade edits images of 64 x 64, which its last "
+            "stage generates; crop or resize it",
         ),
         (
             {"image": IMAGES[:1]},
@@ -169,48 +183,58 @@ def test_the_first_stage_enlarges_the_picture_itself(cascade):
         ),
         (
             {"image": IMAGES, "mask": Image.new("L", (32, 32), 255)},
-            "mask 0: the mask has 32 x 32 pixels and image 0 64 x 64; give one of the picture's size, white where it "
-            "is to be made",
+            "mask 0: the mask has 32 x 32 pixels and image 0 64 x 64; give ",
         ),
-        (
-            {"image": IMAGES, "mask": Image.new("L", (64, 64))},
-            "mask 0: nothing in this mask is white, which is what would be made",
-        ),
+        ({"image": IMAGES, "mask": Image.new("L", (64, 64))}, "mask 0: no pixel is white; "),
         (
             {"image": IMAGES, "strength": 0},
-            "strength 0: not in (0, 1]; 1 leaves nothing of what was there",
+            "strength: 0 is not in (0, 1]; 1 keeps nothing of the image",
         ),
         (
             {"image": IMAGES, "strength": {"sr32": 2}},
-            "strength 2: not in (0, 1]; 1 leaves nothing of what was there",
+            "strength: 2 is not in (0, 1]; 1 keeps nothing of the image",
         ),
-        ({"mask": MASK}, "mask: there is no picture to edit; give image"),
-        ({"strength": 0.5}, "strength: there is no picture to edit; give image"),
+        ({"mask": MASK}, "mask: there is no image to edit; give image"),
+        ({"strength": 0.5}, "strength: there is no image to edit; give image"),
     ],
 )
-def test_what_cannot_be_edited_is_refused(cascade, call, message):
+def test_calls_that_do_not_fit_are_refused(
+    cascade: Cascade, call: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UserError) as error:
         cascade(PROMPTS, **call)
-    assert str(error.value) == message
+    assert str(error.value).startswith(message)
 
 
 @pytest.mark.parametrize(
     ("strength", "masked"), [(1.0, False), (0.5, False), (1.0, True), (0.4, True)]
 )
-def test_the_bar_ends_where_it_says(cascade, strength, masked):
+def test_the_number_of_calls_is_known_beforehand(
+    cascade: Cascade, strength: float, masked: bool
+) -> None:
+    """Which is where the progress bar ends."""
+    mask = MASK if masked else None
+    edits = edits_of(IMAGES[0], mask, strength, num_images=6, size=SIZE, stage_names=["base"])
     options = {"base": {"steps": 5, "repaint_steps": 3, "extra_steps": 2}}
-    (edit,) = edits_of(IMAGES[0], MASK if masked else None, strength, 6, 64, ["base"]).values()
-    calls, told = [], cascade.prompt("base", PROMPTS * 3)
-    cascade.run("base", told, 0, range(6), None, options, edit, lambda: calls.append(1))
-    assert len(calls) == cascade.calls("base", 6, options, *edit.how)
+    steps: list[SampleStep] = []
+    cascade.sample_stage(
+        "base",
+        PROMPTS * 3,
+        seed=0,
+        image_ids=range(6),
+        options=options,
+        edit=edits["base"],
+        on_step=steps.append,
+    )
+    assert len(steps) == cascade.num_calls("base", 6, options, edits["base"])
 
 
 # The folder.
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory) -> Path:
-    """images/a.png, images/b.png and mask.png."""
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """images/a.png, images/b.png and mask.png; and files that cannot be used."""
     folder = tmp_path_factory.mktemp("files")
     (folder / "images").mkdir()
     for name, image in zip("ab", IMAGES, strict=True):
@@ -218,12 +242,131 @@ def files(tmp_path_factory) -> Path:
     MASK.convert("L").save(folder / "mask.png")
     Image.new("L", (32, 32), 255).save(folder / "small.png")
     Image.new("RGB", (64, 48)).save(folder / "wide.png")
-    (folder / "text.png").write_text("no picture")
+    (folder / "text.png").write_text("no image")
     (folder / "empty").mkdir()
     return folder
 
 
-def edit(capsys, *arguments: object) -> tuple[int, str, str]:
+@pytest.fixture(scope="module")
+def edit_files(files: Path) -> EditFiles:
+    images = [files / "images" / f"{name}.png" for name in "ab"]
+    return open_edit_files(
+        images, files / "mask.png", size=SIZE, strengths=dict.fromkeys(SIZES, 1.0)
+    )
+
+
+@pytest.fixture(scope="module")
+def out(cascade: Cascade, edit_files: EditFiles, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The edited images of all stages. Read only: all tests share it."""
+    out = tmp_path_factory.mktemp("edited") / "out"
+    assert generate(cascade, PROMPTS, out, SEED, edit_files=edit_files) == 6
+    return out
+
+
+def read_pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def test_the_folder_has_the_images_of_the_cascade_and_what_they_are_edits_of(
+    inpainted: Result, out: Path, files: Path
+) -> None:
+    entries = OutputFolder(out).entries
+    for file, entry in entries.items():
+        expected = np.asarray(inpainted.stages[entry["stage"]][entry["number"]])
+        assert (read_pixels(out / file) == expected).all()
+        with Image.open(out / file) as image:
+            assert image.info["image_sha256"] == entry["image_sha256"]
+
+    mask_sha256 = hashlib.sha256((files / "mask.png").read_bytes()).hexdigest()
+    expected_fields = {
+        "number": 1,
+        "file": "00001.png",
+        "image": "b.png",
+        "mask": "mask.png",
+        "mask_sha256": mask_sha256,
+        "strength": 1.0,
+        "edited_from": "base",
+        "seed": SEED,
+    }
+    assert expected_fields.items() <= entries["00001.png"].items()
+
+
+def test_missing_edits_are_generated_and_are_the_same(
+    cascade: Cascade, edit_files: EditFiles, out: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "out"
+    shutil.copytree(out, copy)
+    (copy / "00001.png").unlink()
+    assert generate(cascade, PROMPTS, copy, SEED, edit_files=edit_files) == 1
+    assert (copy / "00001.png").read_bytes() == (out / "00001.png").read_bytes()
+
+
+def test_edits_do_not_depend_on_the_names_of_files(
+    cascade: Cascade, edit_files: EditFiles, files: Path, out: Path, tmp_path: Path
+) -> None:
+    renamed = tmp_path / "other name.png"
+    shutil.copy(files / "mask.png", renamed)
+    same = open_edit_files(edit_files.images, renamed, size=SIZE, strengths=edit_files.strengths)
+    assert generate(cascade, PROMPTS, out, SEED, edit_files=same) == 0
+
+
+def test_edits_of_two_recipes_are_not_mixed(
+    cascade: Cascade, edit_files: EditFiles, files: Path, out: Path
+) -> None:
+    def refusal(start: str | None = None, **changes: Any) -> str:
+        with pytest.raises(UserError) as error:
+            generate(
+                cascade,
+                PROMPTS,
+                out,
+                SEED,
+                start=start,
+                edit_files=replace(edit_files, **changes),
+            )
+        return str(error.value)
+
+    assert refusal(images=edit_files.images[::-1]).startswith(
+        f"{out}/base/00000.png: was generated with image_sha256 "
+    )
+    assert refusal(strengths=dict.fromkeys(SIZES, 0.5)) == (
+        f"{out}/base/00000.png: was generated with strength 1.0 and this command has 0.5; choose "
+        "another output folder"
+    )
+    assert refusal(start="sr32", strengths={"sr32": 1.0, "sr64": 1.0}).startswith(
+        f"{out}/sr32/00000.png: was generated with edited_from 'base' and this command has 'sr32'"
+    )
+
+
+def test_generated_and_edited_images_are_not_mixed(cascade: Cascade, out: Path) -> None:
+    with pytest.raises(
+        UserError,
+        match=r"was generated with image_sha256 .* and this command has None; choose another",
+    ):
+        generate(cascade, PROMPTS, out, SEED)
+
+
+def test_one_image_by_many_prompts_and_many_by_one(
+    cascade: Cascade, edit_files: EditFiles, tmp_path: Path
+) -> None:
+    images = edit_files.images
+    for name, paths in {"one": [images[0], images[0]], "many": images}.items():
+        files = open_edit_files(paths, None, size=SIZE, strengths={"sr64": 0.5})
+        out = tmp_path / name
+        assert generate(cascade, PROMPTS, out, SEED, start="sr64", edit_files=files) == 2
+    one, many = (read_pixels(tmp_path / name / "00001.png") for name in ("one", "many"))
+    assert (one != many).any()
+
+    expected = cascade(PROMPTS, seed=SEED, image=IMAGES, start="sr64", strength=0.5)
+    assert (many == np.asarray(expected.images[1])).all()
+
+
+# The command.
+
+
+def edit(
+    capsys: pytest.CaptureFixture[str], *arguments: object
+) -> tuple[int | str | None, str, str]:
     """Exit code, stdout and stderr of `cascade edit`."""
     with pytest.raises(SystemExit) as end:
         cli.main(["edit", *map(str, arguments)])
@@ -231,138 +374,82 @@ def edit(capsys, *arguments: object) -> tuple[int, str, str]:
     return end.value.code, out, err
 
 
-@pytest.fixture(scope="module")
-def command(trained, files) -> list[object]:
-    return [trained / "cascade", "--image", files / "images", "--mask", files / "mask.png", "--seed", 7,
-            "--prompt", *PROMPTS]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def out(command, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("edited") / "out"
-    with pytest.raises(SystemExit) as end:
-        cli.main(["edit", *map(str, command), "--out", str(out)])
-    assert end.value.code == 0
-    return out
-
-
-def entries(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
-
-
-def test_the_folder_has_the_cascades_pictures_and_says_of_what(painted, out, files):
-    for entry in entries(out):
-        with Image.open(out / entry["file"]) as image:
-            assert (
-                np.asarray(image) == np.asarray(painted.stages[entry["stage"]][entry["number"]])
-            ).all()
-            assert image.text["image_sha256"] == entry["image_sha256"]
-    last = entries(out)[-1]
-    assert {
-        key: last[key]
-        for key in ("number", "file", "image", "mask", "strength", "edited_from", "seed")
-    } == {
-        "number": 1,
-        "file": "00001.png",
-        "image": "b.png",
-        "mask": "mask.png",
-        "strength": 1.0,
-        "edited_from": "base",
-        "seed": 7,
-    }
-    assert last["mask_sha256"] == hashlib.sha256((files / "mask.png").read_bytes()).hexdigest()
-
-
-def test_the_same_again_makes_what_is_missing(capsys, command, out, files, tmp_path):
+def test_the_command_and_then_the_other_stages_write_the_same_folder(
+    cascade: Cascade,
+    trained: Path,
+    files: Path,
+    edit_files: EditFiles,
+    out: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     copy = tmp_path / "out"
-    shutil.copytree(out, copy)
-    (copy / "00001.png").unlink()
-    code, said, _ = edit(capsys, *command, "--out", copy)
-    assert (code, said) == (
-        0,
-        f"{copy}: 1 pictures written for 2 edits, listed in manifest.jsonl\n",
-    )
-    assert (copy / "00001.png").read_bytes() == (out / "00001.png").read_bytes()
-    renamed = tmp_path / "other name.png"
-    shutil.copy(files / "mask.png", renamed)
-    command = [renamed if word == files / "mask.png" else word for word in command]
-    assert edit(capsys, *command, "--out", copy)[1].startswith(f"{copy}: 0 pictures written")
+    sources = ["--image", files / "images", "--mask", files / "mask.png", "--prompt", *PROMPTS]
+    options = ["--out", copy, "--seed", SEED, "--to", "base"]
+    code, stdout, _ = edit(capsys, trained / "cascade", *sources, *options)
+    assert code == 0
+    assert stdout == f"{copy}: 2 images written for 2 edits, listed in manifest.jsonl\n"
 
-
-def test_another_picture_under_one_name_is_refused(capsys, command, out, tmp_path):
-    (tmp_path / "images").mkdir()
-    for name, image in zip("ab", IMAGES[::-1], strict=True):
-        image.save(tmp_path / "images" / f"{name}.png")
-    other = [tmp_path / "images" if str(word).endswith("images") else word for word in command]
-    code, _, err = edit(capsys, *other, "--out", out)
-    assert code == 2
-    assert err.startswith(f"{out}/base/00000.png: was made with image_sha256 ")
-    assert edit(capsys, *command, "--out", out, "--strength", 0.5)[2].startswith(
-        f"{out}/base/00000.png: was made with strength 1.0 and this command has 0.5; choose another --out"
-    )
-    assert edit(capsys, *command, "--out", out, "--from", "sr32")[0] == 2
-
-
-def test_made_and_edited_pictures_are_not_mixed(cascade, out):
-    with pytest.raises(
-        UserError, match=r"was made with image_sha256 .* and this command has None; choose another"
-    ):
-        generate(cascade, PROMPTS, out, 7, {})
-
-
-def test_stop_then_the_rest_is_the_whole(capsys, command, out, tmp_path):
-    copy = tmp_path / "out"
-    assert edit(capsys, *command, "--out", copy, "--to", "base")[1].startswith(
-        f"{copy}: 2 pictures written"
-    )
-    assert edit(capsys, *command, "--out", copy)[1].startswith(f"{copy}: 4 pictures written")
+    assert generate(cascade, PROMPTS, copy, SEED, edit_files=edit_files) == 4
+    assert OutputFolder(copy).entries == OutputFolder(out).entries
     for path in sorted(out.rglob("*.png")):
         assert path.read_bytes() == (copy / path.relative_to(out)).read_bytes()
 
 
-def test_one_picture_by_many_prompts_and_many_by_one(cascade, files, tmp_path):
-    images = [files / "images" / f"{name}.png" for name in "ab"]
-    options, kept = {}, {"sr64": 0.5}
-    for number, paths in enumerate((images[:1] * 2, images)):
-        editing = open_editing(paths, None, 64, kept)
-        assert (
-            generate(cascade, PROMPTS, tmp_path / str(number), 7, options, "sr64", None, editing)
-            == 2
-        )
-    one, many = (pixels([Image.open(tmp_path / name / "00001.png")])[0] for name in "01")
-    assert (one != many).any()
-    expected = cascade(PROMPTS, seed=7, image=IMAGES, start="sr64", strength=0.5)
-    assert (many == np.asarray(expected.images[1])).all()
-
-
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
-        (["--mask", "{files}/small.png"], "{files}/small.png: the mask has 32 x 32 pixels and {files}/images/a.png 64"),
-        (["--image", "{files}/wide.png"], "{files}/wide.png: 64 x 48 pixels, but this cascade edits pictures of 64 x "),
+        (
+            ["--mask", "{files}/small.png"],
+            "{files}/small.png: the mask has 32 x 32 pixels and {files}/images/a.png 64 x 64; ",
+        ),
+        (
+            ["--image", "{files}/wide.png"],
+            "{files}/wide.png: 64 x 48 pixels, but this cascade edits images of 64 x 64, which ",
+        ),
         (["--image", "{files}/text.png"], "{files}/text.png: "),
-        (["--image", "{files}/none.png"], "{files}/none.png: No such file or directory; give a picture (.png, "),
-        (["--image", "{files}/empty"], "{files}/empty: there is no picture in this folder (.png, "),
-        (["--mask", "{files}/empty"], "{files}/empty/a.png: No such file or directory; give a picture (.png, "),
-        (["--strength", "0"], "strength 0.0: not in (0, 1]; 1 leaves nothing of what was there"),
-        (["--strength", "1.5"], "strength 1.5: not in (0, 1]; 1 leaves nothing of what was there"),
-        (["--strength", "1", "0.5"], "--strength: 2 values for 3 stages (base, sr32, sr64); give one for each or one "),
-        (["--repaint-steps", "5"], "--repaint-steps: it is in a hole that steps are made again; give --mask, or leave it out"),
+        (["--image", "{files}/none.png"], "{files}/none.png: No such file or directory; give "),
+        (["--image", "{files}/empty"], "{files}/empty: no image in this folder (.png, "),
+        (["--mask", "{files}/empty"], "{files}/empty/a.png: No such file or directory; give "),
+        (
+            ["--strength", "0"],
+            "--strength: 0.0 is not in (0, 1]; 1 keeps nothing of the image",
+        ),
+        (
+            ["--strength", "1.5"],
+            "--strength: 1.5 is not in (0, 1]; 1 keeps nothing of the image",
+        ),
+        (
+            ["--strength", "1", "0.5"],
+            "--strength: 2 values for 3 stages (base, sr32, sr64); give one for each or one ",
+        ),
+        (["--repaint-steps", "5"], "--repaint-steps: repeats the steps inside a mask; give --mask"),
         (["--repaint-steps", "0"], "argument --repaint-steps: 0 is less than 1"),
         (["--steps", "0"], "--steps: [0] holds a number below 1; give positive numbers"),
-        (["--prompt", *"abc"], "--image: 2 pictures for 3 prompts; give one of either, or as many"),
+        (
+            ["--prompt", *"abc"],
+            "--image: 2 images for 3 prompts; give one of either, or as many",
+        ),
         (["--from", "sr"], "sr: no such stage; this cascade has base, sr32, sr64"),
     ],
-)  # fmt: skip
-def test_a_mistake_is_answered_in_one_line(trained, files, tmp_path, capsys, words, message):
-    told = ["--image", "{files}/images", "--prompt", "x", *words]
-    code, said, err = edit(
+)
+def test_a_mistake_is_reported_in_one_line(
+    trained: Path,
+    files: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    out = tmp_path / "out"
+    sources = ["--image", "{files}/images", "--prompt", "x", *arguments]
+    code, stdout, stderr = edit(
         capsys,
         trained / "cascade",
         "--out",
-        tmp_path / "out",
-        *(word.replace("{files}", str(files)) for word in told),
+        out,
+        *(argument.replace("{files}", str(files)) for argument in sources),
     )
-    assert (code, said, err.count("\n")) == (2, "", 1)
-    assert err.startswith(message.replace("{files}", str(files)))
-    assert not (tmp_path / "out").exists()
+    assert (code, stdout, stderr.count("\n")) == (2, "", 1)
+    assert stderr.startswith(message.replace("{files}", str(files)))
+    assert not out.exists()

@@ -1,4 +1,4 @@
-"""YAML and overrides to frozen dataclasses: round trips, and each message whole."""
+"""YAML and overrides to frozen dataclasses: round trips, and the full text of each error."""
 
 import math
 import string
@@ -67,6 +67,10 @@ def message(raw: Any) -> str:
     return str(error.value)
 
 
+# Text that YAML would read as something else, if it were not quoted.
+YAML_TRAPS = ("3e-5", "no", "null", "1:30", "2024-01-01", "", "~", "010", "{a", "- b", "'")
+
+
 def random_config(rng: np.random.Generator) -> StageConfig:
     alphabet = [*string.printable, "é", "雪", "🙂", "\x85", "\u2028", "\ufeff"]
 
@@ -81,34 +85,17 @@ def random_config(rng: np.random.Generator) -> StageConfig:
         )
 
     levels = tuple((int(rng.integers(-9, 9)), number()) for _ in range(rng.integers(0, 3)))
+    shards = [text(), tuple(text() for _ in range(rng.integers(0, 3))), {text(): number()}]
+
     return StageConfig(
-        run=str(
-            rng.choice(
-                [
-                    text(),
-                    "3e-5",
-                    "no",
-                    "null",
-                    "1:30",
-                    "2024-01-01",
-                    "",
-                    "~",
-                    "010",
-                    "{a",
-                    "- b",
-                    "'",
-                ]
-            )
-        ),
+        run=str(rng.choice([text(), *YAML_TRAPS])),
         seed=int(rng.integers(0, 2**63)),
         launcher=get_args(Launcher)[rng.integers(3)],
         shuffle=bool(rng.integers(2)),
         clip=None if rng.integers(2) else number(),
         name=None if rng.integers(2) else text(),
         mults=tuple(int(n) for n in rng.integers(1, 9, rng.integers(0, 4))),
-        shards=[text(), tuple(text() for _ in range(rng.integers(0, 3))), {text(): number()}][
-            rng.integers(3)
-        ],
+        shards=shards[rng.integers(3)],
         captions={text(): number() for _ in range(rng.integers(0, 3))},
         adam=AdamConfig(lr=number(), betas=(number(), number())),
         low_res=LowResConfig(size=64, levels=levels) if rng.integers(2) else None,
@@ -124,7 +111,7 @@ def test_every_config_survives_dict_and_yaml(tmp_path: Path) -> None:
         assert build(StageConfig, read_yaml(tmp_path / "config.yaml")) == config
 
 
-def test_dict_is_plain_and_without_what_the_class_derives() -> None:
+def test_a_dict_has_plain_values_and_no_derived_fields() -> None:
     low_res = LowResConfig(size=64, levels=((1, 0.5),))
     raw = to_dict(StageConfig(run="r", low_res=low_res))
     assert raw["low_res"] == {"size": 64, "levels": [[1, 0.5]]}
@@ -132,11 +119,11 @@ def test_dict_is_plain_and_without_what_the_class_derives() -> None:
     assert "derived" not in raw
 
 
-def test_dump_writes_floats_that_yaml_reads_as_floats() -> None:
+def test_dumped_floats_are_read_as_floats() -> None:
     assert "lr: 1.0e-05\n" in dump(AdamConfig(lr=1e-5))
 
 
-def test_integers_become_the_floats_that_the_type_asks_for() -> None:
+def test_integers_are_converted_to_float_fields() -> None:
     config = build(StageConfig, {"run": "r", "clip": 1, "adam": {"betas": [0, 1]}})
     assert [type(x) for x in (config.clip, *config.adam.betas)] == [float] * 3
 
@@ -228,7 +215,8 @@ def test_integers_become_the_floats_that_the_type_asks_for() -> None:
         ({"run": 7}, "run: expected text, got 7; put it in quotes"),
         (
             {"run": False},
-            "run: expected text, got false; put it in quotes, as YAML reads a bare yes or off as true or false",
+            "run: expected text, got false; put it in quotes, "
+            "as YAML reads a bare yes or off as true or false",
         ),
         ({"run": None}, "run: expected text, got nothing; give a value or remove the line"),
         ({"run": "r", "shuffle": 1}, "shuffle: expected true or false, got 1; give true or false"),
@@ -277,29 +265,34 @@ def test_integers_become_the_floats_that_the_type_asks_for() -> None:
         ({"run": ["x" * 200]}, "run: expected text, got the list ['" + "x" * 75 + "...; give text"),
     ],
 )
-def test_each_error_says_where_what_and_the_fix(raw: Any, expected: str) -> None:
+def test_each_error_has_the_path_the_value_and_the_fix(raw: Any, expected: str) -> None:
     assert message(raw) == expected
 
 
-def test_the_path_of_a_section_built_by_itself_is_in_its_errors() -> None:
+def test_errors_start_with_the_path_of_the_section() -> None:
     with pytest.raises(
         ConfigError, match=r"^stages\.sr256\.size: 48 is not a multiple of 32; write 32$"
     ):
-        build(LowResConfig, {"size": 48}, where="stages.sr256")
+        build(LowResConfig, {"size": 48}, path="stages.sr256")
 
 
-def test_overrides_are_yaml_and_make_the_sections_they_need() -> None:
+def test_overrides_are_yaml_and_create_missing_sections() -> None:
     raw = {"run": "old", "adam": None}
     changed = apply_overrides(
         raw, ["run=a=b", "adam.lr=3.0e-5", "mults=[1,2]", "low_res.size=64", "clip=", "name='7'"]
     )
     assert changed == {
-        "run": "a=b", "adam": {"lr": 3.0e-5}, "mults": [1, 2], "low_res": {"size": 64}, "clip": None, "name": "7",
-    }  # fmt: skip
+        "run": "a=b",
+        "adam": {"lr": 3.0e-5},
+        "mults": [1, 2],
+        "low_res": {"size": 64},
+        "clip": None,
+        "name": "7",
+    }
     assert raw == {"run": "old", "adam": None}
 
 
-def test_an_override_does_not_reach_through_an_anchor(tmp_path: Path) -> None:
+def test_an_override_does_not_change_another_section_of_the_same_anchor(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("a: &shared {x: 1}\nb: *shared\n")
     assert apply_overrides(read_yaml(tmp_path / "c.yaml"), ["a.x=2"]) == {
         "a": {"x": 2},
@@ -325,17 +318,19 @@ def test_an_override_does_not_reach_through_an_anchor(tmp_path: Path) -> None:
         ),
         (
             "a={x: 1, x: 2}",
-            "a={x: 1, x: 2}: 1: repeated key 'x', first on line 1; check keys, indentation, brackets and quotes there",
+            "a={x: 1, x: 2}: 1: repeated key 'x', first on line 1; "
+            "check keys, indentation, brackets and quotes there",
         ),
     ],
 )
-def test_an_override_that_cannot_be(item: str, expected: str) -> None:
+def test_invalid_overrides(item: str, expected: str) -> None:
     with pytest.raises(ConfigError) as error:
         apply_overrides({"seed": 3, "a": {"b": [1]}}, [item])
     assert str(error.value) == expected
 
 
 CHECK = "; check keys, indentation, brackets and quotes there"
+NO_MAPPING = ":1: expected `name: value` lines, got {}; start from one of configs/"
 
 
 @pytest.mark.parametrize(
@@ -345,17 +340,20 @@ CHECK = "; check keys, indentation, brackets and quotes there"
         (b"a:\n  b: 1\n  b: 1\n", ":3: repeated key 'b', first on line 2" + CHECK),
         (b"a: 1\nb: x: y\n", ":2: mapping values are not allowed here" + CHECK),
         (b"a: 1\n\tb: 2\n", ":2: found character '\\t' that cannot start any token" + CHECK),
-        (b"a: 1\nb: !!python/name:os.system x\n", ":2: could not determine a constructor for the tag "
-         "'tag:yaml.org,2002:python/name:os.system'" + CHECK),
+        (
+            b"a: 1\nb: !!python/name:os.system x\n",
+            ":2: could not determine a constructor for the tag "
+            "'tag:yaml.org,2002:python/name:os.system'" + CHECK,
+        ),
         (b"a: 1\n\nb: 2024-13-01\n", ":3: month must be in 1..12" + CHECK),
         (b"a: 1\nb: \x07\n", ":2: control character 0x7" + CHECK),
         (b"a: 1\nb: \xff\n", ":2: is not UTF-8; save the file as UTF-8 text"),
-        (b"", ":1: expected `name: value` lines, got nothing; start from one of configs/"),
-        (b"# only a comment\n", ":1: expected `name: value` lines, got nothing; start from one of configs/"),
-        (b"- 1\n- 2\n", ":1: expected `name: value` lines, got the list [1, 2]; start from one of configs/"),
+        (b"", NO_MAPPING.format("nothing")),
+        (b"# only a comment\n", NO_MAPPING.format("nothing")),
+        (b"- 1\n- 2\n", NO_MAPPING.format("the list [1, 2]")),
     ],
-)  # fmt: skip
-def test_a_file_that_cannot_be_read_is_named_with_the_line(
+)
+def test_invalid_files_are_reported_with_their_line(
     tmp_path: Path, content: bytes, expected: str
 ) -> None:
     path = tmp_path / "c.yaml"
@@ -365,21 +363,24 @@ def test_a_file_that_cannot_be_read_is_named_with_the_line(
     assert str(error.value) == f"{path}{expected}"
 
 
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_file(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
     with pytest.raises(ConfigError) as error:
-        read_yaml(tmp_path / "c.yaml")
-    expected = f"{tmp_path / 'c.yaml'}: cannot be read: No such file or directory; give the path of a YAML file"
-    assert str(error.value) == expected
+        read_yaml(path)
+
+    assert str(error.value) == (
+        f"{path}: cannot be read: No such file or directory; give the path of a YAML file"
+    )
 
 
-def test_a_merge_may_bring_a_key_that_is_there(tmp_path: Path) -> None:
+def test_a_merge_key_may_repeat_a_key(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(
         "a: &a {x: 1, y: 2}\nb: &b {<<: *a, x: 3}\nc: {<<: *b, x: 4}\n"
     )
     assert read_yaml(tmp_path / "c.yaml")["c"] == {"x": 4, "y": 2}
 
 
-def test_differences_name_every_path_that_differs() -> None:
+def test_differences_are_listed_with_their_dotted_paths() -> None:
     one = StageConfig(run="r", adam=AdamConfig(lr=0.1), mults=(1,))
     two = replace(one, adam=AdamConfig(lr=0.2), mults=(1, 2), low_res=LowResConfig(size=64))
     assert differences(to_dict(one), to_dict(one)) == []

@@ -1,4 +1,4 @@
-"""Writing that is whole or did not happen: stopped at every call to the operating system in turn."""
+"""Atomic writes and locks: the writer is stopped at every call to the operating system in turn."""
 
 import contextlib
 import errno
@@ -19,8 +19,8 @@ import safetensors.numpy
 
 from pipeline.errors import JobError, UserError
 from pipeline.files import (
-    holder,
     lock,
+    lock_holder,
     replace_folder,
     sha256_file,
     try_lock,
@@ -29,21 +29,21 @@ from pipeline.files import (
     write_tensors_atomically,
 )
 
-# Whatever the code under test asks of the disk goes through one of these.
+# Every access to the disk of the code under test goes through one of these functions.
 CALLS = [
     (os, name)
     for name in ("open", "fsync", "rename", "replace", "unlink", "rmdir", "mkdir", "chmod")
 ]
 CALLS += [(io, "open"), (safetensors.numpy, "save_file")]
-FINISHED = 3  # exit code of a child that came to its end
+FINISHED = 3  # exit code of a child process that was not killed
 
 
 @contextlib.contextmanager
 def fault_at(number: int, fault: Callable[[], None]) -> Iterator[list[str]]:
-    """Does `fault` instead of the call of this number; gives the list of calls, which grows."""
+    """Calls `fault` before the call with this number; yields the growing list of calls."""
     calls: list[str] = []
 
-    def watched(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+    def counted(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             calls.append(name)
             if len(calls) == number + 1:
@@ -54,12 +54,12 @@ def fault_at(number: int, fault: Callable[[], None]) -> Iterator[list[str]]:
 
     with pytest.MonkeyPatch.context() as patch:
         for module, name in CALLS:
-            patch.setattr(module, name, watched(name, getattr(module, name)))
+            patch.setattr(module, name, counted(name, getattr(module, name)))
         yield calls
 
 
 def in_child(action: Callable[[], object]) -> int:
-    """The exit code of a copy of this process that does `action` and nothing more."""
+    """The exit code of a fork of this process that runs `action` and exits."""
     child = os.fork()
     if child == 0:
         with contextlib.suppress(BaseException):
@@ -72,32 +72,32 @@ def in_child(action: Callable[[], object]) -> int:
 def killed_at_each_call(
     prepare: Callable[[], object], action: Callable[[], object]
 ) -> Iterator[int]:
-    """`prepare`s, then kills a process that does `action` before its first, second, ... call, and
-    yields each time.
+    """Runs `prepare`, then `action` in a process that is killed before its n-th call; yields each
+    n, until `action` finishes.
     """
 
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def attempt(number: int) -> None:
+    def run(number: int) -> None:
         with fault_at(number, die):
             action()
 
     for number in range(1000):
         prepare()
-        code = in_child(lambda: attempt(number))  # noqa: B023
+        code = in_child(lambda: run(number))  # noqa: B023
         assert code in (FINISHED, -signal.SIGKILL)
         yield number
         if code == FINISHED:
             return
-    raise AssertionError("the action does not end")
+    raise AssertionError("the action does not finish")
 
 
 def failed_at_each_call(
     prepare: Callable[[], object], action: Callable[[], object]
 ) -> Iterator[Exception | None]:
-    """The same with a full disk: yields the exception that `action` let through, or None if it got
-    over it.
+    """The same with a full disk: yields the exception that `action` raised, or None if it raised
+    none.
     """
 
     def full() -> None:
@@ -115,7 +115,7 @@ def failed_at_each_call(
                 assert raised is None
                 return
         yield raised
-    raise AssertionError("the action does not end")
+    raise AssertionError("the action does not finish")
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -126,17 +126,18 @@ def tree(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_a_file_is_old_or_new_when_the_writer_is_killed(tmp_path: Path) -> None:
+def test_a_killed_writer_leaves_the_old_or_the_new_file(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
-    seen = set()
+    contents = set()
     for _ in killed_at_each_call(
         lambda: path.write_bytes(b"old"), lambda: write_atomically(path, b"new")
     ):
-        seen.add(path.read_bytes())
-    assert seen == {b"old", b"new"}
+        contents.add(path.read_bytes())
+
+    assert contents == {b"old", b"new"}
 
 
-def test_a_file_is_old_or_new_when_the_disk_is_full_and_nothing_is_left_beside_it(
+def test_a_full_disk_leaves_the_old_or_the_new_file_and_no_temporary_file(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "a.txt"
@@ -151,17 +152,17 @@ def test_a_file_is_old_or_new_when_the_disk_is_full_and_nothing_is_left_beside_i
     assert all(isinstance(error, OSError) for error in errors)
 
 
-def test_a_file_has_the_rights_that_the_umask_gives(tmp_path: Path) -> None:
+def test_a_file_has_the_mode_of_the_umask(tmp_path: Path) -> None:
     write_atomically(tmp_path / "a", b"")
     (tmp_path / "b").touch()
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
 
 
-OLD = {"a": b"old", "in/b": b"old"}
-NEW = {"a": b"new", "in/c": b"new"}
+OLD = {"a": b"old", "sub/b": b"old"}
+NEW = {"a": b"new", "sub/c": b"new"}
 
 
-def make(folder: Path, files: dict[str, bytes]) -> None:
+def write_tree(folder: Path, files: dict[str, bytes]) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     for name, data in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -169,49 +170,53 @@ def make(folder: Path, files: dict[str, bytes]) -> None:
 
 
 @pytest.fixture
-def stage(tmp_path: Path) -> Callable[[], None]:
+def two_folders(tmp_path: Path) -> Callable[[], None]:
     def prepare() -> None:
         shutil.rmtree(tmp_path / ".old-stage", ignore_errors=True)
-        make(tmp_path / "stage", OLD)
-        make(tmp_path / ".tmp-stage", NEW)
+        write_tree(tmp_path / "stage", OLD)
+        write_tree(tmp_path / ".tmp-stage", NEW)
 
     return prepare
 
 
-def test_a_folder_replaced_is_whole_whenever_the_writer_is_killed(
-    tmp_path: Path, stage: Callable[[], None]
+def test_a_killed_writer_leaves_a_complete_folder(
+    tmp_path: Path, two_folders: Callable[[], None]
 ) -> None:
-    side, target, old = tmp_path / ".tmp-stage", tmp_path / "stage", tmp_path / ".old-stage"
-    seen = []
-    for _ in killed_at_each_call(stage, lambda: replace_folder(side, target)):
-        seen.append(tree(target) if target.exists() else None)
+    source = tmp_path / ".tmp-stage"
+    target = tmp_path / "stage"
+    old = tmp_path / ".old-stage"
+    targets = []
+
+    for _ in killed_at_each_call(two_folders, lambda: replace_folder(source, target)):
+        targets.append(tree(target) if target.exists() else None)
         assert tree(target if target.exists() else old) in (OLD, NEW)
-        make(side, NEW)
-        replace_folder(side, target)
+        write_tree(source, NEW)
+        replace_folder(source, target)
         assert tree(tmp_path) == {f"stage/{name}": data for name, data in NEW.items()}
-    assert seen.count(None) == 1  # between the two renames
-    assert OLD in seen
-    assert NEW in seen
+
+    assert targets.count(None) == 1  # between the two renames
+    assert OLD in targets
+    assert NEW in targets
 
 
-def test_a_folder_replaced_is_whole_when_the_disk_fails(
-    tmp_path: Path, stage: Callable[[], None]
+def test_a_failing_disk_leaves_a_complete_folder(
+    tmp_path: Path, two_folders: Callable[[], None]
 ) -> None:
     target = tmp_path / "stage"
     for error in failed_at_each_call(
-        stage, lambda: replace_folder(tmp_path / ".tmp-stage", target)
+        two_folders, lambda: replace_folder(tmp_path / ".tmp-stage", target)
     ):
         assert tree(target) in (OLD, NEW)
         assert isinstance(error, OSError) or tree(target) == NEW
 
 
-def test_the_next_call_after_a_kill_risks_nothing_either(
-    tmp_path: Path, stage: Callable[[], None]
+def test_recovery_after_a_kill_is_safe_on_a_failing_disk(
+    tmp_path: Path, two_folders: Callable[[], None]
 ) -> None:
     target, old = tmp_path / "stage", tmp_path / ".old-stage"
 
     def between_the_renames() -> None:
-        stage()
+        two_folders()
         target.rename(old)
 
     for _ in failed_at_each_call(
@@ -222,19 +227,20 @@ def test_the_next_call_after_a_kill_risks_nothing_either(
     assert not old.exists()
 
 
-def test_a_folder_is_put_where_there_was_none(tmp_path: Path) -> None:
-    make(tmp_path / ".tmp-stage", NEW)
+def test_a_folder_is_moved_to_a_new_name(tmp_path: Path) -> None:
+    write_tree(tmp_path / ".tmp-stage", NEW)
     replace_folder(tmp_path / ".tmp-stage", tmp_path / "stage")
     assert tree(tmp_path / "stage") == NEW
 
 
-def test_sha256_is_that_of_the_bytes(tmp_path: Path) -> None:
+def test_sha256_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
-    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
+    # FIPS 180-2, appendix B.1
+    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert sha256_file(tmp_path / "a") == expected
 
 
-def test_tensors_are_written_as_they_look_and_not_as_they_lie(tmp_path: Path) -> None:
+def test_views_of_tensors_are_written_in_their_own_order(tmp_path: Path) -> None:
     x = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
     views = {
         "as is": x,
@@ -249,15 +255,15 @@ def test_tensors_are_written_as_they_look_and_not_as_they_lie(tmp_path: Path) ->
         np.testing.assert_array_equal(loaded[name], view, err_msg=name, strict=name != "big endian")
 
 
-def test_tensors_may_be_read_by_whom_the_umask_says(tmp_path: Path) -> None:
-    folder = tmp_path / "made under the umask"
+def test_a_tensor_file_has_the_mode_of_the_umask(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
     folder.mkdir()
     write_tensors(folder / "x.safetensors", {"x": np.zeros(1)})
     (folder / "plain").touch()
     assert (folder / "x.safetensors").stat().st_mode == (folder / "plain").stat().st_mode
 
 
-def test_tensors_that_cannot_be_written_are_an_oserror_with_the_path(tmp_path: Path) -> None:
+def test_tensors_that_cannot_be_written_raise_an_oserror_with_the_path(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"none/x\.safetensors: .*No such file"):
         write_tensors(tmp_path / "none" / "x.safetensors", {"x": np.zeros(1)})
 
@@ -287,7 +293,7 @@ def test_a_folder_is_locked_until_the_other_process_dies(tmp_path: Path) -> None
             assert (folder / ".lock").read_text() == f"{os.getpid()}\n"
 
 
-def test_a_folder_that_cannot_be_made_is_the_users_error(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError) as error, lock(tmp_path / "file" / "run"):
         pass
@@ -307,89 +313,101 @@ def test_a_file_system_without_locks_gives_a_warning(
     with lock(tmp_path):
         pass
     assert caplog.messages == [
-        f"{tmp_path}: not locked, as its file system has no locks (Function not implemented): start one run only"
+        f"{tmp_path}: not locked, as its file system has no locks (Function not implemented): "
+        "start one run only"
     ]
 
 
-# Claims.
+# try_lock.
 
 
-def test_one_of_all_that_ask_has_the_claim(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "made"
+def test_only_one_caller_holds_the_lock(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file"
+
     with try_lock(path) as first:
         with try_lock(path) as second, try_lock(tmp_path / "other") as elsewhere:
             assert (first, second, elsewhere) == (True, False, True)
         with try_lock(path) as third:
             assert not third
+
     with try_lock(path) as again:
         assert again
     assert list(path.parent.iterdir()) == []
 
 
-def test_a_claim_is_given_up_with_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), try_lock(tmp_path / "made"):
+def test_an_exception_releases_the_lock(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), try_lock(tmp_path / "file"):
         raise ZeroDivisionError
-    with try_lock(tmp_path / "made") as again:
+    with try_lock(tmp_path / "file") as again:
         assert again
 
 
-def test_one_that_waited_for_a_claim_that_went_asks_anew(
+def test_a_lock_on_a_file_that_was_removed_is_not_acquired(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It has the lock of a file that its holder has just removed, and another process may have made
-    the next one.
+    """The previous holder removed the file before our lock, and another process may have created a
+    new one.
     """
     flock = fcntl.flock
 
-    def late(descriptor: int, how: int) -> None:
-        (tmp_path / ".made.lock").unlink()
-        flock(descriptor, how)
+    def remove_then_lock(descriptor: int, operation: int) -> None:
+        (tmp_path / ".file.lock").unlink()
+        flock(descriptor, operation)
 
-    monkeypatch.setattr(fcntl, "flock", late)
-    with try_lock(tmp_path / "made") as mine:
-        assert not mine
+    monkeypatch.setattr(fcntl, "flock", remove_then_lock)
+    with try_lock(tmp_path / "file") as acquired:
+        assert not acquired
 
 
-def test_without_locks_everyone_has_the_claim(
+def test_without_file_locks_everyone_proceeds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Work may then be done twice, and is still written whole."""
+    """Work may then be done twice, and is still written atomically."""
 
-    def flock(descriptor: int, how: int) -> None:
+    def flock(descriptor: int, operation: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with try_lock(tmp_path / "made") as first, try_lock(tmp_path / "made") as second:
+    with try_lock(tmp_path / "file") as first, try_lock(tmp_path / "file") as second:
         assert first
         assert second
 
 
-def test_a_claim_where_nothing_can_be_written(tmp_path: Path) -> None:
+def test_a_lock_that_cannot_be_created_ends_with_the_callers_fix(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(
-        UserError, match=r"cannot be written \(.*\); name another folder, in data\.cache"
-    ):
-        try_lock(tmp_path / "file" / "made").__enter__()
+    path = tmp_path / "file" / "folder" / "locked"
+
+    with pytest.raises(UserError) as error, try_lock(path, fix="name another folder in cache"):
+        pass
+
+    assert str(error.value) == (
+        f"{path}: cannot be written (Not a directory); name another folder in cache"
+    )
 
 
 def test_tensors_on_a_full_disk(tmp_path: Path) -> None:
-    """The old file stays, nothing is left beside it, and the error says what to do."""
-    path, calls = tmp_path / "a.safetensors", 0
+    """The old file stays, no temporary file is left, and the error names the fix."""
+    path = tmp_path / "a.safetensors"
+    calls = 0
 
-    def put(value: float) -> None:
-        write_tensors_atomically(path, {"a": np.full(4, value)}, {"fact": str(value)})
+    def write(value: float) -> None:
+        write_tensors_atomically(path, {"a": np.full(4, value)}, {"value": str(value)})
 
-    for error in failed_at_each_call(lambda: put(0), lambda: put(1)):
+    for error in failed_at_each_call(lambda: write(0), lambda: write(1)):
         calls += 1
         assert list(tmp_path.iterdir()) == [path]
         assert isinstance(error, JobError)
-        assert "cannot be written (No space left on device); the same command goes on" in str(error)
+        assert str(error) == (
+            f"{path}: cannot be written (No space left on device); "
+            "run the same command again to continue"
+        )
         assert safetensors.numpy.load_file(path)["a"][0] in (0, 1)
+
     assert calls > 4
 
 
-def test_the_holder_of_a_folder(tmp_path: Path) -> None:
-    assert holder(tmp_path) is None
+def test_the_pid_of_the_process_that_holds_a_folder(tmp_path: Path) -> None:
+    assert lock_holder(tmp_path) is None
     with lock(tmp_path):
-        assert holder(tmp_path) == str(os.getpid())
-    assert holder(tmp_path) is None
+        assert lock_holder(tmp_path) == str(os.getpid())
+    assert lock_holder(tmp_path) is None

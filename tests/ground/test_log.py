@@ -1,6 +1,4 @@
-"""What a run leaves: every step once, whatever was killed; numbers to the last digit; pictures; a
-bar in one piece.
-"""
+"""A run's log: each step once after any interruption, full precision, images, progress."""
 
 import io
 import json
@@ -29,7 +27,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture(autouse=True)
 def logger() -> Iterator[logging.Logger]:
-    """The "cascade" logger, put back as it was."""
+    """The "cascade" logger, restored after the test."""
     log = logging.getLogger("cascade")
     handlers, level = log.handlers[:], log.level
     yield log
@@ -46,17 +44,17 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def events(folder: Path) -> list[Any]:
-    """What TensorBoard would read, file by file: records of length, checksum, event, checksum."""
+    """The events of all files in order. A record is length, checksum, event, checksum."""
     from tensorboardX.proto.event_pb2 import Event
 
-    found = []
+    result = []
     for path in sorted((folder / "tensorboard").iterdir()):
         data = path.read_bytes()
         while data:
             (length,) = struct.unpack("<Q", data[:8])
-            found.append(Event.FromString(data[12 : 12 + length]))
+            result.append(Event.FromString(data[12 : 12 + length]))
             data = data[16 + length :]
-    return found
+    return result
 
 
 def scalars(folder: Path) -> list[tuple[int, str, float]]:
@@ -75,7 +73,7 @@ def run(folder: Path, first: int, last: int, total: int = 10) -> None:
             log.advance(step)
 
 
-def test_a_line_a_step_with_every_digit(tmp_path: Path) -> None:
+def test_each_step_is_a_line_in_full_precision(tmp_path: Path) -> None:
     metrics: dict[str, Any] = {
         "loss": 0.1 + 0.2,
         "lr": 1e-300,
@@ -85,13 +83,13 @@ def test_a_line_a_step_with_every_digit(tmp_path: Path) -> None:
     }
     with RunLog(tmp_path, 0, 10) as log:
         log.report(1, metrics)
-        assert lines(tmp_path) == [{"step": 1, **metrics}]  # while the run goes on
+        assert lines(tmp_path) == [{"step": 1, **metrics}]  # while the run is open
     assert scalars(tmp_path) == [
         (1, name, pytest.approx(float(value))) for name, value in metrics.items()
     ]
 
 
-def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
+def test_values_that_are_not_finite_are_null(tmp_path: Path) -> None:
     with RunLog(tmp_path, 0, 10) as log:
         log.report(1, {"loss": math.nan, "grad_norm": math.inf, "lr": np.float32(-np.inf)})
     assert lines(tmp_path) == [{"step": 1, "loss": None, "grad_norm": None, "lr": None}]
@@ -107,7 +105,7 @@ def test_a_resumed_run_has_each_step_once(tmp_path: Path, killed_after: int) -> 
     assert len(lines(tmp_path / "killed")) == 10
 
 
-def test_a_line_cut_short_at_any_byte_is_dropped(tmp_path: Path) -> None:
+def test_a_truncated_line_is_dropped(tmp_path: Path) -> None:
     run(tmp_path, 0, 3)
     whole = (tmp_path / "metrics.jsonl").read_bytes()
     third = whole.rindex(b"\n", 0, -1) + 1
@@ -120,13 +118,13 @@ def test_a_line_cut_short_at_any_byte_is_dropped(tmp_path: Path) -> None:
         )
 
 
-def test_a_run_that_starts_over_leaves_nothing_of_the_last(tmp_path: Path) -> None:
+def test_a_run_that_starts_over_drops_all_lines(tmp_path: Path) -> None:
     run(tmp_path, 0, 3)
     RunLog(tmp_path, 0, 10).close()
     assert lines(tmp_path) == []
 
 
-def test_tensorboard_is_told_what_to_forget(tmp_path: Path) -> None:
+def test_a_resumed_run_discards_later_steps_in_tensorboard(tmp_path: Path) -> None:
     from tensorboardX.proto.event_pb2 import SessionLog
 
     run(tmp_path, 0, 5)
@@ -138,10 +136,10 @@ def test_tensorboard_is_told_what_to_forget(tmp_path: Path) -> None:
     assert [step for step, _, _ in scalars(tmp_path)] == [1, 2, 3, 4, 5, 4]
 
 
-def test_a_picture_is_a_file_and_in_tensorboard(tmp_path: Path) -> None:
+def test_an_image_is_a_file_and_in_tensorboard(tmp_path: Path) -> None:
     image_HWC = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
     with RunLog(tmp_path, 0, 10) as log:
-        log.picture(1000, image_HWC)
+        log.image(1000, image_HWC)
     path = tmp_path / "samples" / "step_0001000.png"
     assert list(path.parent.iterdir()) == [path]
     np.testing.assert_array_equal(np.asarray(Image.open(path)), image_HWC)
@@ -152,16 +150,16 @@ def test_a_picture_is_a_file_and_in_tensorboard(tmp_path: Path) -> None:
     )
 
 
-def test_other_ranks_write_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_disabled_log_writes_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with RunLog(tmp_path / "run", 0, 10, enabled=False) as log:
         log.report(1, {"loss": 1.0})
         log.advance(1)
-        log.picture(1, np.zeros((2, 2, 3), np.uint8))
+        log.image(1, np.zeros((2, 2, 3), np.uint8))
     assert list(tmp_path.iterdir()) == []
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_full_disk_ends_the_run_instead_of_hanging_it(tmp_path: Path) -> None:
+def test_a_full_disk_raises_instead_of_hanging(tmp_path: Path) -> None:
     def limited() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         log = RunLog(tmp_path, 0, 10)
@@ -176,7 +174,7 @@ def test_a_full_disk_ends_the_run_instead_of_hanging_it(tmp_path: Path) -> None:
     assert in_child(limited) == FINISHED
 
 
-def test_a_terminal_has_a_bar_with_the_loss_and_messages_on_lines_of_their_own(
+def test_a_terminal_has_a_bar_and_messages_on_separate_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     terminal = Terminal()
@@ -195,10 +193,12 @@ def test_a_terminal_has_a_bar_with_the_loss_and_messages_on_lines_of_their_own(
     assert "step 5/10" not in written
 
 
-def test_a_log_file_has_lines_and_no_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_has_progress_lines_and_no_bar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = io.StringIO()
     monkeypatch.setattr(sys, "stderr", file)
     for _ in range(2):
-        setup_logging()  # twice is once
+        setup_logging()  # idempotent
     run(tmp_path, 4, 5)
     assert file.getvalue() == "step 5/10: loss 0.2\n"

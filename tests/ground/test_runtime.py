@@ -1,4 +1,4 @@
-"""Who this process is among those of its job, as the launchers tell it."""
+"""Ranks from the launchers' environment variables, cores, and host names."""
 
 import os
 from pathlib import Path
@@ -7,13 +7,13 @@ import pytest
 
 from pipeline.errors import JobError
 from pipeline.runtime import (
-    PATIENCE,
+    COLLECTIVE_TIMEOUT,
     RankInfo,
-    address,
-    attempt,
-    job,
+    attempt_dir,
+    pin_cores,
     prepare_environment,
-    take_cores,
+    rank_info,
+    resolve_host,
 )
 
 MSRUN = {"MS_ROLE": "MS_WORKER", "MS_WORKER_NUM": "4", "RANK_ID": "3", "DEVICE_ID": "1"}
@@ -21,41 +21,41 @@ MPIRUN = {"RANK": "3", "SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}
 
 
 @pytest.fixture(autouse=True)
-def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An environment without a launcher's words, put back after the test; and all cores stay ours."""
+def without_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An environment without a launcher's variables, restored afterwards; no core is pinned."""
     monkeypatch.setattr(
         os, "environ", {k: v for k, v in os.environ.items() if not k.startswith(("MS_", "OMPI_"))}
     )
     monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cores: None)
 
 
-def test_one_process_is_a_job() -> None:
-    assert job() == RankInfo(rank=0, world=1, local_rank=0, local_world=1)
+def test_a_single_process_is_rank_0_of_1() -> None:
+    assert rank_info() == RankInfo(rank=0, world_size=1, local_rank=0, local_world_size=1)
     os.environ |= {"RANK_ID": "5", "DEVICE_ID": "5"}  # left there by a cluster's machinery
-    assert job() == RankInfo()
+    assert rank_info() == RankInfo()
     os.environ |= {**MSRUN, "MS_WORKER_NUM": "1", "RANK_ID": "0"}
-    assert job() == RankInfo()
+    assert rank_info() == RankInfo()
 
 
-def test_msrun_says_who_we_are() -> None:
+def test_ranks_of_msrun() -> None:
     os.environ |= MSRUN
-    assert job() == RankInfo(rank=3, world=4, local_rank=1, local_world=4)
+    assert rank_info() == RankInfo(rank=3, world_size=4, local_rank=1, local_world_size=4)
     os.environ["CASCADE_LOCAL_WORKERS"] = "2"
-    assert job() == RankInfo(rank=3, world=4, local_rank=1, local_world=2)
+    assert rank_info() == RankInfo(rank=3, world_size=4, local_rank=1, local_world_size=2)
 
 
-def test_mpirun_says_it_in_its_own_words() -> None:
+def test_ranks_of_mpirun() -> None:
     os.environ |= {f"OMPI_COMM_WORLD_{name}": value for name, value in MPIRUN.items()}
     prepare_environment()
-    assert job() == RankInfo(rank=3, world=4, local_rank=1, local_world=2)
+    assert rank_info() == RankInfo(rank=3, world_size=4, local_rank=1, local_world_size=2)
     assert {name: os.environ[name] for name in MSRUN} == MSRUN
     assert os.environ["MS_NODE_ID"] == "3"
 
 
-def test_a_nodes_mpirun_numbers_its_own_ranks_only() -> None:
-    """The supervisor says which rank is the first, and how many there are on all nodes."""
-    mine = {"RANK": "1", "LOCAL_RANK": "1", "SIZE": "2", "LOCAL_SIZE": "2"}
-    os.environ |= {f"OMPI_COMM_WORLD_{name}": value for name, value in mine.items()}
+def test_ranks_of_an_mpirun_per_node() -> None:
+    """The node's first rank and the number of all ranks are set beside Open MPI's variables."""
+    open_mpi = {"RANK": "1", "LOCAL_RANK": "1", "SIZE": "2", "LOCAL_SIZE": "2"}
+    os.environ |= {f"OMPI_COMM_WORLD_{name}": value for name, value in open_mpi.items()}
     os.environ |= {
         "CASCADE_FIRST_RANK": "2",
         "CASCADE_LOCAL_WORKERS": "2",
@@ -63,20 +63,20 @@ def test_a_nodes_mpirun_numbers_its_own_ranks_only() -> None:
         "DEVICE_ID": "7",
     }
     prepare_environment()
-    assert job() == RankInfo(rank=3, world=4, local_rank=1, local_world=2)
+    assert rank_info() == RankInfo(rank=3, world_size=4, local_rank=1, local_world_size=2)
     assert os.environ["MS_NODE_ID"] == "3"
-    assert not [
-        name for name in os.environ if name.startswith("OMPI_")
-    ]  # else MindSpore would believe them
+
+    # MindSpore would take the rank within the node for the rank.
+    assert not [name for name in os.environ if name.startswith("OMPI_")]
 
 
-def test_mpirun_of_one_is_no_job_of_many() -> None:
+def test_an_mpirun_of_one_process_is_rank_0_of_1() -> None:
     os.environ |= {
         f"OMPI_COMM_WORLD_{name}": value
         for name, value in {**MPIRUN, "SIZE": "1", "RANK": "0"}.items()
     }
     prepare_environment()
-    assert job() == RankInfo()
+    assert rank_info() == RankInfo()
     assert "MS_ROLE" not in os.environ
 
 
@@ -90,17 +90,17 @@ def test_mpirun_of_one_is_no_job_of_many() -> None:
         ({"MS_WORKER_NUM": "two"}, "MS_WORKER_NUM=two in the environment is not a whole number"),
     ],
 )
-def test_ranks_that_cannot_be(change: dict[str, str], message: str) -> None:
+def test_invalid_ranks(change: dict[str, str], message: str) -> None:
     os.environ |= {**MSRUN, **change}
     with pytest.raises(JobError) as error:
-        job()
+        rank_info()
     assert str(error.value).startswith(message)
-    prepare_environment()  # is no place to fail
+    prepare_environment()  # does not raise
 
 
-def test_the_others_are_waited_for_unless_the_user_says_how_long() -> None:
+def test_the_users_timeout_takes_precedence() -> None:
     prepare_environment()
-    assert os.environ["MS_NODE_TIMEOUT"] == str(PATIENCE)
+    assert os.environ["MS_NODE_TIMEOUT"] == str(COLLECTIVE_TIMEOUT)
     os.environ["MS_NODE_TIMEOUT"] = "60"
     prepare_environment()
     assert os.environ["MS_NODE_TIMEOUT"] == "60"
@@ -115,33 +115,33 @@ def test_the_others_are_waited_for_unless_the_user_says_how_long() -> None:
         (4, 1, [None]),
     ],
 )
-def test_ranks_on_one_machine_have_cores_of_their_own(
+def test_ranks_on_one_machine_have_separate_cores(
     monkeypatch: pytest.MonkeyPatch, num: int, world: int, expected: list[list[int] | None]
 ) -> None:
-    taken: list[list[int] | None] = [None] * world
+    pinned: list[list[int] | None] = [None] * world
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(num)))
     for rank in range(world):
         monkeypatch.setattr(
             os,
             "sched_setaffinity",
-            lambda pid, cores, rank=rank: taken.__setitem__(rank, list(cores)),
+            lambda pid, cores, rank=rank: pinned.__setitem__(rank, list(cores)),
         )
-        take_cores(RankInfo(rank, world, rank, world))
-    assert taken == expected
+        pin_cores(RankInfo(rank, world, local_rank=rank, local_world_size=world))
+    assert pinned == expected
 
 
-def test_the_attempts_folder_is_the_launchers() -> None:
-    assert attempt() is None
+def test_the_launcher_sets_the_folder_of_the_attempt() -> None:
+    assert attempt_dir() is None
     os.environ["CASCADE_ATTEMPT"] = "runs/x/logs/attempt-0"
-    assert attempt() == Path("runs/x/logs/attempt-0")
+    assert attempt_dir() == Path("runs/x/logs/attempt-0")
 
 
-def test_a_host_name_is_looked_up() -> None:
-    assert [address(host) for host in ("10.0.0.1", "fd00::1", "localhost")] == [
+def test_a_host_name_is_resolved() -> None:
+    assert [resolve_host(host) for host in ("10.0.0.1", "fd00::1", "localhost")] == [
         "10.0.0.1",
         "fd00::1",
         "127.0.0.1",
     ]
     with pytest.raises(JobError) as error:
-        address("no-such-host.invalid")
+        resolve_host("no-such-host.invalid")
     assert str(error.value).startswith("MS_SCHED_HOST=no-such-host.invalid: no such host (")

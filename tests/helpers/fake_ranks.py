@@ -1,10 +1,10 @@
-"""What a supervisor starts in tests, without MindSpore: a launcher and its ranks, which misbehave
-on command.
+"""What a supervisor starts in tests, without MindSpore: a launcher and its ranks, with faults.
 
-    python -m tests.helpers.fake_ranks WORKERS FIRST FAULT...   a launcher as msrun and mpirun are: kills all if one fails
+    python -m tests.helpers.fake_ranks WORKERS FIRST FAULT...
 
-FAULT is `RANK:WHAT` or `RANK:WHAT:STEP`; see `misbehave`. A rank makes 20 steps of 0.1 s unless it
-is told otherwise.
+is a launcher as msrun and mpirun are: it kills all ranks if one fails. FAULT is `RANK:WHAT` or
+`RANK:WHAT:STEP`, see `misbehave`; STEP is 3 by default. A rank makes 20 steps of 0.1 s; with the
+fault `RANK:steps:N`, N steps of 0.5 s.
 """
 
 import json
@@ -20,27 +20,29 @@ from pipeline.files import write_atomically
 from pipeline.runtime import attempt
 
 FOLDER = attempt() or Path()
+ERROR = """ValueError: too hot
+Traceback (most recent call last):
+  in the middle of it
+ValueError: too hot"""
+FOREVER = 1000.0  # seconds, longer than a test
 
 
 def beat(rank: int, phase: str, step: int, error: str | None = None) -> None:
-    facts = {
+    content = {
         "rank": rank,
         "pid": os.getpid(),
         "host": socket.gethostname(),
         "phase": phase,
         "step": step,
+        "time": time.time(),
+        "error": error,
     }
-    write_atomically(
-        FOLDER / f"rank_{rank}.json",
-        json.dumps(facts | {"time": time.time(), "error": error}).encode(),
-    )
+    write_atomically(FOLDER / f"rank_{rank}.json", json.dumps(content).encode())
 
 
 def end(rank: int, code: int, error: str | None = None) -> None:
-    write_atomically(
-        FOLDER / f"rank_{rank}.end.json",
-        json.dumps({"code": code, "error": error, "time": time.time()}).encode(),
-    )
+    report = {"code": code, "error": error, "time": time.time()}
+    write_atomically(FOLDER / f"rank_{rank}.end.json", json.dumps(report).encode())
     sys.exit(0 if code == 75 else code)
 
 
@@ -48,37 +50,37 @@ def misbehave(rank: int, what: str, step: int) -> None:
     if what == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif what == "raise":
-        error = "ValueError: too hot\nTraceback (most recent call last):\n  in the middle of it\nValueError: too hot"
-        beat(rank, "failed", step, error)
-        time.sleep(0.3)  # MindSpore takes its time to leave
-        end(rank, 1, error)
-    elif what == "late":  # its neighbour is gone, which it finds out a little later
+        beat(rank, "failed", step, ERROR)
+        time.sleep(0.3)  # MindSpore takes its time to exit
+        end(rank, 1, ERROR)
+    elif what == "late":  # its neighbour has died, which it notices a little later
         time.sleep(0.05)
         misbehave(rank, "raise", step)
     elif what == "hang":
-        time.sleep(1000)
-    elif what == "deaf":  # hangs and does not hear
+        time.sleep(FOREVER)
+    elif what == "deaf":  # hangs and ignores SIGTERM
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        time.sleep(1000)
+        time.sleep(FOREVER)
     elif what == "freeze":
         os.kill(os.getpid(), signal.SIGSTOP)
     elif what == "mistake":
         end(rank, 2, "data.shards: nothing.tar: no such file; give what is there")
-    elif what == "daemon":  # leaves a process behind that has left session, parent and group
+    elif what == "daemon":  # leaves a process that has left session, parent and group
         code = "import os, time; os.setsid(); os.fork() and os._exit(0); time.sleep(1000)"
         subprocess.Popen([sys.executable, "-c", code])
     elif what == "chatter":
         print("x" * 99 + "\n" + "warning: hot\n", end="", flush=True)
         print(("y" * 99 + "\n") * 100_000, end="", flush=True)
-    elif what == "silent":  # before its first beat
+    elif what == "silent":  # before its first heartbeat
         os._exit(9)
-    elif what == "sample":  # as rank 0 does, and the others wait for it
+    elif what == "sample":  # as rank 0 does while the others wait
         beat(rank, "sampling", step)
         time.sleep(8)
     elif what == "wait":
         time.sleep(8)
     elif what == "save":
-        folder = FOLDER.parent.parent / "checkpoints" / f"step_{int(time.time() * 1000):013d}"
+        name = f"step_{int(time.time() * 1000):013d}"
+        folder = FOLDER.parent.parent / "checkpoints" / name
         folder.mkdir(parents=True)
         (folder / "COMPLETE").touch()
 
@@ -86,46 +88,57 @@ def misbehave(rank: int, what: str, step: int) -> None:
 def train(rank: int, faults: list[list[str]]) -> None:
     stopped: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
-    mine = [(what, int(*step or "3")) for who, what, *step in faults if int(who) == rank]
-    if ("silent", 3) in mine:
+    mine = [(what, int(*step or "3")) for number, what, *step in faults if int(number) == rank]
+    kinds = {what for what, _ in mine}
+    if "silent" in kinds:
         misbehave(rank, "silent", 0)
-    steps, pause = next(((step, 0.5) for what, step in mine if what == "steps"), (20, 0.1))
+
+    steps, pause = 20, 0.1
+    for what, number in mine:
+        if what == "steps":
+            steps, pause = number, 0.5
+
     beat(rank, "starting", 0)
-    if ("compile", 3) in mine:
+    if "compile" in kinds:
         beat(rank, "compiling", 0)
-        time.sleep(1000)
+        time.sleep(FOREVER)
+
     for step in range(1, steps + 1):
         beat(rank, "training", step)
         print(f"rank {rank} step {step}", flush=True)
-        for what, when in mine:
-            if when == step:
+        for what, fault_step in mine:
+            if fault_step == step:
                 misbehave(rank, what, step)
+
         time.sleep(pause)
-        if stopped and not [what for what, _ in mine if what == "stubborn"]:
+        if stopped and "stubborn" not in kinds:
             beat(rank, "checkpoint", step)
             time.sleep(0.2)
             end(rank, 75)
+
     beat(rank, "finished", steps)
     end(rank, 0)
 
 
 def launcher(workers: int, first: int, faults: list[str]) -> None:
-    """Like msrun: sessions of their own, a log each, and no thought for signals."""
+    """As msrun does: a session and a log for each rank, and no signals passed on."""
     ranks = []
     for rank in range(first, first + workers):
         argv = [sys.executable, "-m", "tests.helpers.fake_ranks", "rank", str(rank), *faults]
         with (FOLDER / f"rank_{rank}.log").open("wb") as log:
             ranks.append(subprocess.Popen(argv, stdout=log, stderr=log, start_new_session=True))
+
     while any(rank.poll() is None for rank in ranks):
         for rank in ranks:
             if rank.poll():
                 print(
-                    f"Worker process {rank.pid} exit with exception. Error code: {rank.returncode}.",
+                    f"Worker process {rank.pid} exit with exception. "
+                    f"Error code: {rank.returncode}.",
                     flush=True,
                 )
                 for other in ranks:
                     other.kill()
-                time.sleep(1000)  # waits for its scheduler
+                time.sleep(FOREVER)  # msrun waits for its scheduler
         time.sleep(0.1)
 
 

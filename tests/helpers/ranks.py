@@ -1,9 +1,9 @@
 """A rank of a real job, started by msrun from test_ranks.py: `python -m tests.helpers.ranks JOB`,
-with a JSON file of runs.
+where JOB is a JSON file of runs.
 
-Each of them, in their order, is {"name", "raw": a stage's configuration, "stop": [rank, step] or
-null, "nan": [rank, step] or null}. Leaves JOB's folder/NAME.rank_R.json: what `train` answered, or
-the error, and a digest of the weights.
+Each run is {"name", "raw": a stage's configuration, "stop": [rank, step] or null, "nan": [rank,
+step] or null}. They are trained in their order. Writes NAME.rank_R.json beside JOB: what `train`
+returned, or the error, and the last bytes of each parameter.
 """
 
 import json
@@ -33,12 +33,12 @@ def main(path: Path) -> None:
         stopped.clear()
         cls = stage_class(run["raw"]["kind"])
         stage = cls(build(cls.Config, run["raw"]))
-        answer: dict[str, Any] = {"cores": len(os.sched_getaffinity(0))}
+        result: dict[str, Any] = {"cores": len(os.sched_getaffinity(0))}
         if run["nan"] and run["nan"][0] == job.rank:
-            spoil(stage, run["nan"][1])
+            spoil(stage, bad_step=run["nan"][1])
         calls = 0
 
-        def stop(run: dict[str, Any] = run) -> bool:
+        def should_stop(run: dict[str, Any] = run) -> bool:
             nonlocal calls
             calls += 1
             if run["stop"] == [job.rank, calls]:
@@ -46,27 +46,27 @@ def main(path: Path) -> None:
             return bool(stopped)
 
         try:
-            answer["finished"] = train(stage, stop)
+            result["finished"] = train(stage, should_stop)
         except JobError as error:
-            answer["error"] = str(error)
-        answer["steps"] = calls
-        answer["weights"] = [
+            result["error"] = str(error)
+        result["steps"] = calls
+        result["weights"] = [
             p.asnumpy().tobytes().hex()[-64:] for p in stage.network.trainable_params()
         ]
-        (path.parent / f"{run['name']}.rank_{job.rank}.json").write_text(json.dumps(answer))
+        (path.parent / f"{run['name']}.rank_{job.rank}.json").write_text(json.dumps(result))
 
 
-def spoil(stage: Any, bad: int) -> None:
-    """The batch of step `bad`, from 0, has a picture that is not a number."""
-    batch = stage.batch
+def spoil(stage: Any, bad_step: int) -> None:
+    """Puts a NaN into the images of step `bad_step`, from 0."""
+    training_inputs = stage.training_inputs
 
-    def spoiled(step: int, *rest: Any) -> Any:
-        arrays = batch(step, *rest)
-        if step == bad:
-            arrays[0][0] = np.nan
+    def spoiled(images: np.ndarray, prompt: Any, draws: Any) -> Any:
+        arrays = training_inputs(images, prompt, draws)
+        if draws.step == bad_step:
+            arrays["x"][0] = np.nan
         return arrays
 
-    stage.batch = spoiled
+    stage.training_inputs = spoiled
 
 
 if __name__ == "__main__":

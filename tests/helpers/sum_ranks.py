@@ -1,8 +1,8 @@
-"""Ranks of a real job, started by msrun or mpirun: `python -m tests.helpers.sum_ranks STEPS
-FAULT...` sums over the ranks.
+"""A rank of a real job, started by msrun or mpirun, that only sums over the ranks at each step:
+`python -m tests.helpers.sum_ranks STEPS FAULT...`
 
-FAULT is `RANK:WHAT:STEP` as in `tests.helpers.fake_ranks`. Each rank leaves sum_R.json in the
-attempt's folder: what the sum was, its cores, and the seconds since its launcher was started.
+FAULT is `RANK:WHAT:STEP` as in `tests.helpers.fake_ranks`. Each rank writes sum_R.json in the
+attempt's folder: the sum, its number of cores, and the time of the first step.
 """
 
 import json
@@ -29,28 +29,24 @@ def main(steps: int, faults: list[list[str]]) -> None:
     from mindspore import Tensor, ops
     from mindspore.communication import GlobalComm
 
-    total = ops.AllReduce(ops.ReduceOp.SUM, GlobalComm.WORLD_COMM_GROUP)
+    all_reduce = ops.AllReduce(ops.ReduceOp.SUM, GlobalComm.WORLD_COMM_GROUP)
     try:
         for step in range(1, steps + 1):
-            # As the training loop: whether one was told to stop rides along, and so all stop at one
-            # step.
-            numbers = (
-                total(Tensor(np.array([mine.rank + 1, bool(stopped)], np.float32)))
-                .asnumpy()
-                .tolist()
-            )
+            # As in the training loop, stop requests are summed too, so that all stop at one step.
+            values = np.array([mine.rank + 1, bool(stopped)], np.float32)
+            total, num_stop_requests = all_reduce(Tensor(values)).asnumpy().tolist()
             if step == 1:
-                facts = {
-                    "sum": numbers[0],
+                record = {
+                    "sum": total,
                     "cores": len(os.sched_getaffinity(0)),
                     "time": time.time(),
                 }
-                (FOLDER / f"sum_{mine.rank}.json").write_text(json.dumps(facts))
+                (FOLDER / f"sum_{mine.rank}.json").write_text(json.dumps(record))
             beat(mine.rank, "training", step)
             for rank, what, when in faults:
                 if (int(rank), int(when)) == (mine.rank, step):
                     misbehave(mine.rank, what, step)
-            if numbers[1]:
+            if num_stop_requests:
                 end(mine.rank, 75)
             time.sleep(0.2)
     except Exception as error:

@@ -10,64 +10,69 @@ OPTIONS is JSON, fields of LaunchConfig and of Limits; `hosts` get the same comm
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from launch.jobs.attempt import Limits
-from launch.jobs.plan import LaunchConfig, Process, processes, remotes
+from launch.jobs.plan import LaunchConfig, Process, node_processes, remote_processes
 from launch.jobs.supervisor import supervise
 from pipeline.config import apply_overrides
 from pipeline.terminal import run
 
 
 def main(argv: Sequence[str]) -> int:
-    folder, options, *words = argv
+    run_dir, options_json, *words = argv
     overrides = [word for word in words if word.startswith("launch.")]
     words = [word for word in words if word not in overrides]
-    given = apply_overrides({"launch": json.loads(options)}, overrides)["launch"]
-    limits = {name: given.pop(name) for name in list(given) if name in Limits.__dataclass_fields__}
-    real = given.get("launcher", "none") != "none"
-    config = LaunchConfig(
-        **{
-            "workers": 2,
-            **given,
-            "hosts": tuple(given.get("hosts", ())),
-            "launcher": given["launcher"] if real else "msrun",
-        }
-    )
+
+    options = apply_overrides({"launch": json.loads(options_json)}, overrides)["launch"]
+    limit_names = {field.name for field in fields(Limits)}
+    limits = {name: value for name, value in options.items() if name in limit_names}
+    launch = {name: value for name, value in options.items() if name not in limit_names}
+    real = launch.get("launcher", "none") != "none"
+    launch |= {
+        "workers": launch.get("workers", 2),
+        "hosts": tuple(launch.get("hosts", ())),
+        "launcher": launch["launcher"] if real else "msrun",
+    }
+    config = LaunchConfig(**launch)
 
     def plan(attempt: Path, port: int) -> list[Process]:
         if real:
-            return processes(config, ["-m", "tests.helpers.sum_ranks", *words], attempt, port)
-        number = int(attempt.name.removeprefix("attempt-"))
-        now = [
-            word.partition("@")[0] for word in words if word.partition("@")[2] in ("", str(number))
-        ]
-        start = [
-            sys.executable,
-            "-m",
-            "tests.helpers.fake_ranks",
-            str(config.workers),
-            str(config.ranks[0]),
-            *now,
-        ]
-        return [
-            Process(
-                name=f"msrun_{config.node_rank}",
-                argv=start,
-                environment={"CASCADE_ATTEMPT": str(attempt)},
-            )
-        ]
+            program = ["-m", "tests.helpers.sum_ranks", *words]
+            return node_processes(config, program, attempt=attempt, port=port)
+        return [fake_launcher(config, attempt, words)]
 
-    others = []
-    for process in remotes(config, folder, [options, *words]):
-        *ssh, line = process.argv
-        others.append(
-            replace(
-                process, argv=[*ssh, line.replace("-m launch train", "-m tests.helpers.supervised")]
-            )
-        )
-    return supervise(config, Path(folder), plan, others, Limits(**limits))
+    remotes = [
+        through_this_module(process)
+        for process in remote_processes(config, run_dir, [options_json, *words])
+    ]
+    return supervise(config, Path(run_dir), plan, remotes=remotes, limits=Limits(**limits))
+
+
+def fake_launcher(config: LaunchConfig, attempt: Path, words: Sequence[str]) -> Process:
+    """The fake launcher with the faults of this attempt."""
+    number = attempt.name.removeprefix("attempt-")
+    faults = []
+    for word in words:
+        fault, _, only = word.partition("@")
+        if only in ("", number):
+            faults.append(fault)
+
+    program = ["-m", "tests.helpers.fake_ranks", str(config.workers), str(config.ranks[0])]
+    return Process(
+        name=f"msrun_{config.node_rank}",
+        argv=[sys.executable, *program, *faults],
+        environment={"CASCADE_ATTEMPT": str(attempt)},
+    )
+
+
+def through_this_module(process: Process) -> Process:
+    """An ssh command that starts this module on the other node instead of `cascade train`."""
+    *ssh, line = process.argv
+    return replace(
+        process, argv=[*ssh, line.replace("-m launch train", "-m tests.helpers.supervised")]
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Shards as they come, whole and damaged."""
+"""Shards for tests, valid and damaged, as bytes."""
 
 import io
 import tarfile
@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-BLOCK = 512
-Members = Sequence[tuple[str, bytes]]
+BLOCK = 512  # bytes
+Members = Sequence[tuple[str, bytes]]  # name and content
 
 
 def jpeg(width: int = 12, height: int = 8, seed: int = 0) -> bytes:
-    """Coarse noise: no two places of it look the same."""
+    """Coarse noise, different at every position."""
     buffer = io.BytesIO()
     noise = np.random.default_rng(seed).integers(0, 256, (3, 5, 3)).astype(np.uint8)
     Image.fromarray(noise).resize((width, height)).save(buffer, "JPEG")
@@ -20,7 +20,7 @@ def jpeg(width: int = 12, height: int = 8, seed: int = 0) -> bytes:
 
 
 def sample(key: str, seed: int = 0, **more: bytes) -> list[tuple[str, bytes]]:
-    """The files of a sample; `more` by type instead of or beside jpg and txt."""
+    """The files of a sample: jpg and txt, replaced and extended by `more`."""
     files = {"jpg": jpeg(seed=seed), "txt": f"caption of {key}".encode()} | more
     return [(f"{key}.{kind}", data) for kind, data in files.items()]
 
@@ -39,24 +39,26 @@ def tar(members: Members, *links: tarfile.TarInfo) -> bytes:
 
 def link(name: str, kind: bytes = tarfile.SYMTYPE) -> tarfile.TarInfo:
     member = tarfile.TarInfo(name)
-    member.type, member.linkname = kind, "/etc/passwd"
+    member.type = kind
+    member.linkname = "/etc/passwd"
     return member
 
 
 def headers(data: bytes) -> list[int]:
-    """Where the members' headers are."""
+    """The offsets of the members' headers."""
     with tarfile.open(fileobj=io.BytesIO(data)) as file:
         return [member.offset for member in file.getmembers()]
 
 
-def flipped(data: bytes, place: int, bit: int = 0) -> bytes:
-    return data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :]
+def flipped(data: bytes, offset: int, bit: int = 0) -> bytes:
+    """With one bit changed."""
+    return data[:offset] + bytes([data[offset] ^ 1 << bit]) + data[offset + 1 :]
 
 
-def with_header(data: bytes, place: int, field: slice, value: bytes) -> bytes:
-    """A field of the header at `place` changed, and the checksum put right."""
-    header = bytearray(data[place : place + BLOCK])
+def with_header(data: bytes, offset: int, field: slice, value: bytes) -> bytes:
+    """With a field of the header at `offset` replaced, and the checksum corrected."""
+    header = bytearray(data[offset : offset + BLOCK])
     header[field] = value
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
-    return data[:place] + bytes(header) + data[place + BLOCK :]
+    return data[:offset] + bytes(header) + data[offset + BLOCK :]

@@ -1,4 +1,4 @@
-"""What follows from heartbeats: how long a rank may say the same."""
+"""What follows from heartbeats: how long a rank may report the same."""
 
 import json
 from pathlib import Path
@@ -14,62 +14,58 @@ def beat(phase: Phase, step: int) -> Beat:
 
 
 def test_what_ranks_write_is_read(tmp_path: Path) -> None:
-    heart = Heartbeat(tmp_path, 3)
-    heart.beat("training", 7)
-    heart.beat("failed", error=ValueError("too hot"))
-    found = read_beat(tmp_path, 3)
-    assert found is not None
-    assert (found.rank, found.phase, found.step, found.error) == (
-        3,
-        "failed",
-        7,
-        "ValueError: too hot",
-    )
-    assert {**json.loads((tmp_path / "rank_3.json").read_text())} == vars(found)
+    heartbeat = Heartbeat(tmp_path, 3)
+    heartbeat.beat("training", 7)
+    heartbeat.beat("failed", error=ValueError("too hot"))
+    beat = read_beat(tmp_path, 3)
+    assert beat is not None
+    assert (beat.rank, beat.phase, beat.step) == (3, "failed", 7)
+    assert beat.error == "ValueError: too hot"
+    assert json.loads((tmp_path / "rank_3.json").read_text()) == vars(beat)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"rank": 0}'])
-def test_what_is_no_heartbeat_is_none(tmp_path: Path, text: str) -> None:
+def test_an_invalid_heartbeat_is_none(tmp_path: Path, text: str) -> None:
     (tmp_path / "rank_0.json").write_text(text)
     assert read_beat(tmp_path, 0) is None
     assert read_beat(tmp_path, 1) is None
     assert read_end(tmp_path, 0) is None
 
 
-def test_a_steps_patience_follows_from_its_own_steps() -> None:
+def test_the_limit_of_a_step_follows_from_earlier_steps() -> None:
     pulse = Pulse(since=0.0)
     assert pulse.limit() == PATIENCE["starting"]
-    pulse.feel(beat("compiling", 0), 10.0)
+    pulse.update(beat("compiling", 0), 10.0)
     assert (pulse.limit(), pulse.trained) == (PATIENCE["compiling"], False)
     for step in range(1, 6):
-        pulse.feel(beat("training", step), 100.0 + 5 * step)
-    assert (pulse.pace, pulse.limit(), pulse.trained) == (5.0, 100.0, True)
-    pulse.feel(beat("training", 15), 126.0)  # ten steps in a second: the median hardly cares
+        pulse.update(beat("training", step), 100.0 + 5 * step)
+    assert (pulse.median_step, pulse.limit(), pulse.trained) == (5.0, 100.0, True)
+    pulse.update(beat("training", 15), 126.0)  # ten fast steps hardly change the median
     assert pulse.limit() == 100.0
-    pulse.feel(beat("training", 15), 999.0)
+    pulse.update(beat("training", 15), 999.0)
     assert pulse.since == 126.0
 
 
-def test_fast_steps_have_a_minute() -> None:
+def test_fast_steps_have_a_limit_of_a_minute() -> None:
     pulse = Pulse(since=0.0)
     for step in range(1, 9):
-        pulse.feel(beat("training", step), float(step))
+        pulse.update(beat("training", step), float(step))
     assert pulse.limit() == HANG
     assert pulse.limit(hang=5.0) == 20.0
 
 
-def test_a_checkpoint_is_no_step() -> None:
+def test_the_time_of_a_checkpoint_is_not_counted_as_a_step() -> None:
     pulse = Pulse(since=0.0)
     for number, (phase, step) in enumerate(
         [("training", 1), ("checkpoint", 1), ("training", 2), ("training", 3)]
     ):
-        pulse.feel(beat(phase, step), 100.0 * number)
-    assert list(pulse.seconds) == [100.0]
+        pulse.update(beat(phase, step), 100.0 * number)
+    assert list(pulse.step_seconds) == [100.0]
 
 
-def test_one_that_saves_has_the_others_wait_for_as_long_as_that_may_take() -> None:
+def test_a_rank_that_saves_pauses_the_others_for_a_limited_time() -> None:
     pulse = Pulse(since=0.0)
     assert not pulse.pausing(0.0)
-    pulse.feel(beat("checkpoint", 3), 10.0)
+    pulse.update(beat("checkpoint", 3), 10.0)
     assert pulse.pausing(PATIENCE["checkpoint"])
     assert not pulse.pausing(10.0 + PATIENCE["checkpoint"])

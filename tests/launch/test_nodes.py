@@ -1,5 +1,5 @@
-"""Two nodes on one machine: network namespaces with an address each, so that nothing meets by
-accident of sharing one.
+"""Two nodes on one machine: network namespaces with an address each, so that they share nothing but
+the run folder.
 
 msrun and mpirun start one rank in each, under a supervisor of its own; `make test-launchers`, as
 root on Linux.
@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from launch.jobs.heartbeats import read_beat
-from tests.helpers.jobs import WAIT, Process, leaving_nothing, until_step
-from tests.launch.test_launchers import facts
+from tests.helpers.jobs import WAIT, Process, beat_of, leaving_nothing, until_step
+from tests.launch.test_launchers import sum_report
 
 pytestmark = pytest.mark.launchers
 ADDRESSES = ("10.213.0.1", "10.213.0.2")
 Nodes = list[Process]
+Start = Callable[..., Nodes]
 
 
 def ip(*words: str) -> None:
@@ -34,26 +34,14 @@ def namespaces() -> Iterator[list[str]]:
     if os.geteuid() or not shutil.which("ip"):
         pytest.skip("network namespaces need root and the `ip` of iproute2")
     names = [f"cascade-{os.getpid()}-{node}" for node in (0, 1)]
-    made = []
+    created = []
     try:
         try:
             for name in names:
                 ip("netns", "add", name)
-                made.append(name)
-            ip(
-                "link",
-                "add",
-                "wire",
-                "netns",
-                names[0],
-                "type",
-                "veth",
-                "peer",
-                "name",
-                "wire",
-                "netns",
-                names[1],
-            )
+                created.append(name)
+            ends = ("netns", names[0], "type", "veth", "peer", "name", "wire", "netns", names[1])
+            ip("link", "add", "wire", *ends)
             for name, address in zip(names, ADDRESSES, strict=True):
                 ip("-n", name, "addr", "add", f"{address}/24", "dev", "wire")
                 ip("-n", name, "link", "set", "wire", "up")
@@ -62,12 +50,12 @@ def namespaces() -> Iterator[list[str]]:
             pytest.skip(f"no network namespaces here, although for root: {error.stderr.strip()}")
         yield names
     finally:
-        for name in made:  # and with each its end of the cable, which takes the other along
+        for name in created:  # and with each its end of the cable, which takes the other end along
             subprocess.run(["ip", "netns", "del", name], timeout=30)
 
 
 @pytest.fixture
-def start(launcher: str, namespaces: list[str], tmp_path: Path) -> Iterator[Callable[..., Nodes]]:
+def start(launcher: str, namespaces: list[str], tmp_path: Path) -> Iterator[Start]:
     """Starts a job's two supervisors, which share tmp_path/run; at the end nothing may be left of
     them.
     """
@@ -75,54 +63,46 @@ def start(launcher: str, namespaces: list[str], tmp_path: Path) -> Iterator[Call
     with leaving_nothing(run) as begin:
 
         def job(*words: str) -> Nodes:
-            given = {"launcher": launcher, "workers": 1, "nodes": 2, "master": ADDRESSES[0]}
-            nodes = Nodes()
-            for node, name in enumerate(
-                namespaces
-            ):  # `ip` becomes what it starts, so that the id is the supervisor's
-                options = json.dumps({**given, "node_rank": node})
-                program = [
-                    sys.executable,
-                    "-m",
-                    "tests.helpers.supervised",
-                    str(run),
-                    options,
-                    *words,
-                ]
-                nodes.append(begin(["ip", "netns", "exec", name, *program]))
+            options = {"launcher": launcher, "workers": 1, "nodes": 2, "master": ADDRESSES[0]}
+            nodes: Nodes = []
+            for node, name in enumerate(namespaces):
+                options_json = json.dumps({**options, "node_rank": node})
+                program = [sys.executable, "-m", "tests.helpers.supervised", str(run), options_json]
+                # `ip` becomes what it starts, so that the pid is the supervisor's.
+                nodes.append(begin(["ip", "netns", "exec", name, *program, *words]))
             return nodes
 
         yield job
 
 
 def ending(nodes: Nodes) -> tuple[list[int], list[str]]:
-    """The nodes' exit codes, and what each said on stderr."""
-    said = [process.communicate(timeout=WAIT) for process in nodes]
-    assert [out for out, _ in said] == ["", ""]
-    return [process.returncode for process in nodes], [err for _, err in said]
+    """The nodes' exit codes, and the stderr of each."""
+    outputs = [process.communicate(timeout=WAIT) for process in nodes]
+    assert [out for out, _ in outputs] == ["", ""]
+    return [process.returncode for process in nodes], [err for _, err in outputs]
 
 
-def test_two_nodes_sum(start, tmp_path):
-    codes, said = ending(start("5"))
-    assert codes == [0, 0], said
-    assert [facts(tmp_path / "run", rank)["sum"] for rank in (0, 1)] == [3.0, 3.0]
+def test_two_nodes_sum(start: Start, tmp_path: Path) -> None:
+    codes, errs = ending(start("5"))
+    assert codes == [0, 0], errs
+    assert [sum_report(tmp_path / "run", rank)["sum"] for rank in (0, 1)] == [3.0, 3.0]
 
 
-def test_a_rank_that_is_killed_is_named_on_both_nodes(start, tmp_path):
-    codes, said = ending(start("100000", "1:kill:3"))
-    beat = read_beat(tmp_path / "run" / "logs" / "attempt-0", 1)
-    named = f"rank 1 (pid {beat.pid} on {beat.host}, step 3): killed by SIGKILL\n"
-    assert codes == [1, 1], said
-    assert said[0].startswith(f"node 1: {named}")
-    assert said[1].startswith(named)
+def test_a_rank_that_is_killed_is_named_on_both_nodes(start: Start, tmp_path: Path) -> None:
+    codes, errs = ending(start("100000", "1:kill:3"))
+    beat = beat_of(tmp_path / "run" / "logs" / "attempt-0", 1)
+    message = f"rank 1 (pid {beat.pid} on {beat.host}, step 3): killed by SIGKILL\n"
+    assert codes == [1, 1], errs
+    assert errs[0].startswith(f"node 1: {message}")
+    assert errs[1].startswith(message)
 
 
-def test_a_signal_to_node_1_stops_both(start, tmp_path):
+def test_a_signal_to_node_1_stops_both(start: Start, tmp_path: Path) -> None:
     attempt = tmp_path / "run" / "logs" / "attempt-0"
     nodes = start("100000")
     until_step(3, attempt, (0, 1), nodes)
     nodes[1].terminate()
-    codes, said = ending(nodes)
-    assert codes == [75, 75], said
-    words = [json.loads((attempt / f"rank_{rank}.end.json").read_text()) for rank in (0, 1)]
-    assert [word["code"] for word in words] == [75, 75]
+    codes, errs = ending(nodes)
+    assert codes == [75, 75], errs
+    reports = [json.loads((attempt / f"rank_{rank}.end.json").read_text()) for rank in (0, 1)]
+    assert [report["code"] for report in reports] == [75, 75]

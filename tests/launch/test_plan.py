@@ -1,4 +1,4 @@
-"""What a job starts on each node, as lists: nothing runs here."""
+"""What a job starts on each node, as lists: no process runs here."""
 
 import json
 import socket
@@ -8,28 +8,29 @@ from pathlib import Path
 
 import pytest
 
-from launch.cli.report import as_text, check
+from launch.cli.check import as_text
+from launch.cli.check_report import check
 from launch.jobs.plan import (
     LaunchConfig,
     Process,
-    command,
     find_port,
-    processes,
+    node_processes,
     rank_program,
     read_launch,
-    remotes,
+    remote_processes,
+    train_command,
 )
 from pipeline.config import ConfigError, build
 from pipeline.errors import UserError
-from pipeline.runtime import GATHERING, child_environment, cluster
+from pipeline.runtime import STARTUP_TIMEOUT, child_environment, detect_cluster
 
 CONFIG, OVERRIDES = "configs/tiny/base64.yaml", ["train.steps=4", "run=/runs/a b"]
 PROGRAM = ["-m", "launch.jobs.worker", CONFIG, *OVERRIDES]
 ATTEMPT = Path("/runs/a b/logs/attempt-0")
-TWO = {"workers": 2, "nodes": 2, "master": "10.0.0.1"}
+TWO_NODES = {"workers": 2, "nodes": 2, "master": "10.0.0.1"}
 
 
-def told(first: int, workers: int = 2) -> dict[str, str]:
+def rank_environment(first: int, workers: int = 2) -> dict[str, str]:
     return {
         "CASCADE_ATTEMPT": str(ATTEMPT),
         "CASCADE_LOCAL_WORKERS": str(workers),
@@ -47,15 +48,15 @@ def test_the_program_of_a_rank() -> None:
 
 
 def test_one_process() -> None:
-    started = processes(LaunchConfig(), PROGRAM, ATTEMPT, 0)
+    started = node_processes(LaunchConfig(), PROGRAM, attempt=ATTEMPT, port=0)
     assert started == [
-        Process(name="rank_0", argv=[sys.executable, *PROGRAM], environment=told(0, 1))
+        Process(name="rank_0", argv=[sys.executable, *PROGRAM], environment=rank_environment(0, 1))
     ]
 
 
 @pytest.mark.parametrize("node", [0, 1])
 def test_msrun(node: int) -> None:
-    config = LaunchConfig(launcher="msrun", node_rank=node, **TWO)
+    config = LaunchConfig(launcher="msrun", node_rank=node, **TWO_NODES)
     argv = [
         str(Path(sys.executable).parent / "msrun"),
         *("--worker_num=4", "--local_worker_num=2", "--master_addr=10.0.0.1", "--master_port=8118"),
@@ -65,16 +66,18 @@ def test_msrun(node: int) -> None:
             "--worker_log_name=rank",
             "--tail_worker_log=99999",
         ),
-        *("--join=True", f"--cluster_time_out={GATHERING}", "python", *PROGRAM),
+        *("--join=True", f"--cluster_time_out={STARTUP_TIMEOUT}", "python", *PROGRAM),
     ]
-    started = processes(config, PROGRAM, ATTEMPT, 8118)
-    assert started == [Process(name=f"msrun_{node}", argv=argv, environment=told(2 * node))]
+    started = node_processes(config, PROGRAM, attempt=ATTEMPT, port=8118)
+    assert started == [
+        Process(name=f"msrun_{node}", argv=argv, environment=rank_environment(2 * node))
+    ]
 
 
 @pytest.mark.parametrize("node", [0, 1])
 def test_mpirun(node: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Open MPI starts a node's own ranks; the scheduler is one more process, on node 0."""
-    config = LaunchConfig(launcher="mpirun", node_rank=node, **TWO)
+    config = LaunchConfig(launcher="mpirun", node_rank=node, **TWO_NODES)
     argv = ["mpirun", "--host", "localhost:2", "--oversubscribe", "--bind-to", "none", "-np", "2"]
     network = {"MS_SCHED_HOST": "10.0.0.1", "MS_SCHED_PORT": "8118", "MS_WORKER_NUM": "4"}
     scheduler = Process(
@@ -85,59 +88,63 @@ def test_mpirun(node: int, monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = Process(
         name=f"mpirun_{node}",
         argv=[*argv, sys.executable, *PROGRAM],
-        environment=told(2 * node) | network,
+        environment=rank_environment(2 * node) | network,
     )
-    assert processes(config, PROGRAM, ATTEMPT, 8118) == ([ranks] if node else [scheduler, ranks])
+    assert node_processes(config, PROGRAM, attempt=ATTEMPT, port=8118) == (
+        [ranks] if node else [scheduler, ranks]
+    )
     monkeypatch.setattr("os.geteuid", lambda: 0)
-    *_, ranks = processes(config, PROGRAM, ATTEMPT, 8118)
+    *_, ranks = node_processes(config, PROGRAM, attempt=ATTEMPT, port=8118)
     assert ranks.argv[:2] == ["mpirun", "--allow-run-as-root"]
 
 
 def test_other_nodes_by_ssh() -> None:
-    config = LaunchConfig(launcher="msrun", hosts=("n1",), **TWO)
+    config = LaunchConfig(launcher="msrun", hosts=("n1",), **TWO_NODES)
     words = [
-        *command(CONFIG, OVERRIDES)[:-1],
+        *train_command(CONFIG, OVERRIDES)[:-1],
         "'run=/runs/a b'",
         "launch.node_rank=1",
         "'launch.hosts=[]'",
     ]
     line = f"cd {Path.cwd()} && exec {' '.join(words)}"
     argv = ["ssh", "-o", "BatchMode=yes", "--", "n1", line]
-    assert remotes(config, CONFIG, OVERRIDES) == [Process(name="ssh_1", argv=argv, environment={})]
-    assert remotes(replace(config, node_rank=1), CONFIG, OVERRIDES) == []
-    assert remotes(LaunchConfig(), CONFIG, OVERRIDES) == []
+    assert remote_processes(config, CONFIG, OVERRIDES) == [
+        Process(name="ssh_1", argv=argv, environment={})
+    ]
+    assert remote_processes(replace(config, node_rank=1), CONFIG, OVERRIDES) == []
+    assert remote_processes(LaunchConfig(), CONFIG, OVERRIDES) == []
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("options", "message"),
     [
         ({"workers": 2}, "launch.workers: 2 with launcher none, which starts one process; choose "),
         ({"nodes": 2}, "launch.nodes: 2 with launcher none, which starts one process; choose "),
         ({"workers": 0}, "launch.workers: 0 is not positive; give 1 or more"),
         (
-            {**TWO, "launcher": "msrun", "node_rank": 2},
+            {**TWO_NODES, "launcher": "msrun", "node_rank": 2},
             "launch.node_rank: 2 is not in [0, 2); count the nodes from 0",
         ),
         ({"restarts": -1}, "launch.restarts: -1 is negative; give 0 for none"),
         ({"port": 80}, "launch.port: 80 is not in [1024, 65535]; leave it out for a free one"),
         (
             {"launcher": "msrun", "nodes": 2},
-            "launch.master: 127.0.0.1 is every node itself, and there are 2; give ",
+            "launch.master: 127.0.0.1 is a loopback address, which each of the 2 nodes takes for ",
         ),
-        ({"master": "--x"}, "launch.master: '--x' is no address; give the address of node 0"),
+        ({"master": "--x"}, "launch.master: '--x' is not an address; give the address of node 0"),
         (
-            {**TWO, "launcher": "msrun", "hosts": ["a", "b"]},
+            {**TWO_NODES, "launcher": "msrun", "hosts": ["a", "b"]},
             "launch.hosts: 2 for 2 nodes; list all nodes but node 0",
         ),
         (
-            {**TWO, "launcher": "msrun", "hosts": ["-oProxyCommand=x"]},
-            "launch.hosts: '-oProxyCommand=x' is no host; ",
+            {**TWO_NODES, "launcher": "msrun", "hosts": ["-oProxyCommand=x"]},
+            "launch.hosts: '-oProxyCommand=x' is not a host; ",
         ),
     ],
 )
-def test_what_cannot_be(given: dict[str, object], message: str) -> None:
+def test_contradictory_options_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError) as error:
-        build(LaunchConfig, given, "launch")
+        build(LaunchConfig, options, "launch")
     assert str(error.value).startswith(message)
 
 
@@ -156,13 +163,13 @@ def test_a_port_in_use_is_refused() -> None:
         with pytest.raises(UserError) as error:
             find_port(config)
     assert str(error.value) == (
-        f"launch.port: {config.port} cannot be had here (Address already in use); give another, or leave it out for a "
-        "free one"
+        f"launch.port: {config.port} is not available on this node (Address already in use); give "
+        "another, or leave it out for a free one"
     )
     assert find_port(config) == config.port
 
 
-# What a cluster's scheduler says.
+# What a cluster's scheduler tells.
 
 SLURM = {"SLURM_NODEID": "1", "SLURM_JOB_NUM_NODES": "3", "SLURM_LAUNCH_NODE_IPADDR": "10.1.0.1"}
 VOLCANO = {"VC_TASK_INDEX": "1", "VC_WORKER_HOSTS": "w-0.job,w-1.job"}
@@ -170,7 +177,7 @@ OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}
 
 
 @pytest.mark.parametrize(
-    ("said", "found"),
+    ("environment", "expected"),
     [
         ({}, {}),
         (SLURM, {"nodes": 3, "node_rank": 1, "master": "10.1.0.1"}),
@@ -184,26 +191,29 @@ OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}
         ),  # which srun started on node 1
     ],
 )
-def test_what_the_scheduler_says(
-    said: dict[str, str], found: dict[str, object], monkeypatch: pytest.MonkeyPatch
+def test_nodes_are_read_from_the_scheduler(
+    environment: dict[str, str], expected: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("os.environ", dict(said))
-    assert cluster() == found
-    assert "launcher" not in found
-    for launcher in ("msrun", "none"):  # one process needs no cluster
-        assert read_launch({"launcher": launcher, "master": "10.9.9.9"}) == LaunchConfig(
-            launcher=launcher,
-            **({**found, "master": "10.9.9.9"} if launcher != "none" else {"master": "10.9.9.9"}),
-        )
+    monkeypatch.setattr("os.environ", dict(environment))
+    assert detect_cluster() == expected
+
+    # What the configuration says has precedence.
+    raw = {"launcher": "msrun", "master": "10.9.9.9"}
+    assert read_launch(raw) == build(LaunchConfig, {**expected, **raw}, "launch")
+
+
+def test_one_process_needs_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.environ", dict(SLURM))
+    assert read_launch({"launcher": "none"}) == LaunchConfig()
 
 
 def test_ranks_do_not_take_another_launchers_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "os.environ", {**SLURM, **OPEN_MPI, "RANK_ID": "5", "MS_ROLE": "MS_SCHED", "HOME": "/h"}
     )
-    got = child_environment({"A": "b"})
-    assert got.pop("PATH").startswith(f"{Path(sys.executable).parent}:")
-    assert got == {"HOME": "/h", "PYTHONUNBUFFERED": "1", "A": "b"}
+    environment = child_environment({"A": "b"})
+    assert environment.pop("PATH").startswith(f"{Path(sys.executable).parent}:")
+    assert environment == {"HOME": "/h", "PYTHONUNBUFFERED": "1", "A": "b"}
 
 
 # What `check` shows.

@@ -13,43 +13,57 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.jobs.train_all import Job, plan, train_all
+from launch.jobs.train_all import StageJob, plan_jobs, train_all
 from pipeline.errors import UserError
 from tests.helpers.jobs import ROOT
 
 CONFIG = yaml.safe_dump({"train": {"steps": 3}, "data": {"global_batch": 4}})
 
 
-def job(name: str, folder: Path, code: str) -> Job:
-    """A job that writes when it began and ended, and does `code` between."""
-    run = folder / name
-    run.mkdir()
-    (run / "config.yaml").write_text(CONFIG)
-    program = (
-        f"import sys, time\nprint(time.time(), file=open({str(run / 'began')!r}, 'w'))\n{code}\n"
-    )
-    program += f"print(time.time(), file=open({str(run / 'ended')!r}, 'w'))"
-    return Job(name, [sys.executable, "-c", program], run)
+PROGRAM = """
+import os, signal, sys, time
+from pathlib import Path
+
+run_dir = Path({run_dir!r})
+(run_dir / "began").write_text(str(time.time()))
+{code}
+(run_dir / "ended").write_text(str(time.time()))
+"""
 
 
-def times(jobs: list[Job], what: str) -> list[float]:
-    return [float((each.run / what).read_text()) for each in jobs]
+def job(name: str, folder: Path, code: str) -> StageJob:
+    """A job that writes when it began and ended, and runs `code` between."""
+    run_dir = folder / name
+    run_dir.mkdir()
+    (run_dir / "config.yaml").write_text(CONFIG)
+    program = PROGRAM.format(run_dir=str(run_dir), code=code)
+    return StageJob(name=name, argv=[sys.executable, "-c", program], run_dir=run_dir)
 
 
-def test_in_turn_each_begins_when_the_one_before_has_ended(tmp_path: Path) -> None:
+def times(jobs: list[StageJob], event: str) -> list[float]:
+    return [float((each.run_dir / event).read_text()) for each in jobs]
+
+
+def test_in_turn_a_job_begins_when_the_one_before_has_ended(tmp_path: Path) -> None:
     jobs = [job(name, tmp_path, "time.sleep(0.1)") for name in "abc"]
     assert train_all(jobs, at_once=1) == 0
     began, ended = times(jobs, "began"), times(jobs, "ended")
     assert all(end <= begin for end, begin in zip(ended, began[1:], strict=False))
 
 
+WAITS = """
+for _ in range(300):
+    if (run_dir.parent / "{name}" / "began").exists():
+        break
+    time.sleep(0.1)
+else:
+    sys.exit(1)
+"""
+
+
 def test_at_once_they_run_side_by_side(tmp_path: Path) -> None:
-    """Each waits for the other's beginning: in turn neither would end."""
-    waits = "import os\nfor _ in range(300):\n    if os.path.exists({!r}): break\n    time.sleep(0.1)\nelse: sys.exit(1)"
-    jobs = [
-        job(name, tmp_path, waits.format(str(tmp_path / other / "began")))
-        for name, other in ("ab", "ba")
-    ]
+    """Each waits for the other's beginning: one after the other, neither would end."""
+    jobs = [job(name, tmp_path, WAITS.format(name=other)) for name, other in ("ab", "ba")]
     assert train_all(jobs, at_once=2) == 0
 
 
@@ -63,25 +77,31 @@ def test_one_that_fails_does_not_stop_the_others(
         job("c", tmp_path, "sys.exit('no shards')"),
     ]
     assert train_all(jobs, at_once=1) == 1
-    told = capsys.readouterr().err.splitlines()
-    assert [line.split()[:2] for line in told[-3:]] == [
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[:2] for line in lines[-3:]] == [
         ["a", "failed"],
         ["b", "finished"],
         ["c", "failed"],
     ]
-    assert told[-3].endswith(": the disk is full")
-    assert "step 0 of 3" in told[-2]
+    assert lines[-3].endswith(": the disk is full")
+    assert "step 0 of 3" in lines[-2]
 
 
-def test_what_was_refused_is_the_users_to_mend(tmp_path: Path) -> None:
+def test_a_refused_job_makes_the_exit_code_2(tmp_path: Path) -> None:
     jobs = [job("a", tmp_path, "sys.exit(2)"), job("b", tmp_path, "pass")]
     assert train_all(jobs, at_once=1) == 2
 
 
+SAVES = """
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+(run_dir / "ready").touch()
+time.sleep(60)
+"""
+
+
 @pytest.mark.parametrize("at_once", [1, 2])
-def test_a_signal_reaches_what_runs_and_begins_no_more(at_once: int, tmp_path: Path) -> None:
-    saves = "import signal\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\nopen('{}', 'w')\ntime.sleep(60)"
-    jobs = [job(name, tmp_path, saves.format(tmp_path / name / "ready")) for name in "abc"]
+def test_a_signal_reaches_running_jobs_and_no_more_begin(at_once: int, tmp_path: Path) -> None:
+    jobs = [job(name, tmp_path, SAVES) for name in "abc"]
 
     def send() -> None:
         for _ in range(300):
@@ -94,11 +114,13 @@ def test_a_signal_reaches_what_runs_and_begins_no_more(at_once: int, tmp_path: P
     sender.start()
     assert train_all(jobs, at_once) == 75
     sender.join()
-    assert [each.code for each in jobs] == [75] * at_once + [None] * (3 - at_once)
+    assert [each.exit_code for each in jobs] == [75] * at_once + [None] * (3 - at_once)
     assert not list(tmp_path.glob("*/ended"))
 
 
-def test_output_of_several_is_marked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_output_of_several_has_the_name_before_each_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     jobs = [job(name, tmp_path, "print('hello')") for name in "ab"]
     assert train_all(jobs, at_once=2) == 0
     assert {"[a] hello", "[b] hello"} <= set(capsys.readouterr().err.splitlines())
@@ -106,9 +128,9 @@ def test_output_of_several_is_marked(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_the_plan_is_a_train_command_a_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    jobs = plan("configs/tiny/cascade.yaml", ["train.steps=7"])
+    jobs = plan_jobs("configs/tiny/cascade.yaml", ["train.steps=7"])
     assert [each.name for each in jobs] == ["base", "sr256", "sr1024"]
-    assert [str(each.run) for each in jobs] == [
+    assert [str(each.run_dir) for each in jobs] == [
         f"runs/demo/{name}" for name in ("base64", "sr256", "sr1024")
     ]
     assert jobs[0].argv == [
@@ -126,21 +148,17 @@ def test_two_stages_in_one_folder_are_refused(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(
         UserError, match="base and another stage have the run folder x; give each its own"
     ):
-        plan("configs/tiny/cascade.yaml", ["run=x"])
+        plan_jobs("configs/tiny/cascade.yaml", ["run=x"])
 
 
 def test_the_command_says_which_stage_was_refused(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "launch",
-        "train-all",
-        "configs/tiny/cascade.yaml",
-        "data.shards=none.tar",
-    ]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
-    )
+    """One stage: each is a process that imports MindSpore."""
+    entry = {"name": "base", "config": "configs/tiny/base64.yaml"}
+    cascade = tmp_path / "cascade.yaml"
+    cascade.write_text(yaml.safe_dump({"folder": str(tmp_path / "cascade"), "stages": [entry]}))
+    argv = [sys.executable, "-m", "launch", "train-all", str(cascade), "data.shards=none.tar"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 2
-    assert done.stderr.count("refused") == 3
-    assert "data.shards: none.tar: no such file" in done.stderr.splitlines()[-1]
+    last_line = done.stderr.splitlines()[-1]
+    assert last_line.split()[:2] == ["base", "refused"]
+    assert "data.shards: none.tar: no such file" in last_line

@@ -1,5 +1,5 @@
-"""Both U-Nets beside their PyTorch twins, live; stored answers are compared without PyTorch in
-test_unet.py.
+"""Both U-Nets and their PyTorch twins, live; test_unet.py compares with stored references, without
+PyTorch.
 """
 
 import json
@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.nn.parameters import assign
 from pipeline.nn.unet import UNet, UNetConfig
-from tests.helpers.compare import assert_close, differentiate, reference
+from tests.helpers.compare import assert_close, assign_random, differentiate, reference
 from tools import references
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: run `make test-parity`")
@@ -39,19 +38,19 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
 
 @pytest.mark.parametrize(("kind", "seed"), [("adm", 3), ("efficient", 4)])
 def test_equals_the_twin(kind: str, seed: int) -> None:
-    """Output, and gradients with respect to the picture and every parameter; twin in float64."""
+    """Output and gradients by the image and every parameter; the twin computes in float64."""
     from tools.twin import twin
 
     changes, sizes = CASES[kind]
     config = UNetConfig(channels=24, head_channels=12, text_channels=20, **changes)
     net = UNet(config, **sizes)
-    weights = references.random_weights({p.name: p.shape for p in net.trainable_params()}, seed)
-    assign(net, weights, kind)
+    weights = assign_random(net, seed)
     inputs = references.unet_inputs(seed, **sizes)
-    wanted = references.differentiate(twin(config, **sizes, weights=weights), inputs, seed)
-    found = differentiate(net)(wanted.pop("cotangent"), *inputs.values())
-    assert found.keys() == wanted.keys()
-    assert_close(found, wanted)
+    network = twin(config, **sizes, weights=weights)
+    expected = references.differentiate(network, inputs, seed)
+    outputs = differentiate(net)(expected.pop("cotangent"), *inputs.values())
+    assert outputs.keys() == expected.keys()
+    assert_close(outputs, expected)
 
 
 def test_a_twin_is_strict() -> None:
@@ -65,8 +64,8 @@ def test_a_twin_is_strict() -> None:
 @pytest.mark.parametrize("name", [*references.LAYERS, *references.UNETS])
 def test_stored_references_are_current(name: str) -> None:
     arrays, config = references.REFERENCES[name]()
-    inputs, answers, stored = reference(name)
-    assert stored == json.loads(json.dumps(config))
-    found = {**{f"inputs.{key}": value for key, value in inputs.items()}, **answers}
-    assert found.keys() == arrays.keys()
-    assert_close(found, arrays, tolerance=1e-6)
+    inputs, outputs, stored_config = reference(name)
+    assert stored_config == json.loads(json.dumps(config))
+    stored = {f"inputs.{key}": value for key, value in inputs.items()} | outputs
+    assert stored.keys() == arrays.keys()
+    assert_close(stored, arrays, tolerance=1e-6)

@@ -1,4 +1,4 @@
-"""The stage folder: what is read is what was written, or a refusal; and which stages make a chain."""
+"""The stage folder: it reads as it was written, or is refused; and which stages make a chain."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ import pytest
 from pipeline.errors import UserError
 from pipeline.stage.manifest import Manifest, check_chain, read_manifest, read_weights, write_stage
 
-FACTS: dict[str, Any] = {
+FIELDS: dict[str, Any] = {
     "kind": "base",
     "size_in": None,
     "size_out": 64,
@@ -30,7 +30,7 @@ WEIGHTS = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.one
 
 @pytest.fixture
 def stage(tmp_path: Path) -> Path:
-    write_stage(tmp_path / "stage", FACTS, WEIGHTS)
+    write_stage(tmp_path / "stage", FIELDS, WEIGHTS)
     return tmp_path / "stage"
 
 
@@ -46,15 +46,15 @@ def refusal(stage: Path) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("facts", [FACTS, FACTS | SR])
-def test_round_trip(facts: dict[str, Any], tmp_path: Path) -> None:
-    write_stage(tmp_path / "new" / "stage", facts, WEIGHTS)
+@pytest.mark.parametrize("fields", [FIELDS, FIELDS | SR])
+def test_round_trip(fields: dict[str, Any], tmp_path: Path) -> None:
+    write_stage(tmp_path / "new" / "stage", fields, WEIGHTS)
     manifest = read_manifest(tmp_path / "new" / "stage")
     written = json.loads((tmp_path / "new" / "stage" / "stage.json").read_text())
-    assert written == facts | {"format": 1, "sha256": manifest.sha256}
-    assert manifest.config == facts["config"]
-    assert (manifest.size_in, manifest.size_out) == (facts["size_in"], facts["size_out"])
-    assert manifest.aug_range == (facts["aug_range"] and tuple(facts["aug_range"]))
+    assert written == fields | {"format": 2, "sha256": manifest.sha256}
+    assert manifest.config == fields["config"]
+    assert (manifest.size_in, manifest.size_out) == (fields["size_in"], fields["size_out"])
+    assert manifest.aug_range == (fields["aug_range"] and tuple(fields["aug_range"]))
     assert manifest.text.fingerprint == "ab" * 32
     weights = read_weights(tmp_path / "new" / "stage", manifest)
     assert weights.keys() == WEIGHTS.keys()
@@ -64,7 +64,7 @@ def test_round_trip(facts: dict[str, Any], tmp_path: Path) -> None:
 
 def test_a_second_write_replaces_the_first(stage: Path) -> None:
     (stage / "stray").touch()
-    write_stage(stage, FACTS | {"step": 700}, {"b": np.zeros(2, np.float32)})
+    write_stage(stage, FIELDS | {"step": 700}, {"b": np.zeros(2, np.float32)})
     assert sorted(path.name for path in stage.iterdir()) == ["stage.json", "unet.safetensors"]
     assert read_manifest(stage).step == 700
     assert read_weights(stage, read_manifest(stage)).keys() == {"b"}
@@ -95,16 +95,20 @@ def test_a_folder_that_is_no_stages(tmp_path: Path) -> None:
 
 
 def test_a_manifest_that_is_not_json(stage: Path) -> None:
-    (stage / "stage.json").write_text('{"format": 1,')
+    (stage / "stage.json").write_text('{"format": 2,')
     assert refusal(stage).startswith(f"{stage}/stage.json: not JSON (Expecting property name")
     assert refusal(stage).endswith("; export the stage again")
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", '{"format": 2}', '{"format": "1"}'])
-def test_a_manifest_of_another_format(text: str, stage: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("[]", "None"), ("{}", "None"), ('{"format": 1}', "1"), ('{"format": "2"}', "2")],
+)
+def test_a_manifest_of_another_format(text: str, found: str, stage: Path) -> None:
     (stage / "stage.json").write_text(text)
-    assert (
-        refusal(stage) == f"{stage}/stage.json: format is not 1; export the stage with this version"
+    assert refusal(stage) == (
+        f"{stage}/stage.json: format is {found}, not 2: another version of cascade wrote it; "
+        "sample with that version, or train the stage with this one"
     )
 
 
@@ -121,11 +125,13 @@ def test_a_manifest_of_another_format(text: str, stage: Path) -> None:
         (
             {"text": {}},
             "",
-            "text.fingerprint: missing, and TextFacts has no default for it; give a value",
+            "text.fingerprint: missing, and TextEncoderInfo has no default for it; give a value",
         ),
     ],
 )
-def test_facts_that_cannot_be(change: dict[str, Any], drop: str, message: str, stage: Path) -> None:
+def test_fields_that_are_refused(
+    change: dict[str, Any], drop: str, message: str, stage: Path
+) -> None:
     rewrite(stage, change, drop)
     assert refusal(stage) == f"{stage}/stage.json: {message}"
 
@@ -134,7 +140,7 @@ def chain(tmp_path: Path, **stages: dict[str, Any]) -> dict[str, Manifest]:
     """Stages by name, each the base or `sr` with something changed."""
     for name, change in stages.items():
         write_stage(
-            tmp_path / name, FACTS | (SR if name.startswith("sr") else {}) | change, WEIGHTS
+            tmp_path / name, FIELDS | (SR if name.startswith("sr") else {}) | change, WEIGHTS
         )
     return {name: read_manifest(tmp_path / name) for name in stages}
 
@@ -149,7 +155,7 @@ def test_chains_that_fit(tmp_path: Path) -> None:
 
 
 def text(**change: Any) -> dict[str, Any]:
-    return {"text": FACTS["text"] | change}
+    return {"text": FIELDS["text"] | change}
 
 
 @pytest.mark.parametrize(
@@ -157,15 +163,15 @@ def text(**change: Any) -> dict[str, Any]:
     [
         (
             {"base": {"size_out": 32}, "sr": {}},
-            "base gives 32 px and sr takes 64 px; chain stages whose sizes agree",
+            "base generates 32 px and sr takes 64 px; chain stages whose sizes agree",
         ),
         (
             {"sr": {}, "base": {}},
-            "sr gives 256 px and base takes no picture; chain stages whose sizes agree",
+            "sr generates 256 px and base takes no image; chain stages whose sizes agree",
         ),
         (
             {"base": {}, "sr256": {}, "sr1024": {"size_in": 512, "size_out": 1024}},
-            "sr256 gives 256 px and sr1024 takes 512 px; chain stages whose sizes agree",
+            "sr256 generates 256 px and sr1024 takes 512 px; chain stages whose sizes agree",
         ),
         (
             {"base": {}, "sr": text(fingerprint="cd" * 32)},
@@ -174,11 +180,13 @@ def text(**change: Any) -> dict[str, Any]:
         ),
         (
             {"base": {}, "sr": text(length=128)},
-            "base was trained with text length 16 and sr with 128; all stages need one text encoder",
+            "base was trained with text length 16 and sr with 128; all stages need one text "
+            "encoder",
         ),
         (
             {"base": text(width=4096), "sr": {}},
-            "base was trained with text width 4096 and sr with 64; all stages need one text encoder",
+            "base was trained with text width 4096 and sr with 64; all stages need one text "
+            "encoder",
         ),
     ],
 )

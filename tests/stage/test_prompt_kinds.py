@@ -1,4 +1,5 @@
-"""The classic small models: told a class or nothing, in discrete time, by other blocks, at sizes
+"""The classic small models: conditioned on a class or on nothing, in discrete time, of other
+blocks, at sizes
 that are no multiple of the network's stride, on normalized pixels. Each is trained for four steps
 and sampled from the folder it leaves.
 """
@@ -17,9 +18,12 @@ from pipeline import Cascade
 from pipeline.config import ConfigError, build
 from pipeline.data.image import to_float
 from pipeline.errors import UserError
-from pipeline.generate.edit import Edit
+from pipeline.generate.engine import sample
 from pipeline.nn.unet import UNet, UNetConfig
+from pipeline.rng import Draws
+from pipeline.stage.inputs import Arrays
 from pipeline.stage.registry import stage_class
+from pipeline.stage.request import Edit, SampleRequest
 from pipeline.stage.stage import Stage
 from pipeline.train.loop import train
 from tests.conftest import stage_yaml
@@ -61,22 +65,22 @@ def pixels(images: list[Image.Image]) -> np.ndarray:
     return np.stack([np.asarray(image) for image in images])
 
 
-def test_a_stage_without_text_is_a_cascade_by_itself(run, cascade):
+def test_a_stage_without_text_is_a_cascade_of_its_own(run: Path, cascade: Cascade) -> None:
     result = cascade(["circle", "cross", "1"], seed=3)
     assert pixels(result.images).shape == (3, 14, 14, 3)
     (manifest,) = cascade.manifests.values()
     assert manifest.text is None
     assert manifest.classes == (SHAPES if run.name == "class" else None)
-    again = cascade(["circle", "cross", "1"], seed=3, numbers=[0, 1, 2])
+    again = cascade(["circle", "cross", "1"], seed=3, image_ids=[0, 1, 2])
     assert (pixels(result.images) == pixels(again.images)).all()
 
 
-def test_a_class_is_seen_and_nothing_is_not(run, cascade):
+def test_a_class_conditions_the_image(run: Path, cascade: Cascade) -> None:
     one, other = (pixels(cascade([name], seed=3).images) for name in ("circle", "square"))
     assert (one == other).all() == (run.name == "none")
 
 
-def test_what_is_no_class_is_refused(run, cascade):
+def test_unknown_classes_are_refused(run: Path, cascade: Cascade) -> None:
     if run.name == "class":
         with pytest.raises(
             UserError, match="'sphere' is no class; the classes are circle, square, triangle, cross"
@@ -86,21 +90,23 @@ def test_what_is_no_class_is_refused(run, cascade):
             cascade(["4"])
 
 
-def sample(*arguments: str) -> int:
+def command(*arguments: str) -> int:
     with pytest.raises(SystemExit) as end:
         cli.main(["sample", *arguments])
     assert isinstance(end.value.code, int)
     return end.value.code
 
 
-def test_the_command_makes_a_number_of_pictures(run, tmp_path, capsys):
+def test_the_command_generates_a_number_of_images(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Of nothing, or of the classes in turn; their recipes say which, and the same command makes no
     more.
     """
-    command = [str(run / "stage"), "--out", str(tmp_path / "out"), "--num", "6"]
+    argv = [str(run / "stage"), "--out", str(tmp_path / "out"), "--num", "6"]
     told = [*SHAPES, *SHAPES[:2]] if run.name == "class" else [""] * 6
     for written in (6, 0):
-        assert sample(*command) == 0
+        assert command(*argv) == 0
         for_them = " for 6 prompts" if run.name == "class" else ""
         assert (
             capsys.readouterr().out
@@ -114,74 +120,82 @@ def test_the_command_makes_a_number_of_pictures(run, tmp_path, capsys):
         assert image.text["prompt"] == told[4]
 
 
-def test_the_command_refuses_what_the_stage_is_not_told(run, tmp_path, capsys, monkeypatch):
+def test_the_command_refuses_prompts_of_another_kind(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Before anything is loaded."""
     monkeypatch.setattr(Cascade, "load", None)
     said = "circle" if run.name == "none" else "4"
-    assert sample(str(run / "stage"), "--out", str(tmp_path / "out"), "--prompt", said) == 2
+    assert command(str(run / "stage"), "--out", str(tmp_path / "out"), "--prompt", said) == 2
     assert capsys.readouterr().err == (
-        "--prompt: 'circle', but these stages are told nothing; give --num N pictures instead\n"
+        "--prompt: 'circle', but these stages are unconditional; give a number of images\n"
         if run.name == "none"
         else "'4' is no class; the classes are circle, square, triangle, cross\n"
     )
     assert not (tmp_path / "out").exists()
 
 
-def test_known_pixels_stay_and_the_hole_is_painted(cascade):
-    """In the stage's own picture, which rounds what it keeps to a level at most."""
-    (stage,) = cascade.stages.values()
+def request(cascade: Cascade, edit: Edit) -> SampleRequest:
     (name,) = cascade.stages
-    rng = np.random.default_rng(0)
-    picture = rng.integers(0, 256, (4, 14, 14, 3)).astype(np.uint8)
+    prompt = cascade.prompt(name, ["circle"] * len(edit.images))
+    return SampleRequest(prompt=prompt, seed=0, image_ids=range(len(edit.images)), edit=edit)
+
+
+def test_known_pixels_stay_and_the_hole_is_sampled(cascade: Cascade) -> None:
+    """In the stage's own image, which rounds what it keeps to a level at most."""
+    (stage,) = cascade.stages.values()
+    images = np.random.default_rng(0).integers(0, 256, (4, 14, 14, 3)).astype(np.uint8)
     mask = np.zeros((4, 1, 14, 14), np.float32)
     mask[:, :, 4:9, 3:12] = 1
-    prompt = cascade.prompt(name, ["circle"] * 4)
-    made = stage.sample(stage.config.sample, prompt, 0, range(4), edit=Edit(picture, mask))
+    edited = sample(stage, stage.config.sample, request(cascade, Edit(images=images, mask=mask)))
     hole = mask[:, 0] == 1
-    np.testing.assert_allclose(made[~hole].astype(int), picture[~hole], atol=1)
-    assert (made[hole] != picture[hole]).mean() > 0.9
+    np.testing.assert_allclose(edited[~hole].astype(int), images[~hole], atol=1)
+    assert (edited[hole] != images[hole]).mean() > 0.9
 
 
-def test_a_weak_edit_stays_near_the_picture(cascade):
+def test_a_weak_edit_stays_near_the_image(cascade: Cascade) -> None:
     (stage,) = cascade.stages.values()
-    (name,) = cascade.stages
-    picture = np.full((4, 14, 14, 3), 200, np.uint8)
-    prompt = cascade.prompt(name, ["circle"] * 4)
-    edits = (Edit(picture, None, strength) for strength in (0.1, 0.9))
+    images = np.full((4, 14, 14, 3), 200, np.uint8)
     weak, strong = (
-        stage.sample(stage.config.sample, prompt, 0, range(4), edit=edit) for edit in edits
+        sample(stage, stage.config.sample, request(cascade, Edit(images=images, strength=strength)))
+        for strength in (0.1, 0.9)
     )
     assert np.abs(weak - 200.0).mean() < np.abs(strong - 200.0).mean()
 
 
-def test_pixels_are_normalized_and_brought_back(shards_folder):
-    stage = make("class", Path("unused"), shards_folder)
-    picture = np.random.default_rng(0).integers(0, 256, (2, 14, 14, 3)).astype(np.uint8)
-    mean, std = (np.array(PIXELS[name])[:, None, None] for name in ("mean", "std"))
-    x = stage.from_pictures(picture)
-    np.testing.assert_allclose(x, (to_float(picture) - mean) / std, rtol=1e-5, atol=1e-6)
-    assert (stage.to_pictures(x) == picture).all()
-    assert (stage.batch(0, range(2), picture, np.eye(4, dtype=np.float32)[:2])[0] == x).all()
-
-
-def test_classes_are_dropped_as_often_as_asked(shards_folder):
-    stage, num = make("class", Path("unused"), shards_folder), 2000
-    label = stage.batch(
-        0, range(num), np.zeros((num, 14, 14, 3), np.uint8), np.tile(np.eye(4)[2], (num, 1))
-    )[3]
-    assert set(map(tuple, label)) == {(0, 0, 1, 0), (0, 0, 0, 0)}
-    assert (label.sum(axis=1) == 0).mean() == pytest.approx(
-        0.25, abs=4 * np.sqrt(0.25 * 0.75 / num)
+def batch(stage: Stage, images: np.ndarray, prompt: Arrays) -> Arrays:
+    return stage.training_inputs(
+        images, prompt, Draws(seed=0, step=0, positions=range(len(images)))
     )
 
 
-def test_discrete_time_trains_its_levels_alone(shards_folder):
-    stage, num = make("none", Path("unused"), shards_folder), 400
-    logsnr = stage.batch(0, range(num), np.zeros((num, 14, 14, 3), np.uint8))[2]
+def test_pixels_are_normalized_and_brought_back() -> None:
+    stage = make("class", Path("unused"), Path("unused"))
+    images = np.random.default_rng(0).integers(0, 256, (2, 14, 14, 3)).astype(np.uint8)
+    mean, std = (np.array(PIXELS[name])[:, None, None] for name in ("mean", "std"))
+    x = stage.from_images(images)
+    np.testing.assert_allclose(x, (to_float(images) - mean) / std, rtol=1e-5, atol=1e-6)
+    assert (stage.to_images(x) == images).all()
+    assert (batch(stage, images, {"label": np.eye(4, dtype=np.float32)[:2]})["x"] == x).all()
+
+
+def test_classes_are_dropped_as_often_as_configured() -> None:
+    stage = make("class", Path("unused"), Path("unused"))
+    num = 2000
+    prompt = {"label": np.tile(np.eye(4)[2], (num, 1))}
+    label = batch(stage, np.zeros((num, 14, 14, 3), np.uint8), prompt)["label"]
+    assert set(map(tuple, label)) == {(0, 0, 1, 0), (0, 0, 0, 0)}
+    share = (label.sum(axis=1) == 0).mean()
+    assert share == pytest.approx(0.25, abs=4 * np.sqrt(0.25 * 0.75 / num))
+
+
+def test_discrete_time_trains_its_levels_alone() -> None:
+    stage = make("none", Path("unused"), Path("unused"))
+    logsnr = batch(stage, np.zeros((400, 14, 14, 3), np.uint8), {})["logsnr"]
     assert len(np.unique(logsnr)) == 20
 
 
-def test_a_picture_is_filled_up_to_the_stride_and_cut_back():
+def test_an_image_is_padded_to_the_stride_and_cropped_back() -> None:
     """As if the rows and columns had been there; the answer depends on the whole picture alone."""
     config = UNetConfig(
         channels=8, channel_mults=(1, 2, 2), num_blocks=(1,) * 3, attention=("none",) * 3
@@ -211,11 +225,11 @@ def test_a_picture_is_filled_up_to_the_stride_and_cut_back():
         ),
         (
             {"conditioning": "class"},
-            "conditioning: class and there is no section classes; conditioning is class if and only if",
+            "conditioning: class and there is no section classes; conditioning is class if",
         ),
         (
             {"classes": CLASSES},
-            "conditioning: none and there is a section classes; conditioning is class if and only if",
+            "conditioning: none and there is a section classes; conditioning is class if",
         ),
         (
             {"sample": {"guidance": 2.0}},
@@ -223,12 +237,12 @@ def test_a_picture_is_filled_up_to_the_stride_and_cut_back():
         ),
         (
             {"unet": {"channel_mults": [1], "num_blocks": [1], "attention": ["cross"]}},
-            "unet.attention: cross looks at the text, and conditioning is none; take self",
+            "unet.attention: cross attends to the text, and conditioning is none; take self",
         ),
         ({"pixels": {**PIXELS, "std": [0, 1, 1]}}, "pixels.std: [0.0, 1.0, 1.0] is not positive"),
     ],
 )
-def test_what_does_not_go_together(changes, message):
+def test_configurations_that_do_not_go_together(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         make("none", Path("run"), Path("shards"), **changes)
     assert str(error.value).startswith(message)

@@ -71,7 +71,10 @@ def test_a_file_without_a_kind(tmp_path: Path) -> None:
         ("text.cond_drop_prob=1.0", "text.cond_drop_prob: 1.0 is not in [0, 1); Imagen has 0.1"),
         ("data.workers=0", "data.workers: 0 is not positive; give 1 or more"),
         ("train.ema_decay=1.0", "train.ema_decay: 1.0 is not in [0, 1); 0.9999 is usual"),
-        ("optimizer.max_grad_norm=0.0", "optimizer.max_grad_norm: 0.0 is not positive; give a positive number"),
+        (
+            "optimizer.max_grad_norm=0.0",
+            "optimizer.max_grad_norm: 0.0 is not positive; give a positive number",
+        ),
     ],
 )
 def test_a_fault_is_told_with_its_file(override: str, fault: str) -> None:
@@ -85,8 +88,8 @@ def test_a_fault_is_told_with_its_file(override: str, fault: str) -> None:
         ("low_res.size=1024", "low_res.size: 1024 does not divide 1024, the stage's size"),
         (
             "low_res.window=250",
-            "low_res.window: 250 is no multiple of 4 (the enlargement) and of {stride} (by which this U-Net shrinks a "
-            "picture) up to the size 1024",
+            "low_res.window: 250 is no multiple of 4 (the enlargement) and of {stride} (by which "
+            "this U-Net divides an image's sides) up to the size 1024",
         ),
         (
             "sample.aug_level=2.0",

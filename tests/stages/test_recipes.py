@@ -1,5 +1,9 @@
-"""Stages: what a batch holds, that its randomness belongs to the sample's place, what is refused."""
+"""Stages: the named inputs of a batch, that its draws belong to the sample's position, and what
+configurations are refused.
+"""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +13,13 @@ from mindspore import Tensor
 
 from pipeline.config import ConfigError, build
 from pipeline.data.image import downsample, to_float, upsample
+from pipeline.diffusion.process import v_target
 from pipeline.diffusion.schedule import cosine
 from pipeline.nn.parameters import assign, initialize
-from pipeline.rng import sampling_noise
+from pipeline.rng import Draws, sampling_noise
+from pipeline.stage.inputs import Arrays
 from pipeline.stage.registry import stage_class
+from pipeline.stage.request import SampleRequest
 from pipeline.stage.stage import Stage
 from tests.conftest import stage_yaml
 from tools.references import random_weights
@@ -34,43 +41,66 @@ def stages() -> dict[str, Stage]:
     return {name: make(name) for name in KINDS}
 
 
-def inputs(stage: Stage, num: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def samples(stage: Stage, num: int) -> tuple[np.ndarray, Arrays]:
+    """Random images, and a prompt of ones."""
     side = stage.config.size
-    pictures = RNG.integers(0, 256, (num, side, side, 3), dtype=np.uint8)
-    return pictures, np.ones((num, 12, 16), np.float32), np.ones((num, 12), bool)
+    images = RNG.integers(0, 256, (num, side, side, 3), dtype=np.uint8)
+    prompt = {
+        "text": np.ones((num, 12, 16), np.float32),
+        "text_mask": np.ones((num, 12), bool),
+    }
+    return images, prompt
+
+
+def batch(
+    stage: Stage, step: int, positions: Sequence[int], images: np.ndarray, prompt: Arrays
+) -> Arrays:
+    draws = Draws(seed=stage.config.seed, step=step, positions=positions)
+    return stage.training_inputs(images, prompt, draws)
+
+
+def tensors(stage: Stage, arrays: Arrays) -> list[Tensor]:
+    return [Tensor(array) for array in stage.training.flatten(arrays)]
+
+
+def repeated(stage: Stage, num: int) -> Arrays:
+    """A batch of one sample at `num` positions."""
+    images, prompt = samples(stage, 1)
+    prompt = {name: array.repeat(num, 0) for name, array in prompt.items()}
+    return batch(stage, 0, range(num), images.repeat(num, 0), prompt)
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_what_is_drawn_for_a_place_does_not_depend_on_the_others(stages, name):
+def test_draws_of_a_position_do_not_depend_on_the_others(
+    stages: dict[str, Stage], name: str
+) -> None:
     stage = stages[name]
-    pictures, text, mask = inputs(stage, 6)
-    whole = stage.batch(5, range(6), pictures, text, mask)
-    parts = [
-        stage.batch(5, range(i, i + 2), pictures[i : i + 2], text[i : i + 2], mask[i : i + 2])
-        for i in (0, 2, 4)
-    ]
-    for array, *pieces in zip(whole, *parts, strict=True):
-        assert array.dtype == np.float32
-        assert (array == np.concatenate(pieces)).all()
+    images, prompt = samples(stage, 6)
+    whole = batch(stage, 5, range(6), images, prompt)
+    assert whole.keys() == set(stage.training.names)
+    for i in (0, 2, 4):
+        rows = slice(i, i + 2)
+        few = {key: array[rows] for key, array in prompt.items()}
+        part = batch(stage, 5, range(i, i + 2), images[rows], few)
+        for key, array in whole.items():
+            assert array.dtype == np.float32
+            np.testing.assert_array_equal(array[rows], part[key])
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_every_step_draws_anew(stages, name):
+def test_every_step_draws_anew(stages: dict[str, Stage], name: str) -> None:
     stage = stages[name]
-    given = inputs(stage, 2)
-    _, eps, logsnr, *_ = stage.batch(1, range(2), *given)
-    _, other_eps, other_logsnr, *_ = stage.batch(2, range(2), *given)
-    assert (eps != other_eps).mean() > 0.99
-    assert (logsnr != other_logsnr).all()
+    images, prompt = samples(stage, 2)
+    one = batch(stage, 1, range(2), images, prompt)
+    other = batch(stage, 2, range(2), images, prompt)
+    assert (one["eps"] != other["eps"]).mean() > 0.99
+    assert (one["logsnr"] != other["logsnr"]).all()
 
 
-def test_captions_are_dropped_whole_and_as_often_as_asked():
-    stage = make("base", text={"cond_drop_prob": 0.25})
-    pictures, text, mask = inputs(stage, 1)
+def test_captions_are_dropped_whole_and_as_often_as_configured() -> None:
     num = 2000
-    _, _, _, text, mask = stage.batch(
-        0, range(num), pictures.repeat(num, 0), text.repeat(num, 0), mask.repeat(num, 0)
-    )
+    arrays = repeated(make("base", text={"cond_drop_prob": 0.25}), num)
+    text, mask = arrays["text"], arrays["text_mask"]
     dropped = (mask == 0).all(axis=1)
     assert ((text == 0).all(axis=(1, 2)) == dropped).all()
     assert ((mask == 1).all(axis=1) != dropped).all()
@@ -78,84 +108,84 @@ def test_captions_are_dropped_whole_and_as_often_as_asked():
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_dropout_is_seeded_for_each_place_in_training_alone(name):
+def test_dropout_is_seeded_by_position_and_in_training_alone(name: str) -> None:
     stage = make(name, unet={"dropout": 0.5})
+    plain = make(name)
     weights = {p.name: p.shape for p in stage.network.trainable_params()}
-    assign(stage.network, random_weights(weights, 0), name)
-    given = inputs(stage, 2)
-    batch, other = (
-        stage.batch(3, range(2), *given),
-        stage.batch(3, (1, 0), *(array[::-1] for array in given)),
-    )
-    seeds, num = batch[5], stage.num_prompt
+    for each in (stage, plain):
+        assign(each.network, random_weights(weights, 0), name)
+    assert "dropout_seeds" not in stage.inputs.names
+
+    images, prompt = samples(stage, 2)
+    arrays = batch(stage, 3, range(2), images, prompt)
+    swapped_prompt = {key: array[::-1] for key, array in prompt.items()}
+    swapped = batch(stage, 3, (1, 0), images[::-1], swapped_prompt)
+    seeds = arrays["dropout_seeds"]
     assert seeds.dtype == np.int32
     assert seeds.min() >= 0
-    np.testing.assert_array_equal(seeds, other[5][::-1])
-    assert len({*seeds, *stage.batch(4, range(2), *given)[5]}) == 4
+    np.testing.assert_array_equal(seeds, swapped["dropout_seeds"][::-1])
+    next_step = batch(stage, 4, range(2), images, prompt)
+    assert len({*seeds, *next_step["dropout_seeds"]}) == 4
 
-    def loss(seeds: list[np.ndarray]) -> np.ndarray:
-        told = (*batch[: 3 + num], *seeds, *batch[4 + num :])
-        return np.asarray(stage.loss(*map(Tensor, told)).asnumpy())
-
-    first, swapped, without = loss([seeds]), loss([seeds[::-1].copy()]), loss([])
-    assert np.abs(first - swapped).min() > 1e-5
-    assert np.abs(first - without).min() > 1e-5
-    plain = make(name)
-    assign(plain.network, random_weights(weights, 0), name)
-    told = (*batch[: 3 + num], *batch[4 + num :])
-    np.testing.assert_array_equal(plain.loss(*map(Tensor, told)).asnumpy(), without)
+    loss = stage.loss(*tensors(stage, arrays)).asnumpy()
+    other = {**arrays, "dropout_seeds": seeds[::-1].copy()}
+    other_loss = stage.loss(*tensors(stage, other)).asnumpy()
+    without = plain.loss(*tensors(plain, arrays)).asnumpy()
+    assert np.abs(loss - other_loss).min() > 1e-5
+    assert np.abs(loss - without).min() > 1e-5
 
 
-def test_times_are_uniform(stages):
-    stage = stages["base"]
-    pictures, text, mask = inputs(stage, 1)
-    num = 2000
-    logsnr = stage.batch(
-        0, range(num), pictures.repeat(num, 0), text.repeat(num, 0), mask.repeat(num, 0)
-    )[2]
+def test_times_are_uniform(stages: dict[str, Stage]) -> None:
+    logsnr = repeated(stages["base"], 2000)["logsnr"]
     for share in (0.1, 0.5, 0.9):
         assert (logsnr > cosine(np.array(share))).mean() == pytest.approx(share, abs=0.05)
 
 
-def test_the_low_resolution_is_the_pictures_own(stages):
+def test_the_low_resolution_is_the_images_own(stages: dict[str, Stage]) -> None:
     stage = stages["sr32"]
-    pictures, text, mask = inputs(stage, 2)
-    x, *_, low, low_eps, low_logsnr = stage.batch(0, range(2), pictures, text, mask)
-    assert (x == to_float(pictures)).all()
-    assert (low == upsample(downsample(x, 16), 32)).all()
-    assert low_eps.shape == x.shape
-    assert (np.abs(low_logsnr) <= 20.001).all()
-    assert low_logsnr[0] != low_logsnr[1]  # a level for each sample
+    images, prompt = samples(stage, 2)
+    arrays = batch(stage, 0, range(2), images, prompt)
+    x = arrays["x"]
+    assert (x == to_float(images)).all()
+    assert (arrays["low_res"] == upsample(downsample(x, 16), 32)).all()
+    assert arrays["low_res_noise"].shape == x.shape
+    levels = arrays["low_res_logsnr"]
+    assert (np.abs(levels) <= 20.001).all()
+    assert levels[0] != levels[1]  # a level for each sample
 
 
-def test_the_network_sees_the_noisy_low_resolution_and_its_level(stages, monkeypatch):
-    """alpha low + sigma eps at the level that is embedded beside the picture's own, against NumPy
+def test_super_resolution_sees_the_noisy_low_resolution_and_its_level(
+    stages: dict[str, Stage],
+) -> None:
+    """alpha low_res + sigma eps at the level that is embedded beside the image's own, against NumPy
     in float64.
     """
-    from mindspore import Tensor
+    stage = stages["sr32"]
+    inputs: list[np.ndarray] = []
 
-    stage, seen = stages["sr32"], []
-    monkeypatch.setattr(
-        stage, "network", lambda *given: seen.append([array.asnumpy() for array in given])
-    )
-    x, _, logsnr, text, mask, low, low_eps, low_logsnr = stage.batch(0, range(2), *inputs(stage, 2))
-    stage.predict(Tensor(x), *map(Tensor, (logsnr, text, mask, low, low_eps, low_logsnr)))
-    ((picture, levels, *_),) = seen
-    variance = 1 / (1 + np.exp(low_logsnr.astype(np.float64)))[:, None, None, None]
-    noisy = np.sqrt(1 - variance) * low + np.sqrt(variance) * low_eps
-    assert (picture[:, :3] == x).all()
-    np.testing.assert_allclose(picture[:, 3:], noisy, atol=2e-5)
-    assert (levels == np.stack([logsnr, low_logsnr], axis=1)).all()
+    def network(x_BCHW: Tensor, logsnr_BT: Tensor, *conditioning: Tensor | None) -> Tensor:
+        inputs.extend((x_BCHW.asnumpy(), logsnr_BT.asnumpy()))
+        return x_BCHW
+
+    arrays = batch(stage, 0, range(2), *samples(stage, 2))
+    named = {key: Tensor(array) for key, array in arrays.items()}
+    stage.predict(network, named["x"], named["logsnr"], named)
+    image, levels = inputs
+    variance = 1 / (1 + np.exp(arrays["low_res_logsnr"].astype(np.float64)))[:, None, None, None]
+    noisy = np.sqrt(1 - variance) * arrays["low_res"]
+    noisy += np.sqrt(variance) * arrays["low_res_noise"]
+    assert (image[:, :3] == arrays["x"]).all()
+    np.testing.assert_allclose(image[:, 3:], noisy, atol=2e-5)
+    assert (levels == np.stack([arrays["logsnr"], arrays["low_res_logsnr"]], axis=1)).all()
 
 
-def test_levels_stay_within_what_is_trained():
+def test_augmentation_levels_stay_within_their_range() -> None:
     stage = make("sr32", low_res={"max_aug_level": 0.5})
-    pictures, text, mask = inputs(stage, 8)
-    levels = stage.batch(0, range(8), pictures, text, mask)[-1]
+    levels = batch(stage, 0, range(8), *samples(stage, 8))["low_res_logsnr"]
     assert (levels >= cosine(np.array(0.5)) - 1e-6).all()
 
 
-def test_noise_of_sampling_is_named_by_seed_number_size_and_step():
+def test_sampling_noise_is_named_by_seed_id_size_and_draw() -> None:
     noise = sampling_noise(3, [4, 9], (3, 8, 8), 0)
     assert (sampling_noise(3, [9], (3, 8, 8), 0)[0] == noise[1]).all()
     for other in (
@@ -167,27 +197,29 @@ def test_noise_of_sampling_is_named_by_seed_number_size_and_step():
     assert (sampling_noise(3, [9], (3, 16, 16), 0)[0, :, :8, :8] != noise[1]).mean() > 0.99
 
 
-def test_any_multiple_of_the_low_resolution_can_be_enlarged(stages):
+def test_any_multiple_of_the_low_resolution_can_be_enlarged(stages: dict[str, Stage]) -> None:
     """A stage that was trained on windows is run at full size: the shape follows from the low
-    resolution it gets.
+    resolution.
     """
-    shape, (low, noise, logsnr) = stages["sr64"].condition(
-        np.zeros((2, 24, 24, 3), np.uint8), 0, [0, 1], 0.3
+    stage = stages["sr64"]
+    request = SampleRequest(
+        prompt={}, seed=0, image_ids=[0, 1], low_res=np.zeros((2, 24, 24, 3), np.uint8)
     )
-    assert shape == (3, 48, 48)
-    assert low.shape == noise.shape == (2, 3, 48, 48)
-    assert logsnr == pytest.approx(cosine(np.array([0.3, 0.3])), rel=1e-6)
+    arrays = stage.sampling_inputs(request, replace(stage.config.sample, aug_level=0.3))
+    assert stage.sample_shape(request) == (3, 48, 48)
+    assert arrays["low_res"].shape == arrays["low_res_noise"].shape == (2, 3, 48, 48)
+    expected = cosine(np.array([0.3, 0.3]))
+    assert arrays["low_res_logsnr"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_first_loss_is_that_of_answering_nothing(stages):
+def test_the_first_loss_is_that_of_predicting_zero(stages: dict[str, Stage]) -> None:
     """The network starts at zero, so the loss of an image is its target's mean square."""
-    from pipeline.diffusion.process import v_target
-
     stage = stages["sr32"]
     initialize(stage.network, 0)
-    batch = [Tensor(array) for array in stage.batch(0, range(2), *inputs(stage, 2))]
-    wanted = (v_target(*batch[:3]).asnumpy() ** 2).mean(axis=(1, 2, 3))
-    assert stage.loss(*batch).asnumpy() == pytest.approx(wanted, rel=1e-5)
+    x, eps, logsnr_B, *others = tensors(stage, batch(stage, 0, range(2), *samples(stage, 2)))
+    target = v_target(x, eps, logsnr_B).asnumpy()
+    loss = stage.loss(x, eps, logsnr_B, *others).asnumpy()
+    assert loss == pytest.approx((target**2).mean(axis=(1, 2, 3)), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -202,8 +234,8 @@ def test_the_first_loss_is_that_of_answering_nothing(stages):
         (
             "sr64",
             {"low_res": {"window": 30}},
-            "low_res.window: 30 is no multiple of 2 (the enlargement) and of 8 (by which this U-Net shrinks a picture) "
-            "up to the size 64",
+            "low_res.window: 30 is no multiple of 2 (the enlargement) and of 8 (by which this "
+            "U-Net divides an image's sides) up to the size 64",
         ),
         (
             "sr32",
@@ -233,7 +265,9 @@ def test_the_first_loss_is_that_of_answering_nothing(stages):
         ),
     ],
 )
-def test_what_cannot_be_is_refused(name, sections, message):
+def test_configurations_that_are_refused(
+    name: str, sections: dict[str, Any], message: str | None
+) -> None:
     with pytest.raises(ConfigError) as error:
         make(name, **sections)
     assert message is None or str(error.value) == message

@@ -1,10 +1,9 @@
-"""The text of a batch: stored or encoded now, the same; each sample's caption drawn by weight; no
-bad store used.
+"""The text of a batch: stored or encoded now, the same arrays; each sample's caption drawn by
+weight; stores that do not fit refused.
 """
 
 import json
 import logging
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,118 +14,144 @@ from pipeline.config import build
 from pipeline.data.shards import DataConfig, Shards
 from pipeline.errors import UserError
 from pipeline.text.caption_embeddings import (
+    CaptionChoice,
     LiveText,
     StoredText,
-    choose,
+    choose_caption,
     load_encoder,
-    open_text,
+    open_caption_embeddings,
     recipe,
 )
-from pipeline.text.encoder import TextConfig
+from pipeline.text.encoder import TextConfig, TextEncoder
+from pipeline.text.prompts import PROMPT_INPUTS
 from pipeline.text.store import TextStore
 from tests.helpers.tars import sample, tar
 
-LENGTH, NUM = 12, 6
+LENGTH = 12  # tokens a caption
+NUM_SAMPLES = 6
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
+    """One tar whose sample i has a caption, a title and i % 3 alternative texts."""
     members = []
-    for number in range(NUM):
-        alts = [f"a small blue square {k}" for k in range(number % 3)]
-        meta = json.dumps({"alt": alts, "title": f"Large RED circle {number}"}).encode()
-        members += sample(
-            f"{number}", txt=f"a large red circle on white {number}".encode(), json=meta
-        )
+    for i in range(NUM_SAMPLES):
+        alts = [f"a small blue square {k}" for k in range(i % 3)]
+        meta = json.dumps({"alt": alts, "title": f"Large RED circle {i}"}).encode()
+        members += sample(f"{i}", txt=f"a large red circle on white {i}".encode(), json=meta)
     (tmp_path / "0.tar").write_bytes(tar(members))
     return tmp_path
 
 
-def opened(folder: Path, **options: Any) -> Shards:
+def open_shards(folder: Path, **options: Any) -> Shards:
     return Shards.open(build(DataConfig, {"shards": f"{folder}/*.tar", **options}), progress=False)
+
+
+def text_config(encoder: Path, **options: Any) -> TextConfig:
+    raw = {"encoder": str(encoder), "width": 16, "length": LENGTH}
+    return build(TextConfig, raw | options)
+
+
+@pytest.fixture(scope="module")
+def encoder(t5_folder: Path) -> TextEncoder:
+    """One for all tests: it compiles each shape once."""
+    return load_encoder(text_config(t5_folder))
+
+
+def build_store(config: TextConfig, shards: Shards, encoder: TextEncoder) -> int:
+    """Encodes all captions; how many files it wrote."""
+    return TextStore(shards, recipe(config)).build(lambda: encoder, progress=False)
 
 
 @pytest.mark.parametrize("clean", [False, True])
 @pytest.mark.parametrize("captions", [{"txt": 1}, {"txt": 1, "alt": 2, "title": 0.5}])
-def test_live_text_is_stored_text(
-    captions: dict[str, float], clean: bool, folder: Path, t5_folder: Path
+def test_live_text_equals_stored_text(
+    captions: dict[str, float], clean: bool, folder: Path, t5_folder: Path, encoder: TextEncoder
 ) -> None:
-    config = build(
-        TextConfig, {"encoder": str(t5_folder), "width": 16, "length": LENGTH, "clean": clean}
-    )
-    shards = opened(folder, captions=captions)
-    live = open_text(config, shards)
-    assert isinstance(live, LiveText)
-    assert TextStore(shards, recipe(config)).build(
-        partial(load_encoder, config), progress=False
-    ) == len(captions)
-    stored = open_text(config, shards)
+    config = text_config(t5_folder, clean=clean)
+    shards = open_shards(folder, captions=captions)
+    opened = open_caption_embeddings(config, shards)
+    assert isinstance(opened, LiveText)
+    assert not opened.threadsafe
+    live = LiveText(shards, opened.recipe, encoder)
+
+    assert build_store(config, shards, encoder) == len(captions)
+    stored = open_caption_embeddings(config, shards)
     assert isinstance(stored, StoredText)
+    assert stored.threadsafe
     assert stored.recipe == live.recipe
-    for numbers in ([0], [3, 1, 3], list(range(NUM))):
-        text, mask = live.embed(numbers, 0, 5, range(len(numbers)))
-        assert text.shape == (len(numbers), LENGTH, 16)
-        assert mask.any(axis=1).all()
-        for a, b in zip(
-            (text, mask), stored.embed(numbers, 0, 5, range(len(numbers))), strict=True
-        ):
-            np.testing.assert_array_equal(a, b)
-            assert a.dtype == b.dtype
+    assert stored.manifest_fields == live.manifest_fields
+
+    for sample_ids in ([0], [3, 1, 3], list(range(NUM_SAMPLES))):
+        positions = range(len(sample_ids))
+        encoded = live.embed(sample_ids, 0, 5, positions)
+        read = stored.embed(sample_ids, 0, 5, positions)
+        assert tuple(encoded) == tuple(read) == PROMPT_INPUTS["text"]
+        assert encoded["text"].shape == (len(sample_ids), LENGTH, 16)
+        assert encoded["text_mask"].any(axis=1).all()
+        for name in encoded:
+            np.testing.assert_array_equal(encoded[name], read[name])
+            assert encoded[name].dtype == read[name].dtype
 
 
-def test_without_a_store_a_word_of_warning(
+def test_encoding_during_training_is_warned_of(
     folder: Path, t5_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "cascade"):
-        open_text(TextConfig(encoder=str(t5_folder), width=16, length=LENGTH), opened(folder))
+        open_caption_embeddings(text_config(t5_folder), open_shards(folder))
     assert (
-        "captions are encoded while training, which slows it; run `python -m tools.cache_text CONFIG`"
-        in caplog.text
+        "no stored embeddings: captions are encoded during training, which slows it down; run "
+        "`cascade cache-text CONFIG` to encode them ahead" in caplog.text
     )
 
 
 def test_captions_are_drawn_by_weight(folder: Path) -> None:
     """Among the fields that a sample has; and evenly within a field."""
-    shards = opened(folder, captions={"txt": 1, "alt": 3})
-    for number in range(3):
-        found = [choose(shards, number, 0, step, 7) for step in range(2000)]
-        assert {place[:2] for place in found} == {(0, number)}
-        share = np.mean([place[2] == "alt" for place in found])
-        assert share == pytest.approx(0.75 if number else 0, abs=0.05)
-        if number == 2:
-            assert np.mean([place[3] for place in found if place[2] == "alt"]) == pytest.approx(
-                0.5, abs=0.06
-            )
-    only = opened(folder, captions={"absent": 9, "title": 1})
-    assert choose(only, 4, 0, 0, 0) == (0, 4, "title", 0)
+    shards = open_shards(folder, captions={"txt": 1, "alt": 3})
+    for row in range(3):
+        choices = [
+            choose_caption(shards, row, seed=0, step=step, position=7) for step in range(2000)
+        ]
+        assert {(choice.shard, choice.row) for choice in choices} == {(0, row)}
+
+        alts = [choice.caption for choice in choices if choice.field == "alt"]
+        assert len(alts) / len(choices) == pytest.approx(0.75 if row else 0, abs=0.05)
+        if row == 2:  # the sample with two of them
+            assert np.mean(alts) == pytest.approx(0.5, abs=0.06)
 
 
-def test_a_partial_store_is_refused(folder: Path, t5_folder: Path) -> None:
-    config = TextConfig(encoder=str(t5_folder), width=16, length=LENGTH)
+def test_only_fields_that_the_sample_has_are_drawn(folder: Path) -> None:
+    shards = open_shards(folder, captions={"absent": 9, "title": 1})
+    choice = choose_caption(shards, 4, seed=0, step=0, position=0)
+    assert choice == CaptionChoice(shard=0, row=4, field="title", caption=0)
+
+
+def test_a_partial_store_is_refused(folder: Path, t5_folder: Path, encoder: TextEncoder) -> None:
+    config = text_config(t5_folder)
     (folder / "1.tar").write_bytes((folder / "0.tar").read_bytes())
-    one = Shards.open(build(DataConfig, {"shards": f"{folder}/0.tar"}), progress=False)
-    TextStore(one, recipe(config)).build(partial(load_encoder, config), progress=False)
-    with pytest.raises(
-        UserError, match=r"1\.text-.* is missing; run `python -m tools\.cache_text CONFIG`"
-    ):
-        open_text(config, opened(folder))
+    first_shard = Shards.open(build(DataConfig, {"shards": f"{folder}/0.tar"}), progress=False)
+    build_store(config, first_shard, encoder)
+    with pytest.raises(UserError, match=r"1\.text-.* is missing; run `cascade cache-text CONFIG`$"):
+        open_caption_embeddings(config, open_shards(folder))
 
 
 @pytest.mark.parametrize(
     ("text", "data"), [({"length": 9}, {}), ({"clean": True}, {}), ({}, {"captions": {"title": 1}})]
 )
 def test_a_stale_store_is_refused(
-    text: dict[str, Any], data: dict[str, Any], folder: Path, t5_folder: Path
+    text: dict[str, Any],
+    data: dict[str, Any],
+    folder: Path,
+    t5_folder: Path,
+    encoder: TextEncoder,
 ) -> None:
-    raw = {"encoder": str(t5_folder), "width": 16, "length": LENGTH}
-    config = build(TextConfig, raw)
-    TextStore(opened(folder), recipe(config)).build(partial(load_encoder, config), progress=False)
+    build_store(text_config(t5_folder), open_shards(folder), encoder)
     with pytest.raises(
         UserError, match="is of another text encoder, length, caption field or cleaning"
     ):
-        open_text(build(TextConfig, raw | text), opened(folder, **data))
+        open_caption_embeddings(text_config(t5_folder, **text), open_shards(folder, **data))
 
 
-def test_another_width_than_the_encoders(folder: Path, t5_folder: Path) -> None:
+def test_another_width_than_the_encoders_is_refused(folder: Path, t5_folder: Path) -> None:
     with pytest.raises(UserError, match=r"text\.width: 17, but the encoder in .* has 16; set that"):
-        open_text(TextConfig(encoder=str(t5_folder), width=17), opened(folder))
+        open_caption_embeddings(text_config(t5_folder, width=17), open_shards(folder))

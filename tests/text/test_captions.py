@@ -1,4 +1,4 @@
-"""What a caption loses in cleaning, what it keeps, and that it is not cleaned for ever."""
+"""Cleaning: examples for every rule, idempotence and linear time; the captions of a sample."""
 
 import hashlib
 import random
@@ -12,7 +12,8 @@ from pipeline.text.captions import CLEANING, RULES, captions, clean
 EXAMPLES = {
     "A Photo of a Cat": "a photo of a cat",
     "  much \t space\n here ": "much space here",
-    "caf\u00c3\u00a9 d\u00c3\u00a9j\u00c3\u00a0 vu": "caf\u00e9 d\u00e9j\u00e0 vu",  # UTF-8 that was read as Latin-1
+    # UTF-8 decoded as Latin-1.
+    "caf\u00c3\u00a9 d\u00c3\u00a9j\u00c3\u00a0 vu": "caf\u00e9 d\u00e9j\u00e0 vu",
     "a &amp;quot;big&amp;quot; dog": 'a "big" dog',
     "black &amp; white": "black & white",
     "<b>Bold</b> and <br/>": "bold and",
@@ -73,8 +74,8 @@ def test_examples(text: str, cleaned: str) -> None:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_cleaning_twice_is_once(seed: int) -> None:
-    """Of texts pieced together from what the rules are about, with and without spaces between."""
+def test_cleaning_is_idempotent(seed: int) -> None:
+    """For random texts made of parts that the rules match, with and without spaces between."""
     draw = random.Random(seed)
     for _ in range(25):
         pieces = [
@@ -121,29 +122,31 @@ UNITS += [
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=ascii)
-def test_a_long_text_comes_to_an_end(unit: str) -> None:
-    """A rule whose time grew with the square of the length would take minutes for these."""
+def test_time_is_linear_in_the_length(unit: str) -> None:
+    """A rule of quadratic time would take minutes for these."""
     text = unit * (60_000 // len(unit))
     for long in (text, f"{text}!", f"q{text}1 q", f"{text}-a"):
         assert len(clean(long)) <= len(long)
 
 
-def test_every_rule_is_needed() -> None:
-    """Each finds something in an example, as it stands or on the way."""
+def test_every_rule_has_an_example() -> None:
+    """Each matches an example, in its original form or after the preceding rules."""
     import ftfy
 
-    found = set()
+    unused = {pattern.pattern for pattern, _ in RULES}
     for text in (ftfy.fix_text(text).lower() for text in EXAMPLES):
-        for number, (pattern, replacement) in enumerate(RULES):
+        for pattern, replacement in RULES:
             text, count = pattern.subn(replacement, text)
-            found |= {number} if count else set()
-    assert [
-        pattern.pattern for number, (pattern, _) in enumerate(RULES) if number not in found
-    ] == []
+            if count:
+                unused.discard(pattern.pattern)
+    assert not unused
 
 
-def test_import_is_late() -> None:
-    code = "import sys, pipeline.text.captions; sys.exit('ftfy' in sys.modules or 'mindspore' in sys.modules)"
+def test_the_module_imports_neither_ftfy_nor_mindspore() -> None:
+    code = (
+        "import sys, pipeline.text.captions; "
+        "sys.exit('ftfy' in sys.modules or 'mindspore' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
@@ -171,8 +174,8 @@ def test_captions_of_a_sample(field: str, expected: list[str]) -> None:
     assert captions("", meta, field) == ([] if field == "txt" else expected)
 
 
-def test_other_rules_are_another_version() -> None:
-    """Stored embeddings are known by it. If this fails, raise CLEANING and put the new digest here."""
+def test_other_rules_need_another_version() -> None:
+    """Stored embeddings depend on it. If this fails, raise CLEANING and change the digest here."""
     rules = [
         (pattern.pattern, replacement if isinstance(replacement, str) else "")
         for pattern, replacement in RULES

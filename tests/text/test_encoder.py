@@ -1,4 +1,4 @@
-"""Captions to embeddings, with a tiny T5 made for the purpose."""
+"""Captions to embeddings, with a tiny T5."""
 
 import logging
 import shutil
@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from pipeline.errors import UserError
-from pipeline.text.encoder import TextEncoder, calls, padded
+from pipeline.text.encoder import TextEncoder, calls, padded_lengths
 from tools import tiny_t5
 
 CAPTIONS = [
@@ -42,13 +42,13 @@ def test_shapes_and_padding(encoder: TextEncoder) -> None:
     assert text_NLD.shape == (2, LENGTH, encoder.width) == (2, LENGTH, 32)
     assert text_NLD.dtype == np.float32
     assert mask_NL.dtype == bool
-    assert mask_NL.sum(1).tolist() == [7, 1]  # words and the end; the end alone
+    assert mask_NL.sum(1).tolist() == [7, 1]  # words and the end token; the end token alone
     assert (text_NLD[~mask_NL] == 0).all()
     assert 0.9 < text_NLD[mask_NL].std() < 1.1
     assert [array.shape for array in encoder.encode([])] == [(0, LENGTH, 32), (0, LENGTH)]
 
 
-def test_values_survive_half_precision(encoder: TextEncoder) -> None:
+def test_values_are_exact_in_half_precision(encoder: TextEncoder) -> None:
     text_NLD, _ = encoder.encode(CAPTIONS)
     np.testing.assert_array_equal(text_NLD, text_NLD.astype(np.float16))
 
@@ -61,31 +61,27 @@ def test_values_beyond_half_precision_are_clipped(copy: Path) -> None:
     assert np.abs(text_NLD).max() == np.finfo(np.float16).max
 
 
-def test_a_caption_alone_gives_what_it_gave_among_others(encoder: TextEncoder) -> None:
+def test_a_caption_has_the_same_embeddings_alone_and_in_a_batch(encoder: TextEncoder) -> None:
     captions = [CAPTIONS[i % len(CAPTIONS)] + " and blue" * (i % 4) for i in range(150)]
-    done: list[int] = []
-    text_NLD, mask_NL = encoder.encode(captions, progress=done.append)
+    finished: list[int] = []
+    text_NLD, mask_NL = encoder.encode(captions, progress=finished.append)
     assert sorted(set(mask_NL.sum(1))) == [7, 11, 12]
-    assert done == [
-        38,
-        42,
-        42,
-        28,
-    ]  # 7 tokens in calls of 64 captions, 11 and 12 tokens in calls of 42
+    # 7 tokens in calls of 64 captions, 11 and 12 tokens in calls of 42.
+    assert finished == [38, 42, 42, 28]
     for row in (0, 1, 2, 3, 62, 148, 149):
         alone_NLD, alone_NL = encoder.encode([captions[row]])
         np.testing.assert_array_equal(alone_NLD[0], text_NLD[row])
         np.testing.assert_array_equal(alone_NL[0], mask_NL[row])
 
 
-def test_little_padding_changes_nothing_beyond_rounding(encoder: TextEncoder) -> None:
+def test_the_amount_of_padding_changes_values_by_rounding_alone(encoder: TextEncoder) -> None:
     captions = ["", "a circle", *CAPTIONS]
     text_NLD, mask_NL = encoder.encode(captions)
-    whole_NLD = encoder.encoder(*encoder.tokenize(captions))  # all padded to the whole length
-    np.testing.assert_allclose(text_NLD[mask_NL], whole_NLD[mask_NL], rtol=1e-3, atol=1e-4)
+    full_NLD = encoder.encoder(*encoder.tokenize(captions))  # all padded to the full length
+    np.testing.assert_allclose(text_NLD[mask_NL], full_NLD[mask_NL], rtol=1e-3, atol=1e-4)
 
 
-def test_ragged_is_encode_without_padding(encoder: TextEncoder) -> None:
+def test_encode_ragged_is_encode_without_padding(encoder: TextEncoder) -> None:
     captions = ["a circle", "", CAPTIONS[0], "a large blue cross on black " * 3]
     rows_TD, counts_N = encoder.encode_ragged(captions)
     text_NLD, mask_NL = encoder.encode(captions)
@@ -96,16 +92,17 @@ def test_ragged_is_encode_without_padding(encoder: TextEncoder) -> None:
 
 
 @pytest.mark.parametrize("length", [1, 12, 100, 128, 1000])
-def test_calls_hold_every_caption_once_in_few_shapes(length: int) -> None:
+def test_calls_have_every_caption_once_in_few_shapes(length: int) -> None:
     counts_N = np.random.default_rng(0).integers(1, length + 1, 5000)
-    made = list(calls(counts_N, length))
-    assert sorted(np.concatenate([chosen for chosen, _ in made])) == list(range(5000))
-    for chosen, (batch, tokens) in made:
-        assert len(chosen) <= batch
-        assert counts_N[chosen].max() <= tokens <= length
-        assert batch == 1 or batch * tokens <= 512
-        assert (padded(counts_N[chosen], length) == tokens).all()
-    assert len({shape for _, shape in made}) <= 4 + length / 16
+    result = list(calls(counts_N, length))
+    assert sorted(np.concatenate([call.members for call in result])) == list(range(5000))
+    for call in result:
+        counts = counts_N[call.members]
+        assert len(call.members) <= call.batch
+        assert counts.max() <= call.length <= length
+        assert call.batch == 1 or call.batch * call.length <= 512
+        assert (padded_lengths(counts, length) == call.length).all()
+    assert len({(call.batch, call.length) for call in result}) <= 4 + length / 16
 
 
 def test_different_words_give_different_embeddings(encoder: TextEncoder) -> None:
@@ -114,11 +111,11 @@ def test_different_words_give_different_embeddings(encoder: TextEncoder) -> None
     cosine_NN = colour_ND @ colour_ND.T  # red green blue red green blue
     assert mask_NL.sum(1).tolist() == [7] * 6
     for i in range(3):
-        assert cosine_NN[i, i + 3] > 0.9  # the same colour, of another size
+        assert cosine_NN[i, i + 3] > 0.9  # the same colour, another size
         assert cosine_NN[i, (i + 1) % 3] < 0.7  # another colour
 
 
-def test_long_captions_keep_their_end_and_are_reported(
+def test_truncated_captions_keep_the_end_token_and_are_reported(
     encoder: TextEncoder, caplog: pytest.LogCaptureFixture
 ) -> None:
     long = "a small red circle on white " * 3
@@ -137,7 +134,7 @@ def test_long_captions_keep_their_end_and_are_reported(
     )
 
 
-def test_tokens_are_those_of_transformers(encoder: TextEncoder, folder: Path) -> None:
+def test_tokens_equal_those_of_transformers(encoder: TextEncoder, folder: Path) -> None:
     from transformers import AutoTokenizer
 
     captions = [
@@ -149,23 +146,22 @@ def test_tokens_are_those_of_transformers(encoder: TextEncoder, folder: Path) ->
         "a\nline",
         "circle " * 20,
     ]
-    theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)(
+    expected = AutoTokenizer.from_pretrained(folder, local_files_only=True)(
         captions, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="np"
     )
     ids_NL, mask_NL = encoder.tokenize(captions)
-    np.testing.assert_array_equal(ids_NL, theirs["input_ids"])
-    np.testing.assert_array_equal(mask_NL, theirs["attention_mask"])
+    np.testing.assert_array_equal(ids_NL, expected["input_ids"])
+    np.testing.assert_array_equal(mask_NL, expected["attention_mask"])
 
 
-def test_a_caption_that_spells_the_end_ends_once(encoder: TextEncoder) -> None:
-    ids_NL, mask_NL = encoder.tokenize(
-        ["a circle </s>", "a circle"]
-    )  # `transformers` warns: an error under pytest
+def test_a_caption_with_an_end_token_gets_no_second_one(encoder: TextEncoder) -> None:
+    # A warning of `transformers` would be an error here.
+    ids_NL, mask_NL = encoder.tokenize(["a circle </s>", "a circle"])
     assert (ids_NL[0] == 1).sum() == 1
     assert mask_NL[0, mask_NL[0].sum() - 1]
 
 
-def test_mistakes_are_named(copy: Path, tmp_path: Path) -> None:
+def test_invalid_folders_are_named_in_the_error(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="length is 0"):
         TextEncoder.load(copy, copy, 0)
     with pytest.raises(UserError, match=r"absent.*spiece\.model: no such file; give"):
@@ -184,8 +180,8 @@ def test_mistakes_are_named(copy: Path, tmp_path: Path) -> None:
         TextEncoder.load(copy, copy, LENGTH)
 
 
-def test_a_token_that_the_encoder_lacks_is_named(copy: Path) -> None:
-    (copy / "tokenizer_config.json").unlink()  # then `transformers` adds 100 tokens
+def test_a_token_that_the_encoder_lacks_is_named_in_the_error(copy: Path) -> None:
+    (copy / "tokenizer_config.json").unlink()  # without it `transformers` adds 100 tokens
     encoder = TextEncoder.load(copy, copy, LENGTH)
     with pytest.raises(UserError, match="caption 'a <extra_id_0>': token"):
         encoder.encode(["a circle", "a <extra_id_0>"])

@@ -1,4 +1,4 @@
-"""The T5 encoder beside `transformers`' own, live; the stored answers of test_t5.py need no
+"""The T5 encoder against that of `transformers`, live; the stored references of test_t5.py need no
 PyTorch.
 """
 
@@ -17,10 +17,12 @@ pytestmark = pytest.mark.parity
 
 
 @pytest.mark.parametrize("kind", ["v1_0", "v1_1"])
-@pytest.mark.parametrize("whole", [False, True])
-def test_equals_transformers(kind: Literal["v1_0", "v1_1"], whole: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("with_decoder", [False, True])
+def test_equals_transformers(
+    kind: Literal["v1_0", "v1_1"], with_decoder: bool, tmp_path: Path
+) -> None:
     model = references.t5_model(
-        kind, whole, d_model=32, num_layers=3, relative_attention_num_buckets=16
+        kind, with_decoder, d_model=32, num_layers=3, relative_attention_num_buckets=16
     )
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert (tmp_path / "model.safetensors.index.json").is_file()

@@ -1,4 +1,4 @@
-"""Embeddings beside the shards: what comes back is what the encoder said, or a refusal."""
+"""Stored embeddings: reading gives the encoder's outputs, or is refused."""
 
 import subprocess
 import sys
@@ -25,40 +25,36 @@ CAPTIONS = [("abc", "d", "efghij"), ("k", "xyz", "a b", "A b"), ("solo",)]
 
 
 class LetterEncoder:
-    """One token a letter; counts what it was asked."""
+    """One token a letter; records its inputs."""
 
     def __init__(self) -> None:
-        self.asked: list[str] = []
+        self.inputs: list[str] = []
 
     def encode_ragged(
         self, captions: Sequence[str], progress: Callable[[int], object] | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        self.asked += captions
+        self.inputs += captions
         rows = [embedding(caption) for caption in captions]
-        return np.concatenate([np.zeros((0, WIDTH), np.float16), *rows]), np.array(
-            [len(row) for row in rows], np.int64
-        )
+        lengths = np.array([len(row) for row in rows], np.int64)
+        return np.concatenate([np.zeros((0, WIDTH), np.float16), *rows]), lengths
 
 
 def embedding(caption: str) -> np.ndarray:
     rows = [
-        np.random.default_rng([ord(letter), place]).standard_normal(WIDTH)
-        for place, letter in enumerate(caption)
+        np.random.default_rng([ord(letter), position]).standard_normal(WIDTH)
+        for position, letter in enumerate(caption)
     ]
     return np.array(rows[: RECIPE.length], np.float16).reshape(-1, WIDTH)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for number, words in enumerate(CAPTIONS):
-        members = [
-            file
-            for row, caption in enumerate(words)
-            for file in sample(
-                f"{number}{row}", txt=caption.encode(), json=b'{"alt": ["%d", "", "other"]}' % row
-            )
-        ]
-        (tmp_path / f"{number}.tar").write_bytes(tar(members))
+    for shard, captions in enumerate(CAPTIONS):
+        members = []
+        for row, caption in enumerate(captions):
+            meta = b'{"alt": ["%d", "", "other"]}' % row
+            members += sample(f"{shard}{row}", txt=caption.encode(), json=meta)
+        (tmp_path / f"{shard}.tar").write_bytes(tar(members))
     return tmp_path
 
 
@@ -77,11 +73,11 @@ def built(
 def test_round_trip(folder: Path) -> None:
     store = built(folder)
     assert list(store.faults()) == []
-    for shard, words in enumerate(CAPTIONS):
-        for row, caption in enumerate(words):
-            found = store.read(shard, row, "txt", 0)
-            np.testing.assert_array_equal(found, embedding(caption))
-            assert found.dtype == np.float16
+    for shard, captions in enumerate(CAPTIONS):
+        for row, caption in enumerate(captions):
+            result = store.read(shard, row, "txt", 0)
+            np.testing.assert_array_equal(result, embedding(caption))
+            assert result.dtype == np.float16
 
 
 def test_several_captions_a_sample(folder: Path) -> None:
@@ -94,12 +90,12 @@ def test_several_captions_a_sample(folder: Path) -> None:
     assert store.path(0, "alt") != store.path(0, "txt")
 
 
-def test_captions_are_cleaned_if_asked(folder: Path) -> None:
+def test_captions_are_cleaned_if_the_recipe_says_so(folder: Path) -> None:
     store = built(folder, recipe=Recipe(encoder="ab" * 32, width=WIDTH, length=6, clean=True))
     np.testing.assert_array_equal(store.read(1, 3, "txt", 0), embedding("a b"))
 
 
-def test_files_hold_no_padding(folder: Path) -> None:
+def test_files_contain_no_padding(folder: Path) -> None:
     store = built(folder)
     arrays = load_file(store.path(0, "txt"))
     assert arrays["embeddings"].shape == (10, WIDTH)
@@ -107,28 +103,28 @@ def test_files_hold_no_padding(folder: Path) -> None:
     assert arrays["offsets"].tolist() == [0, 3, 4, 10]
 
 
-def test_build_does_what_is_missing(folder: Path) -> None:
+def test_build_writes_missing_files_only(folder: Path) -> None:
     encoder = LetterEncoder()
     store = built(folder, encoder)
     store.path(1, "txt").unlink()
-    encoder.asked.clear()
+    encoder.inputs.clear()
     assert store.build(lambda: encoder, progress=False) == 1
-    assert encoder.asked == list(CAPTIONS[1])
-    assert store.build(lambda: pytest.fail("loaded for nothing"), progress=False) == 0
+    assert encoder.inputs == list(CAPTIONS[1])
+    assert store.build(lambda: pytest.fail("the encoder was loaded"), progress=False) == 0
     assert sorted(path.name for path in folder.iterdir() if path.name.startswith(".")) == []
 
 
-def test_only_what_the_filters_let_pass_is_encoded(folder: Path) -> None:
+def test_only_samples_that_pass_the_filters_are_encoded(folder: Path) -> None:
     encoder = LetterEncoder()
     store = built(folder, encoder, filter={"max_caption": 1})
-    assert encoder.asked == ["d", "k"]
+    assert encoder.inputs == ["d", "k"]
     assert store.read(1, 0, "txt", 0).shape == (1, WIDTH)
     wider = TextStore(opened(folder), RECIPE)
     assert {reason for *_, reason in wider.faults()} == {
-        "lacks samples that the filters now let pass"
+        "lacks samples that pass the present filters"
     }
     assert wider.build(LetterEncoder, progress=False) == 3
-    assert list(store.faults()) == []  # what fits many fits few
+    assert list(store.faults()) == []  # it has the samples of narrower filters too
 
 
 def truncate(path: Path) -> None:
@@ -136,7 +132,7 @@ def truncate(path: Path) -> None:
 
 
 def change(**arrays: np.ndarray) -> Callable[[Path], None]:
-    """Whole and of the right recipe, but with other arrays."""
+    """Complete and of the right recipe, but with other arrays."""
 
     def spoil(path: Path) -> None:
         with safe_open(path, "numpy") as file:
@@ -150,26 +146,29 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (Path.unlink, "is missing"),
     "truncated": (truncate, "is damaged"),
     "empty": (lambda path: path.write_bytes(b""), "is damaged"),
-    "no metadata": (lambda path: save_file(load_file(path), path), "was made by another recipe"),
-    "an offset short": (change(offsets=np.arange(4)), "do not fit together"),
-    "another width": (change(embeddings=np.zeros((8, 4), np.float16)), "do not fit together"),
+    "no metadata": (lambda path: save_file(load_file(path), path), "was made with another recipe"),
+    "an offset short": (change(offsets=np.arange(4)), "sizes of its arrays do not match"),
+    "another width": (
+        change(embeddings=np.zeros((8, 4), np.float16)),
+        "sizes of its arrays do not match",
+    ),
     "other tensors": (lambda path: save_file({"a": np.zeros(1)}, path), "is damaged"),
 }
 
 
 @pytest.mark.parametrize("kind", FAULTS)
-def test_what_cannot_be_used_is_found_then_mended(kind: str, folder: Path) -> None:
-    spoil, words = FAULTS[kind]
+def test_unusable_files_are_reported_and_rebuilt(kind: str, folder: Path) -> None:
+    spoil, message = FAULTS[kind]
     store = built(folder)
     spoil(store.path(1, "txt"))
     ((path, shard, field, reason),) = store.faults()
     assert (path, shard, field) == (store.path(1, "txt"), 1, "txt")
-    assert words in reason
+    assert message in reason
     assert store.build(LetterEncoder, progress=False) == 1
     assert list(store.faults()) == []
 
 
-def test_a_flipped_bit_is_noticed_when_it_is_read(folder: Path) -> None:
+def test_a_flipped_bit_is_refused_when_it_is_read(folder: Path) -> None:
     store = built(folder)
     path = store.path(0, "txt")
     embeddings = load_file(path)["embeddings"].copy()
@@ -178,12 +177,13 @@ def test_a_flipped_bit_is_noticed_when_it_is_read(folder: Path) -> None:
     assert list(store.faults()) == []
     assert len(store.read(0, 0, "txt", 0)) == 3
     with pytest.raises(
-        UserError, match=r"is damaged \(caption 0 of sample 2 .*remove it and run `python -m"
+        UserError,
+        match=r"is damaged \(caption 0 of sample 2 .*remove it and run `cascade cache-text",
     ):
         store.read(0, 2, "txt", 0)
 
 
-def test_other_captions_are_refused(folder: Path) -> None:
+def test_embeddings_of_other_captions_are_refused(folder: Path) -> None:
     built(folder)
     (folder / "2.tar").write_bytes(tar(sample("20", txt=b"sola")))
     (folder / "2.index.safetensors").unlink()
@@ -195,29 +195,30 @@ def test_other_captions_are_refused(folder: Path) -> None:
     "other",
     [{"encoder": "cd" * 32}, {"length": 7}, {"clean": True}, {"encoder": "ab" * 6 + "cd" * 26}],
 )
-def test_another_recipe_is_another_file(other: dict[str, Any], folder: Path) -> None:
+def test_another_recipe_has_another_file(other: dict[str, Any], folder: Path) -> None:
     store = built(folder)
-    theirs = TextStore(store.shards, Recipe(**{**vars(RECIPE), **other}))
-    assert {reason.partition(" (")[0] for *_, reason in theirs.faults()} == {"is missing"}
+    second = TextStore(store.shards, Recipe(**{**vars(RECIPE), **other}))
+    assert {reason.partition(" (")[0] for *_, reason in second.faults()} == {"is missing"}
     assert all(
-        "is of another text encoder, length, caption" in reason for *_, reason in theirs.faults()
+        "is of another text encoder, length, caption" in reason for *_, reason in second.faults()
     )
-    theirs.build(LetterEncoder, progress=False)
-    assert list(store.faults()) == list(theirs.faults()) == []  # both are kept
+    second.build(LetterEncoder, progress=False)
+    assert list(store.faults()) == list(second.faults()) == []  # both exist
 
 
-def test_what_does_not_read_back_is_no_success(
+def test_a_disk_that_returns_other_values_is_an_error(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def careless(path: Path, arrays: dict[str, np.ndarray], facts: dict[str, str]) -> None:
-        save_file({**arrays, "crc32": arrays["crc32"] + 1}, path, facts)
+    def corrupt(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+        save_file({**arrays, "crc32": arrays["crc32"] + 1}, path, metadata)
 
-    monkeypatch.setattr(module, "write_tensors_atomically", careless)
-    with pytest.raises(JobError, match="does not read back the same"):
+    monkeypatch.setattr(module, "write_tensors_atomically", corrupt)
+    with pytest.raises(JobError, match="reading it back gives other values"):
         built(folder)
     assert not list(folder.glob("*.text-*"))
 
 
+# Folder, and seconds that each shard takes.
 WORKER = """
 import sys, time
 sys.path.insert(0, ".")
@@ -231,15 +232,13 @@ print(t.TextStore(t.opened(Path(sys.argv[1])), t.RECIPE).build(Slow, progress=Fa
 """
 
 
-def test_processes_share_the_work_and_take_over_from_the_dead(folder: Path) -> None:
-    """Each shard is encoded once, by one of them; the one that is killed in its work leaves it to
-    the others.
-    """
+def test_processes_share_the_shards_and_take_over_from_a_killed_one(folder: Path) -> None:
+    """Each shard is encoded once; that of the killed process by another."""
     opened(folder)
     command = [sys.executable, "-W", "error", "-c", WORKER, str(folder)]
     with leaving_nothing(folder) as start:
         slow = start([*command, "600"])
-        until(lambda: list(folder.glob(".0.*.lock")), "a try_lock")
+        until(lambda: list(folder.glob(".0.*.lock")), "a lock")
         others = [start([*command, "0.2"]) for _ in range(2)]
         until(lambda: len(list(folder.glob("[12].text-*"))) == 2, "the other shards")
         slow.kill()
@@ -250,6 +249,9 @@ def test_processes_share_the_work_and_take_over_from_the_dead(folder: Path) -> N
     assert not list(folder.glob(".*"))
 
 
-def test_needs_no_mindspore() -> None:
-    code = "import sys, pipeline.text.caption_embeddings; sys.exit('mindspore' in sys.modules or 'transformers' in sys.modules)"
+def test_stored_embeddings_need_neither_mindspore_nor_transformers() -> None:
+    code = (
+        "import sys, pipeline.text.caption_embeddings; "
+        "sys.exit('mindspore' in sys.modules or 'transformers' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

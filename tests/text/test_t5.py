@@ -1,5 +1,5 @@
-"""The T5 encoder: equal to `transformers`' (stored answers here, live in test_parity_t5.py), and
-what holds of any.
+"""The T5 encoder: equal to that of `transformers` (stored references here, live in
+test_parity_t5.py), and the properties of its architecture.
 """
 
 import json
@@ -24,7 +24,7 @@ KINDS = ("v1_0", "v1_1")
 
 
 def reference(kind: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, Any]]:
-    """weights, the other arrays, configuration"""
+    """weights, inputs and outputs, configuration"""
     path = DATA / f"t5_{kind}.safetensors"
     with safe_open(path, "numpy") as file:
         config = json.loads(file.metadata()["config"])
@@ -70,27 +70,27 @@ def test_equals_transformers(kind: str, mask_type: type, tmp_path: Path) -> None
     encoder = T5Encoder.load(write(tmp_path / "t5", weights, config))
     out_BLD = encoder(arrays["ids"], arrays["mask"].astype(mask_type))
     assert out_BLD.dtype == np.float32
-    np.testing.assert_allclose(
-        out_BLD, arrays["last_hidden_state"], atol=1e-4
-    )  # of padded tokens too
+    # Padded tokens included.
+    np.testing.assert_allclose(out_BLD, arrays["last_hidden_state"], atol=1e-4)
 
 
 @pytest.mark.parametrize(("num_buckets", "max_distance"), [(32, 128), (32, 100), (16, 64), (8, 20)])
 def test_buckets_follow_the_definition(num_buckets: int, max_distance: int) -> None:
-    side, exact = num_buckets // 2, num_buckets // 4
+    num_side = num_buckets // 2
+    num_exact = num_buckets // 4
 
     def bucket(distance: int) -> int:
-        far = 0 if distance <= 0 else side
-        if abs(distance) < exact:
-            return far + abs(distance)
-        share = math.log(abs(distance) / exact) / math.log(max_distance / exact)
-        return far + min(exact + math.floor(share * (side - exact) + 1e-9), side - 1)
+        first = 0 if distance <= 0 else num_side
+        if abs(distance) < num_exact:
+            return first + abs(distance)
+        growth = math.log(abs(distance) / num_exact) / math.log(max_distance / num_exact)
+        wide = num_exact + math.floor(growth * (num_side - num_exact) + 1e-9)
+        return first + min(wide, num_side - 1)
 
     expected = [bucket(distance) for distance in range(-max_distance, max_distance + 1)]
     assert buckets(num_buckets, max_distance).tolist() == expected
-    assert (
-        bucket(max_distance) == bucket(10 * max_distance) == num_buckets - 1
-    )  # so that clamping loses nothing
+    # So clamping the distance is exact.
+    assert bucket(max_distance) == bucket(10 * max_distance) == num_buckets - 1
 
 
 def test_rms_norm_follows_the_definition() -> None:
@@ -101,24 +101,25 @@ def test_rms_norm_follows_the_definition() -> None:
     np.testing.assert_allclose(out.asnumpy(), expected, rtol=1e-5)
 
 
-def test_gelu_is_that_of_mindspore() -> None:
+def test_gelu_equals_that_of_mindspore() -> None:
     x = Tensor(np.linspace(-9, 9, 1001, dtype=np.float32))
     np.testing.assert_allclose(
         gelu(x).asnumpy(), ops.gelu(x, approximate="tanh").asnumpy(), rtol=1e-5, atol=1e-6
     )
 
 
-def test_masked_tokens_are_not_seen(
+def test_masked_tokens_have_no_influence(
     encoder: T5Encoder, text: tuple[np.ndarray, np.ndarray]
 ) -> None:
     ids_BL, mask_BL = text
     other_BL = np.where(mask_BL, ids_BL, 63 - ids_BL).astype(np.int32)
-    out_BLD, changed_BLD = encoder(ids_BL, mask_BL), encoder(other_BL, mask_BL)
+    out_BLD = encoder(ids_BL, mask_BL)
+    changed_BLD = encoder(other_BL, mask_BL)
     np.testing.assert_array_equal(out_BLD[mask_BL], changed_BLD[mask_BL])
-    assert np.abs(out_BLD - changed_BLD)[~mask_BL].max() > 0.1  # but there they answer
+    assert np.abs(out_BLD - changed_BLD)[~mask_BL].max() > 0.1  # at their own positions
 
 
-def test_captions_do_not_see_each_other(
+def test_captions_have_no_influence_on_each_other(
     encoder: T5Encoder, text: tuple[np.ndarray, np.ndarray]
 ) -> None:
     ids_BL, mask_BL = text
@@ -128,10 +129,12 @@ def test_captions_do_not_see_each_other(
     )
 
 
-def test_padding_changes_nothing(encoder: T5Encoder, text: tuple[np.ndarray, np.ndarray]) -> None:
+def test_more_padding_changes_nothing(
+    encoder: T5Encoder, text: tuple[np.ndarray, np.ndarray]
+) -> None:
     ids_BL, mask_BL = text
-    more = ((0, 0), (0, 9))
-    longer_BLD = encoder(np.pad(ids_BL, more), np.pad(mask_BL, more))
+    padding = ((0, 0), (0, 9))
+    longer_BLD = encoder(np.pad(ids_BL, padding), np.pad(mask_BL, padding))
     np.testing.assert_allclose(
         longer_BLD[:, :12][mask_BL], encoder(ids_BL, mask_BL)[mask_BL], atol=1e-5
     )
@@ -140,7 +143,8 @@ def test_padding_changes_nothing(encoder: T5Encoder, text: tuple[np.ndarray, np.
 def test_positions_are_relative_but_order_matters(
     encoder: T5Encoder, text: tuple[np.ndarray, np.ndarray]
 ) -> None:
-    ids_BL, mask_BL = text[0][1:2], text[1][1:2]  # 7 tokens
+    ids_BL = text[0][1:2]  # 7 tokens
+    mask_BL = text[1][1:2]
     out_BLD = encoder(ids_BL, mask_BL)
     shifted_BLD = encoder(np.roll(ids_BL, 5, 1), np.roll(mask_BL, 5, 1))
     np.testing.assert_allclose(shifted_BLD[:, 5:], out_BLD[:, :7], atol=1e-5)
@@ -149,14 +153,16 @@ def test_positions_are_relative_but_order_matters(
 
 
 def values(encoder: T5Encoder) -> dict[str, np.ndarray]:
+    """All weights by their names in `encoder_shapes`."""
     layers = [weight.asnumpy() for weights in encoder.layers for weight in weights]
     names = list(encoder_shapes(encoder.config))
-    bias, norm = encoder.position_bias.asnumpy(), encoder.norm.asnumpy()
+    bias = encoder.position_bias.asnumpy()
+    norm = encoder.norm.asnumpy()
     return dict(zip(names, [encoder.embedding, bias, *layers, norm], strict=True))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_weight_has_one_place(kind: str, tmp_path: Path) -> None:
+def test_every_weight_of_the_folder_is_used_once(kind: str, tmp_path: Path) -> None:
     weights, _, config = reference(kind)
     encoder = T5Encoder.load(write(tmp_path / "t5", weights, config))
     names = {name: hugging_face_names(name)[0] for name in values(encoder)}
@@ -195,7 +201,7 @@ def shards(folder: Path, weights: dict[str, np.ndarray]) -> None:
 
 
 @pytest.mark.parametrize("rewrite", [rename_embedding, with_decoder, shards])
-def test_loads_every_layout(
+def test_every_layout_of_a_folder_loads(
     rewrite: Callable[[Path, dict[str, np.ndarray]], None], folder: Path
 ) -> None:
     before = values(T5Encoder.load(folder))
@@ -206,17 +212,17 @@ def test_loads_every_layout(
 
 
 def save_bfloat16(weights: dict[str, np.ndarray], path: Path) -> None:
-    """The upper halves of float32; NumPy cannot write them."""
+    """The upper halves of float32, for which NumPy has no type."""
     header, start = {}, 0
     for name, array in weights.items():
         offsets = [start, start + 2 * array.size]
         header[name] = {"dtype": "BF16", "shape": array.shape, "data_offsets": offsets}
         start = offsets[1]
-    head = json.dumps(header).encode()
+    header_bytes = json.dumps(header).encode()
     upper = b"".join(
         (array.view(np.uint32) >> 16).astype("<u2").tobytes() for array in weights.values()
     )
-    path.write_bytes(len(head).to_bytes(8, "little") + head + upper)
+    path.write_bytes(len(header_bytes).to_bytes(8, "little") + header_bytes + upper)
 
 
 def as_float16(array: np.ndarray) -> np.ndarray:
@@ -229,7 +235,7 @@ def as_bfloat16(array: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("half", [as_float16, as_bfloat16])
-def test_half_precision_is_held_as_stored_and_changes_nothing(
+def test_half_precision_weights_are_kept_as_stored_and_give_equal_outputs(
     kind: str,
     half: Callable[[np.ndarray], np.ndarray],
     text: tuple[np.ndarray, np.ndarray],
@@ -254,7 +260,7 @@ def test_half_precision_is_held_as_stored_and_changes_nothing(
     np.testing.assert_array_equal(stored(*text), encoder(*text))
 
 
-def test_config_defaults_are_those_of_old_checkpoints(tmp_path: Path) -> None:
+def test_config_defaults_equal_those_of_old_checkpoints(tmp_path: Path) -> None:
     sizes = {
         "vocab_size": 32128,
         "d_model": 512,
@@ -293,8 +299,11 @@ def truncate(path: Path, size: int) -> None:
     path.write_bytes(path.read_bytes()[:size])
 
 
-GAIN, Q = "encoder.final_layer_norm.weight", "encoder.block.1.layer.0.SelfAttention.q.weight"
-MISTAKES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
+GAIN = "encoder.final_layer_norm.weight"
+Q = "encoder.block.1.layer.0.SelfAttention.q.weight"
+
+# Name: the change of a folder, and parts of the message.
+INVALID_FOLDERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "no config": (lambda folder: (folder / "config.json").unlink(), ("config.json", "give")),
     "config is a list": (
         lambda folder: (folder / "config.json").write_text("[1]"),
@@ -317,7 +326,10 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         lambda folder: (folder / "model.safetensors").unlink(),
         ("model.safetensors", "save_pretrained"),
     ),
-    "lost parameter": (lambda folder: edit_weights(folder, GAIN, None), (GAIN, "tensors found")),
+    "lost parameter": (
+        lambda folder: edit_weights(folder, GAIN, None),
+        (GAIN, "is not among the 20 tensors"),
+    ),
     "lost embedding": (
         lambda folder: edit_weights(folder, "shared.weight", None),
         ("shared.weight or encoder.embed_tokens.weight",),
@@ -345,20 +357,20 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_named(mistake: str, folder: Path) -> None:
-    spoil, words = MISTAKES[mistake]
+@pytest.mark.parametrize("kind", INVALID_FOLDERS)
+def test_invalid_folders_are_named_in_the_error(kind: str, folder: Path) -> None:
+    spoil, parts = INVALID_FOLDERS[kind]
     spoil(folder)
     with pytest.raises(UserError) as caught:
         T5Encoder.load(folder)
     message = str(caught.value)
     assert str(folder) in message
     assert "\n" not in message
-    for word in words:
-        assert word in message
+    for part in parts:
+        assert part in message
 
 
-def test_missing_shard_is_named(folder: Path) -> None:
+def test_a_missing_shard_is_named_in_the_error(folder: Path) -> None:
     shards(folder, reference("v1_1")[0])
     (folder / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors"):

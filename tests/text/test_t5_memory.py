@@ -1,6 +1,4 @@
-"""A T5 in half precision takes the memory of its files: T5-XXL's encoder has 9.4 GB, which leaves
-none to waste.
-"""
+"""A T5 in half precision takes the memory of its files: 9.4 GB for T5-XXL's encoder."""
 
 import json
 import subprocess
@@ -30,13 +28,13 @@ SMALL = {
     "num_heads": 1,
 }
 
-# The small encoder comes first, so that what MindSpore itself takes is not counted.
+# The small encoder comes first, so that MindSpore's own memory is not counted.
 MEASURE = """
 import sys
 import numpy as np
 from pipeline.text.t5 import T5Encoder
 
-def peak():  # getrusage would count the memory of the process that started this one
+def peak():  # getrusage would count the memory of the parent process
     with open("/proc/self/status") as file:
         (line,) = (line for line in file if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
@@ -51,20 +49,20 @@ print(peak() - before)
 
 
 def write(folder: Path, sizes: dict[str, Any], shards: int) -> int:
-    """Random float16 weights, a shard at a time; answers their size in bytes."""
+    """Random float16 weights, a shard at a time; returns their size in bytes."""
     folder.mkdir()
     (folder / "config.json").write_text(
         json.dumps({"model_type": "t5", "feed_forward_proj": "gated-gelu", **sizes})
     )
-    rng, weight_map, size = np.random.default_rng(0), {}, 0
+    rng = np.random.default_rng(0)
+    weight_map: dict[str, str] = {}
+    size = 0
     shapes = encoder_shapes(T5Config.read(folder))
     for shard in range(shards):
-        weights = {
-            hugging_face_names(name)[0]: (
-                0.04 * rng.random(shapes[name], np.float32) - 0.02
-            ).astype(np.float16)
-            for name in list(shapes)[shard::shards]
-        }
+        weights = {}
+        for name in list(shapes)[shard::shards]:
+            values = 0.04 * rng.random(shapes[name], np.float32) - 0.02
+            weights[hugging_face_names(name)[0]] = values.astype(np.float16)
         size += sum(array.nbytes for array in weights.values())
         save_file(weights, folder / f"{shard}.safetensors")
         weight_map |= dict.fromkeys(weights, f"{shard}.safetensors")
@@ -77,6 +75,6 @@ def test_loading_and_encoding_take_the_size_of_the_files(tmp_path: Path) -> None
     size = write(tmp_path / "large", LARGE, shards=4)
     assert size > 200e6
     argv = [sys.executable, "-c", MEASURE, str(tmp_path / "small"), str(tmp_path / "large")]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr
-    assert 0.9 * size < int(done.stdout) <= 1.2 * size
+    process = subprocess.run(argv, capture_output=True, text=True, timeout=600, check=False)
+    assert process.returncode == 0, process.stderr
+    assert 0.9 * size < int(process.stdout) <= 1.2 * size

@@ -5,7 +5,15 @@ import pytest
 from skimage.metrics import structural_similarity
 
 from pipeline.data.image import to_uint8
-from pipeline.imaging.degradations import TASKS, compressed, degrade, grey, half, whole, with_hole
+from pipeline.imaging.degradations import (
+    TASKS,
+    compress_jpeg,
+    degrade,
+    half_mask,
+    to_grayscale,
+    with_hole,
+    without_hole,
+)
 from pipeline.rng import generator
 from tests.helpers.image_files import psnr
 from tools.baselines import baseline, mean_chroma
@@ -48,14 +56,14 @@ def test_a_filled_hole_is_closer_than_the_mean_colour(task: str, images: list[np
 @pytest.mark.parametrize("edge", ["left", "around"])
 def test_a_uniform_image_is_filled_with_its_colour(edge: str) -> None:
     image = np.full((SIDE, SIDE, 3), (10, 200, 90), np.uint8)
-    degraded = with_hole(image, half(SIDE, edge), generator(0, "damage"))
+    degraded = with_hole(image, half_mask(SIDE, edge), generator(0, "damage"))
     assert (baseline("uncropping", degraded) == image).all()
 
 
 @pytest.mark.parametrize("quality", [5, 10, 20])
 def test_a_blurred_jpeg_is_closer(quality: int, images: list[np.ndarray]) -> None:
-    jpegs = [compressed(image, quality) for image in images]
-    restored = [baseline("jpeg_restoration", whole(jpeg)) for jpeg in jpegs]
+    jpegs = [compress_jpeg(image, quality) for image in images]
+    restored = [baseline("jpeg_restoration", without_hole(jpeg)) for jpeg in jpegs]
 
     for score in (psnr, lambda a, b: structural_similarity(a, b, channel_axis=-1)):
         before = np.mean([score(image, jpeg) for image, jpeg in zip(images, jpegs, strict=True)])
@@ -67,9 +75,11 @@ def test_the_mean_chroma_has_no_luma_and_improves_grey(images: list[np.ndarray])
     for image in images:
         chroma = mean_chroma([image])
         assert abs(chroma @ [0.299, 0.587, 0.114]) < 0.5
-        degraded = whole(grey(image))
+        degraded = without_hole(to_grayscale(image))
         assert (baseline("colorization", degraded) == to_uint8(degraded.source)).all()
-        assert psnr(baseline("colorization", degraded, chroma), image) > psnr(grey(image), image)
+        assert psnr(baseline("colorization", degraded, chroma), image) > psnr(
+            to_grayscale(image), image
+        )
 
     np.testing.assert_allclose(
         mean_chroma(images), np.mean([mean_chroma([image]) for image in images], 0)

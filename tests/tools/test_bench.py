@@ -171,11 +171,11 @@ def test_workers_are_found_where_this_project_is_not_installed(tmp_path: Path) -
 def test_workers_do_not_inherit_variables_for_mindspore(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests import `pipeline` first, as the bench does."""
     monkeypatch.setenv("SET_LATER", "1")
-    assert "SET_LATER" not in runtime.first_environment()
-    assert runtime.first_environment()["PATH"]
+    assert "SET_LATER" not in runtime.initial_environment()
+    assert runtime.initial_environment()["PATH"]
     code = "import json, os; print(json.dumps(dict(os.environ)))"
     answer = process.run_json(sys.executable, "-c", code)
-    assert answer.items() >= runtime.first_environment().items()
+    assert answer.items() >= runtime.initial_environment().items()
 
 
 # Text.

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import UserError
-from pipeline.imaging.contact_sheet import GAP, LINE, TILE
+from pipeline.imaging.contact_sheet import CAPTION_HEIGHT, GAP, MIN_SIDE
 from pipeline.imaging.degradations import TASKS
 from tests.stages.test_image_to_image import run  # noqa: F401  (a fixture)
 from tools.restoration import (
@@ -80,7 +80,7 @@ def test_a_whole_run(
     assert colorization[1] == colorization[2] == colorization[3]  # all grey
     assert lines[5].startswith("PSNR in dB (SSIM), means of 2 images; 2 samples of each")
     with Image.open(out / "overview.png") as image:
-        assert image.height == GAP + 3 * (TILE + GAP + LINE)
+        assert image.height == GAP + 3 * (MIN_SIDE + GAP + CAPTION_HEIGHT)
     assert len((out / "inpainting" / "manifest.jsonl").read_text().splitlines()) == 2 * 4
 
     # The same command again restores nothing; with a mean chroma, one baseline changes.

@@ -1,10 +1,10 @@
-"""Parameters as vectors: nothing is lost or moved, however they are grouped and cut."""
+"""Parameters as vectors: no value is lost or moved, however they are grouped and divided."""
 
 import numpy as np
 import pytest
 from mindspore import Parameter, Tensor
 
-from pipeline.train.buckets import buckets
+from pipeline.train.buckets import make_buckets
 
 SHAPES = [(3, 4), (), (5,), (1, 2, 2), (20,)]
 
@@ -12,43 +12,45 @@ SHAPES = [(3, 4), (), (5,), (1, 2, 2), (20,)]
 def parameters(seed: int) -> list[Parameter]:
     rng = np.random.default_rng(seed)
     return [
-        Parameter(Tensor(rng.normal(size=s).astype(np.float32)), name=f"p{n}")
-        for n, s in enumerate(SHAPES)
+        Parameter(Tensor(rng.normal(size=shape).astype(np.float32)), name=f"p{index}")
+        for index, shape in enumerate(SHAPES)
     ]
 
 
 @pytest.mark.parametrize(
-    ("largest", "groups"),
+    ("capacity", "groups"),
     [
         (13, [["p0", "p1"], ["p2", "p3"], ["p4"]]),
         (4, [["p0"], ["p1"], ["p2"], ["p3"], ["p4"]]),
         (10**6, [["p0", "p1", "p2", "p3", "p4"]]),
     ],
 )
-def test_neighbours_are_together_up_to_a_size(largest: int, groups: list[list[str]]) -> None:
-    found = buckets(parameters(0), 1, largest)
-    assert [[parameter.name for parameter in bucket.parameters] for bucket in found] == groups
+def test_neighbours_share_a_bucket_up_to_its_capacity(
+    capacity: int, groups: list[list[str]]
+) -> None:
+    buckets = make_buckets(parameters(0), 1, capacity)
+    assert [[parameter.name for parameter in bucket.parameters] for bucket in buckets] == groups
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 7])
-def test_every_rank_can_have_an_equal_share(world: int) -> None:
-    for bucket in buckets(parameters(0), world, 13):
-        assert bucket.size % world == 0
-        assert 0 <= bucket.padding < world
-        assert bucket.size - bucket.padding == sum(
-            parameter.size for parameter in bucket.parameters
-        )
+@pytest.mark.parametrize("num_shards", [1, 2, 3, 7])
+def test_a_bucket_can_be_divided_equally(num_shards: int) -> None:
+    for bucket in make_buckets(parameters(0), num_shards, 13):
+        num_elements = sum(parameter.size for parameter in bucket.parameters)
+        assert bucket.size % num_shards == 0
+        assert 0 <= bucket.padding < num_shards
+        assert bucket.size - bucket.padding == num_elements
 
 
-@pytest.mark.parametrize("world", [1, 3])
-def test_what_is_written_is_what_was_read(world: int) -> None:
-    mine, other = parameters(0), parameters(1)
-    for a, b in zip(buckets(mine, world), buckets(other, world), strict=True):
-        vector = a.read()
-        assert not vector[a.size - a.padding :].any()
-        arrays = a.views(vector)
-        np.testing.assert_array_equal(a.join(arrays), vector)
-        b.write(vector)
-    for p, q in zip(mine, other, strict=True):
+@pytest.mark.parametrize("num_shards", [1, 3])
+def test_what_is_written_is_what_was_read(num_shards: int) -> None:
+    source, target = parameters(0), parameters(1)
+    (a,) = make_buckets(source, num_shards)
+    (b,) = make_buckets(target, num_shards)
+    vector = a.read()
+    assert not vector[a.size - a.padding :].any()
+    np.testing.assert_array_equal(a.join(a.views(vector)), vector)
+
+    b.write(vector)
+    for p, q in zip(source, target, strict=True):
         np.testing.assert_array_equal(p.asnumpy(), q.asnumpy())
-        np.testing.assert_array_equal(p.asnumpy(), arrays[p.name])
+        np.testing.assert_array_equal(p.asnumpy(), a.views(vector)[p.name])

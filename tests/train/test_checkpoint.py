@@ -1,5 +1,5 @@
-"""Checkpoints: bit for bit what was saved, and never a bad one for a good one, however the writer
-ends.
+"""Checkpoints: bit for bit what was saved, and never a damaged one taken for a good one, however
+the writer ends.
 """
 
 import errno
@@ -9,8 +9,8 @@ import resource
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from pipeline.train.checkpoint import (
 )
 from tests.ground.test_files import FINISHED, failed_at_each_call, in_child, killed_at_each_call
 
-PATIENCE = 60  # seconds for what takes none
+PATIENCE = 60  # seconds to wait for what happens at once
 
 
 def content(step: int) -> tuple[Tensors, dict[str, Any]]:
@@ -48,8 +48,9 @@ def content(step: int) -> tuple[Tensors, dict[str, Any]]:
     return {"model": model, "ema": ema, "optimizer": {}}, state
 
 
-def put(folder: Path, step: int, keep: int = 9) -> Path:
-    return save(folder, step, *content(step), keep=keep)
+def write(folder: Path, step: int, keep: int = 9) -> Path:
+    tensors, state = content(step)
+    return save(folder, step, tensors, state, keep=keep)
 
 
 def assert_holds(path: Path | None, step: int) -> None:
@@ -72,7 +73,7 @@ def assert_holds(path: Path | None, step: int) -> None:
 
 
 def test_what_is_loaded_is_what_was_saved(tmp_path: Path) -> None:
-    path = put(tmp_path / "checkpoints", 1000)
+    path = write(tmp_path / "checkpoints", 1000)
     assert path == tmp_path / "checkpoints" / "step_0001000" == newest(tmp_path / "checkpoints")
     names = [
         "COMPLETE",
@@ -86,44 +87,46 @@ def test_what_is_loaded_is_what_was_saved(tmp_path: Path) -> None:
     assert_holds(path, 1000)
 
 
-def test_the_newest_is_so_by_number(tmp_path: Path) -> None:
+def test_the_newest_is_the_one_of_the_highest_step(tmp_path: Path) -> None:
     for step in (999_999, 12_345_678, 9_999_999):
-        put(tmp_path, step)
+        write(tmp_path, step)
     assert steps(tmp_path) == [999_999, 9_999_999, 12_345_678]
     assert_holds(newest(tmp_path), 12_345_678)
 
 
 def test_there_is_no_newest_where_nothing_was_saved(tmp_path: Path) -> None:
     assert newest(tmp_path / "none") is None
-    (tmp_path / ".tmp-step_0000010").mkdir()  # killed in its first save
-    (tmp_path / "step_10").mkdir()  # not of ours
+    (tmp_path / ".tmp-step_0000010").mkdir()  # of a run killed in its first save
+    (tmp_path / "step_10").mkdir()  # not written by `save`
     assert newest(tmp_path) is None
     assert steps(tmp_path) == []
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     for step in range(10, 60, 10):
-        put(tmp_path, step, keep=2)
+        write(tmp_path, step, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_0000040", "step_0000050"]
     with pytest.raises(ValueError, match="keep=0"):
-        put(tmp_path, 60, keep=0)
+        write(tmp_path, 60, keep=0)
 
 
-def test_a_damaged_later_step_does_not_push_out_the_good_one_just_written(tmp_path: Path) -> None:
+def test_a_damaged_later_step_does_not_count_among_those_kept(tmp_path: Path) -> None:
     for step in (10, 30):
-        put(tmp_path, step)
+        write(tmp_path, step)
     (tmp_path / "step_0000030" / "state.json").write_text("{}")
-    put(tmp_path, 20, keep=1)
+    write(tmp_path, 20, keep=1)
     assert_holds(newest(tmp_path), 20)
-    put(tmp_path, 30, keep=1)  # written again when the run gets there
+
+    # It is written again when the run gets there.
+    write(tmp_path, 30, keep=1)
     assert_holds(newest(tmp_path), 30)
     assert steps(tmp_path) == [30]
 
 
 def test_a_good_step_is_not_written_again(tmp_path: Path) -> None:
-    path = put(tmp_path, 10)
+    path = write(tmp_path, 10)
     before = {file: file.stat().st_mtime_ns for file in path.iterdir()}
-    assert put(tmp_path, 10) == path
+    assert write(tmp_path, 10) == path
     assert {file: file.stat().st_mtime_ns for file in path.iterdir()} == before
 
 
@@ -141,7 +144,8 @@ def empty(path: Path) -> None:
     os.truncate(path, 0)
 
 
-SUM, PAIR = "its sha256 is not the one in the manifest", "its sha256 is not the one in COMPLETE"
+NOT_IN_MANIFEST = "its sha256 is not the one in the manifest"
+NOT_IN_COMPLETE = "its sha256 is not the one in COMPLETE"
 
 
 @pytest.mark.parametrize(
@@ -152,15 +156,15 @@ SUM, PAIR = "its sha256 is not the one in the manifest", "its sha256 is not the 
             for name in ("model.safetensors", "state.json", "manifest.json")
         ],
         ("COMPLETE", Path.unlink, "COMPLETE: is missing"),
-        ("COMPLETE", flip, f"manifest.json: {PAIR}"),
-        ("COMPLETE", empty, f"manifest.json: {PAIR}"),
-        ("manifest.json", flip, f"manifest.json: {PAIR}"),
-        ("manifest.json", empty, f"manifest.json: {PAIR}"),
+        ("COMPLETE", flip, f"manifest.json: {NOT_IN_COMPLETE}"),
+        ("COMPLETE", empty, f"manifest.json: {NOT_IN_COMPLETE}"),
+        ("manifest.json", flip, f"manifest.json: {NOT_IN_COMPLETE}"),
+        ("manifest.json", empty, f"manifest.json: {NOT_IN_COMPLETE}"),
         *[
-            (f"{name}.safetensors", flip, f"{name}.safetensors: {SUM}")
+            (f"{name}.safetensors", flip, f"{name}.safetensors: {NOT_IN_MANIFEST}")
             for name in ("model", "ema", "optimizer")
         ],
-        ("state.json", flip, f"state.json: {SUM}"),
+        ("state.json", flip, f"state.json: {NOT_IN_MANIFEST}"),
         ("ema.safetensors", truncate, "ema.safetensors: has 127 bytes, the manifest says 128"),
         ("ema.safetensors", empty, "ema.safetensors: has 0 bytes, the manifest says 128"),
     ],
@@ -172,24 +176,24 @@ def test_damage_is_named_and_the_older_step_is_used(
     problem: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    put(tmp_path, 10)
-    path = put(tmp_path, 20)
+    write(tmp_path, 10)
+    path = write(tmp_path, 20)
     damage(path / name)
     with pytest.raises(CheckpointError) as error:
         verify(path)
     assert str(error.value) == f"{path}/{problem}"
     assert_holds(newest(tmp_path), 10)
     assert caplog.record_tuples == [
-        ("cascade", logging.WARNING, f"checkpoint passed over: {path}/{problem}")
+        ("cascade", logging.WARNING, f"damaged checkpoint skipped: {path}/{problem}")
     ]
-    put(tmp_path, 20)
+    write(tmp_path, 20)
     assert_holds(newest(tmp_path), 20)
 
 
 def test_a_disk_that_cannot_be_read_is_damage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = put(tmp_path, 10)
+    path = write(tmp_path, 10)
 
     def fail(file: Path) -> str:
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
@@ -201,15 +205,17 @@ def test_a_disk_that_cannot_be_read_is_damage(
         verify(path)
 
 
-def test_a_run_whose_checkpoints_are_all_bad_does_not_start_over_in_silence(tmp_path: Path) -> None:
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused(tmp_path: Path) -> None:
     for step in (10, 20):
-        flip(put(tmp_path, step) / "state.json")
+        flip(write(tmp_path, step) / "state.json")
     (tmp_path / "step_0000030").mkdir()
     with pytest.raises(UserError) as error:
         newest(tmp_path)
-    damage = f"{tmp_path}/step_0000010/state.json: {SUM}"
-    expected = f"{tmp_path}: no checkpoint in it is good ({damage}); move the folder away to start from step 0"
-    assert str(error.value) == expected
+    damage = f"{tmp_path}/step_0000010/state.json: {NOT_IN_MANIFEST}"
+    assert str(error.value) == (
+        f"{tmp_path}: every checkpoint is damaged ({damage}); move the folder away to start from "
+        "step 0"
+    )
 
 
 def test_what_is_not_a_checkpoint_is_not_loaded(tmp_path: Path) -> None:
@@ -220,10 +226,10 @@ def test_what_is_not_a_checkpoint_is_not_loaded(tmp_path: Path) -> None:
 @pytest.fixture
 def before(tmp_path: Path) -> Callable[[str], Callable[[], None]]:
     """Sets `tmp_path/run` to one of three states, quickly enough to do it a hundred times."""
-    put(tmp_path / "good", 10)
-    put(tmp_path / "good", 20)
+    write(tmp_path / "good", 10)
+    write(tmp_path / "good", 20)
     shutil.copytree(tmp_path / "good", tmp_path / "damaged")
-    put(tmp_path / "damaged", 30)
+    write(tmp_path / "damaged", 30)
     flip(tmp_path / "damaged" / "step_0000030" / "model.safetensors")
     (tmp_path / "nothing").mkdir()
 
@@ -238,36 +244,40 @@ def before(tmp_path: Path) -> Callable[[str], Callable[[], None]]:
 def test_a_kill_at_any_moment_leaves_the_old_newest_or_the_new(
     tmp_path: Path, before: Callable[[str], Callable[[], None]], state: str
 ) -> None:
-    run, found = tmp_path / "run", []
-    for _ in killed_at_each_call(before(state), lambda: put(run, 30, keep=2)):
+    run = tmp_path / "run"
+    results: list[int | None] = []
+    for _ in killed_at_each_call(before(state), lambda: write(run, 30, keep=2)):
         path = newest(run)
-        found.append(path and int(path.name[5:]))
+        results.append(path and int(path.name[5:]))
         if path is not None:
             assert_holds(path, int(path.name[5:]))
-        put(run, 30, keep=2)  # the same command again
+
+        # The same command again.
+        write(run, 30, keep=2)
         assert_holds(newest(run), 30)
-        put(run, 40, keep=2)
+        write(run, 40, keep=2)
         assert sorted(path.name for path in run.iterdir()) == ["step_0000030", "step_0000040"]
-    assert len(found) > 20
-    assert set(found) == {None if state == "nothing" else 20, 30}
-    assert found == sorted(
-        found, key=lambda step: step or 0
-    )  # from one moment on it is there for good
+    assert len(results) > 20
+    assert set(results) == {None if state == "nothing" else 20, 30}
+    # From one moment on, the new one is the newest.
+    assert results == sorted(results, key=lambda step: step or 0)
 
 
 @pytest.mark.parametrize("state", ["nothing", "good", "damaged"])
 def test_a_full_disk_at_any_moment_leaves_the_old_newest_or_the_new(
     tmp_path: Path, before: Callable[[str], Callable[[], None]], state: str
 ) -> None:
-    run, errors = tmp_path / "run", []
-    for error in failed_at_each_call(before(state), lambda: put(run, 30, keep=2)):
+    run = tmp_path / "run"
+    errors: list[BaseException] = []
+    for error in failed_at_each_call(before(state), lambda: write(run, 30, keep=2)):
         path = newest(run)
         step = path and int(path.name[5:])
         assert step in (None if state == "nothing" else 20, 30)
         if path is not None:
             assert_holds(path, int(path.name[5:]))
         assert not list(run.glob(".tmp-*"))
-        if error is None:  # only the removal of older ones may fail unpunished
+        # Only the removal of older steps may fail without an error.
+        if error is None:
             assert step == 30
         else:
             errors.append(error)
@@ -275,7 +285,7 @@ def test_a_full_disk_at_any_moment_leaves_the_old_newest_or_the_new(
     assert {type(error) for error in errors} == {CheckpointError}
 
 
-def test_a_really_full_disk(tmp_path: Path) -> None:
+def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
     def limited() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
@@ -287,10 +297,10 @@ def test_a_really_full_disk(tmp_path: Path) -> None:
         )
         assert "File too large" in message
         assert message.endswith(
-            "earlier checkpoints are as they were: make room and run the same command again"
+            "earlier checkpoints are intact: make room and run the same command again"
         )
 
-    put(tmp_path, 10)
+    write(tmp_path, 10)
     assert in_child(limited) == FINISHED
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_0000010"]
     assert_holds(newest(tmp_path), 10)
@@ -299,7 +309,7 @@ def test_a_really_full_disk(tmp_path: Path) -> None:
 def test_all_is_on_the_disk_before_it_has_its_name_and_before_older_ones_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put(tmp_path, 10)
+    write(tmp_path, 10)
     events: list[str] = []
     fsync, rename = os.fsync, os.rename
 
@@ -315,7 +325,7 @@ def test_all_is_on_the_disk_before_it_has_its_name_and_before_older_ones_go(
 
     monkeypatch.setattr(os, "fsync", watched_fsync)
     monkeypatch.setattr(os, "rename", watched_rename)
-    path = put(tmp_path, 20, keep=1)
+    path = write(tmp_path, 20, keep=1)
     side = ".tmp-step_0000020"
     assert events == [
         *[f"sync {side}/{name}" for name in sorted(file.name for file in path.iterdir())],
@@ -326,66 +336,82 @@ def test_all_is_on_the_disk_before_it_has_its_name_and_before_older_ones_go(
     ]
 
 
-# Behind the back of a run.
+# In the background.
 
 
-class Slow:
-    """`save`, once it is let."""
+class SlowSave:
+    """`save`, but each call waits until `allowed` is set."""
 
     def __init__(self) -> None:
-        self.may, self.calls = threading.Event(), list[int]()
+        self.allowed = threading.Event()
+        self.steps: list[int] = []
 
     def __call__(
         self, folder: Path, step: int, tensors: Tensors, state: dict[str, Any], keep: int
     ) -> Path:
-        self.calls.append(step)
-        assert self.may.wait(PATIENCE)
+        self.steps.append(step)
+        assert self.allowed.wait(PATIENCE)
         return save(folder, step, tensors, state, keep)
 
 
-@pytest.fixture
-def slow(monkeypatch: pytest.MonkeyPatch) -> Slow:
-    slow = Slow()
-    monkeypatch.setattr("pipeline.train.checkpoint.save", slow)
-    return slow
-
-
-def test_training_goes_on_while_it_is_written(tmp_path: Path, slow: Slow) -> None:
-    with Writer(tmp_path, keep=2) as writer:
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+    slow = SlowSave()
+    with Writer(tmp_path, keep=2, save_step=slow) as writer:
         tensors, state = content(10)
         writer.save(10, tensors, state)
-        writer.check()  # not done, and nothing wrong
+        # Not done, and no error.
+        writer.check()
         assert newest(tmp_path) is None
+
+        # The next training step.
         for arrays in tensors.values():
             for array in arrays.values():
-                array[...] = 0  # the next training step
-        slow.may.set()
+                array[...] = 0
+        slow.allowed.set()
     assert_holds(newest(tmp_path), 10)
 
 
-def test_a_second_one_waits_for_the_first(tmp_path: Path, slow: Slow) -> None:
-    with Writer(tmp_path, keep=2) as writer:
+def test_a_second_save_waits_for_the_first(tmp_path: Path) -> None:
+    slow = SlowSave()
+    with Writer(tmp_path, keep=2, save_step=slow) as writer:
         writer.save(10, *content(10))
-        threading.Timer(0.2, slow.may.set).start()
+        threading.Timer(0.2, slow.allowed.set).start()
         writer.save(20, *content(20))
         assert_holds(tmp_path / "step_0000010", 10)
-    assert steps(tmp_path) == slow.calls == [10, 20]
+    assert steps(tmp_path) == slow.steps == [10, 20]
 
 
-def test_a_failure_ends_the_run_at_its_next_step(tmp_path: Path, slow: Slow) -> None:
-    (tmp_path / "checkpoints").write_text("no folder")
-    for last in (
-        Writer.check,
+def check_until_it_fails(writer: Writer) -> None:
+    """As training does, at each step."""
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        writer.check()
+
+
+@pytest.mark.parametrize(
+    "next_call",
+    [
+        check_until_it_fails,
         Writer.join,
         lambda writer: writer.save(20, *content(20)),
         lambda writer: None,
+    ],
+    ids=["check", "join", "save", "exit"],
+)
+def test_a_failure_is_raised_by_the_next_call(
+    tmp_path: Path, next_call: Callable[[Writer], None]
+) -> None:
+    (tmp_path / "checkpoints").write_text("not a folder")
+    with (  # noqa: PT012
+        pytest.raises(CheckpointError, match="step_0000010: could not be saved"),
+        Writer(tmp_path / "checkpoints", keep=2) as writer,
     ):
-        slow.may.set()
-        with pytest.raises(CheckpointError, match="step_0000010: could not be saved"):  # noqa: PT012, SIM117
-            with Writer(tmp_path / "checkpoints", keep=2) as writer:
-                writer.save(10, *content(10))
-                wait([writer.writing], PATIENCE)
-                last(writer)
+        writer.save(10, *content(10))
+        next_call(writer)
+
+
+def test_another_error_takes_precedence(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("not a folder")
     with pytest.raises(ZeroDivisionError), Writer(tmp_path / "checkpoints", keep=2) as writer:  # noqa: PT012
         writer.save(10, *content(10))
-        raise ZeroDivisionError  # what ends the run is what is told
+        raise ZeroDivisionError

@@ -1,107 +1,88 @@
-"""Compiled graphs that stay with a run: in real processes, as MindSpore takes one folder for each."""
+"""The folder of compiled graphs: what its name depends on, and when it is complete. That a resumed
+run loads its graphs is in test_loop.py, as MindSpore takes one folder a process.
+"""
 
-import json
-import os
-import shutil
-import subprocess
-import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
-import yaml
 
-from pipeline.train import compile_cache
-from pipeline.train.compile_cache import KEPT, CompileCache
-from tests.conftest import stage_yaml
-from tests.helpers.jobs import ROOT, WAIT
+from pipeline.train.compile_cache import (
+    GRAPHS_FOLDER,
+    CompileCache,
+    graph_key,
+    source_files,
+    toolchain,
+)
 
-LOADED = "Use the compilation cache"  # as MindSpore says it
-
-
-def trained(folder, *overrides):
-    """Trains in a process of its own; what it said."""
-    argv = [sys.executable, "-m", "launch", "train", str(folder / "base.yaml"), *overrides]
-    environment = {**os.environ, "GLOG_v": "2"}
-    done = subprocess.run(
-        argv, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=WAIT, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stderr
-
-
-def reports(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def test_a_second_process_compiles_nothing_and_trains_the_same(tmp_path, shards_folder, t5_folder):
-    run = tmp_path / "run"
-    raw = stage_yaml("base", run, shards_folder, t5_folder)
-    raw["train"] |= {"sample_every": 0}
-    (tmp_path / "base.yaml").write_text(yaml.safe_dump(raw))
-
-    said = trained(tmp_path)
-    assert "compiling the training step" in said
-    assert LOADED not in said
-    (kept,) = (run / KEPT).iterdir()
-    cold = [(report["loss"], report["grad_norm"]) for report in reports(run)]
-    weights = (run / "stage" / "unet.safetensors").read_bytes()
-    for path in run.iterdir():
-        if path.is_dir() and path.name != KEPT:
-            shutil.rmtree(path)
-        elif path.is_file():
-            path.unlink()
-
-    said = trained(tmp_path)
-    assert "loading the training step" in said
-    assert said.count(LOADED) == 2  # the gradient, and the step along it
-    assert [(report["loss"], report["grad_norm"]) for report in reports(run)] == cold
-    assert (run / "stage" / "unet.safetensors").read_bytes() == weights
-
-    said = trained(
-        tmp_path, "train.steps=6"
-    )  # another schedule of the learning rate, which is part of the graph
-    assert LOADED not in said
-    (other,) = (run / KEPT).iterdir()
-    assert other != kept
+NewProcess = Callable[..., CompileCache]
 
 
 @pytest.fixture
-def made(tmp_path, monkeypatch):
-    """Makes CompileCache as a process's first; `graphs.version` can be another."""
+def new_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> NewProcess:
+    """(shaped_by, rank) -> the cache of a run in `tmp_path`, as the first one of a process."""
 
-    def make(shaped_by="a", rank=0):
-        monkeypatch.setattr(CompileCache, "taken", False)
+    def make(shaped_by: str = "a", rank: int = 0) -> CompileCache:
+        monkeypatch.setattr(CompileCache, "in_use", False)
         return CompileCache(tmp_path, rank, CompileCache(), shaped_by)
 
     return make
 
 
-def test_what_shapes_a_graph_names_its_folder(made, monkeypatch):
-    one = made().target
-    assert one == made().target
-    assert len({one, made("b").target, made(rank=1).target}) == 3
-    monkeypatch.setattr(compile_cache, "version", lambda package: "9")
-    assert made().target != one
+def test_what_shapes_a_graph_is_in_its_key() -> None:
+    stage = CompileCache()
+    keys = [
+        graph_key(stage, "a", ("2.9", "1.9", "CPU")),
+        graph_key(stage, "b", ("2.9", "1.9", "CPU")),
+        graph_key(stage, "a", ("2.10", "1.9", "CPU")),
+        graph_key(Path(), "a", ("2.9", "1.9", "CPU")),
+    ]
+    assert len(set(keys)) == 4
+    assert graph_key(stage, "a", toolchain()) == graph_key(stage, "a", toolchain())
 
 
-def test_only_whole_ones_stay_and_others_go(made, tmp_path):
-    left, stale = made().folder, tmp_path / KEPT / "0123456789abcdef-0"
-    for folder in (left, stale, tmp_path / KEPT / "0123456789abcdef-1"):
+def test_the_sources_of_library_and_stage_are_in_its_key() -> None:
+    class Stage(CompileCache):
+        """A stage of this package, based on a class of the library."""
+
+    names = [path.name for path in source_files(Stage())]
+    assert {"unet.py", "step.py", "test_compile_cache.py", "test_loop.py"} <= set(names)
+
+
+def test_configurations_and_ranks_have_folders_of_their_own(new_process: NewProcess) -> None:
+    first = new_process().target
+    assert first == new_process().target
+    assert len({first, new_process("b").target, new_process(rank=1).target}) == 3
+
+
+def test_only_complete_graphs_stay_and_outdated_ones_go(
+    new_process: NewProcess, tmp_path: Path
+) -> None:
+    unfinished = new_process().folder
+    assert unfinished is not None
+    outdated = tmp_path / GRAPHS_FOLDER / "0123456789abcdef-0"
+    of_another_rank = tmp_path / GRAPHS_FOLDER / "0123456789abcdef-1"
+    for folder in (unfinished, outdated, of_another_rank):
         (folder / "rank_0").mkdir(parents=True)
-    first = made()  # the process before did not come to keep them
-    assert not first.warm
-    assert not left.exists()
-    assert [path.name for path in (tmp_path / KEPT).iterdir()] == [
-        "0123456789abcdef-1"
-    ]  # of another rank
-    first.keep()  # MindSpore has stored nothing
-    assert not made().warm
-    first = made()
-    first.folder.mkdir()
-    first.keep()
-    assert made().warm
+
+    # The process before ended without `commit`.
+    cache = new_process()
+    assert not cache.warm
+    assert list((tmp_path / GRAPHS_FOLDER).iterdir()) == [of_another_rank]
+
+    # MindSpore has stored nothing.
+    cache.commit()
+    assert not new_process().warm
+
+    cache = new_process()
+    assert cache.folder is not None
+    cache.folder.mkdir()
+    cache.commit()
+    assert new_process().warm
 
 
-def test_a_process_has_one_folder(made, tmp_path):
-    first = made()
-    assert first.folder is not None
-    assert CompileCache(tmp_path / "other", 0, first, "a").folder is None
+def test_only_the_first_training_of_a_process_is_cached(
+    new_process: NewProcess, tmp_path: Path
+) -> None:
+    assert new_process().folder is not None
+    assert CompileCache(tmp_path / "other", 0, CompileCache(), "a").folder is None

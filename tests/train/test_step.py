@@ -3,7 +3,7 @@ NumPy float64.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,14 +14,19 @@ from mindspore import Parameter, Tensor, nn
 from pipeline import runtime
 from pipeline.config import ConfigError
 from pipeline.errors import JobError, UserError
-from pipeline.train.memory import factored
+from pipeline.train.config import TrainConfig
+from pipeline.train.memory import num_factored
 from pipeline.train.optimizer import OptimizerConfig
-from pipeline.train.precision import LossScale
+from pipeline.train.precision import Precision
 from pipeline.train.process_group import ProcessGroup
 from pipeline.train.state import TrainState
-from pipeline.train.step import StepResult, TrainStep
+from pipeline.train.step import StepResult, TrainStep, prefetch, split
+from tests.helpers.groups import EchoGroup
 
-STEPS, HALF, BATCH, DECAY = 12, 6, 4, 0.45
+STEPS = 12
+HALF = 6
+BATCH = 4
+EMA_DECAY = 0.45
 SHAPES = {"matrix": (4, 3), "vector": (5,), "kernel": (2, 3, 3, 2)}
 # The gradient's norm is 2 to 15 here, so that some steps are clipped and some are not.
 CONFIGS = {
@@ -35,9 +40,7 @@ Weights = dict[str, np.ndarray]
 
 
 class Quadratic(nn.Cell):
-    """The loss of an image is half the squared distance of the parameters from where the image
-    wants them.
-    """
+    """The loss of an image is half the squared distance of the parameters from its targets."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +65,7 @@ def start() -> Weights:
 
 
 def batch(step: int) -> tuple[np.ndarray, ...]:
-    """Where the images of a step want the parameters."""
+    """The targets of the images of a step."""
     rng = np.random.default_rng([1, step])
     return tuple(
         rng.normal(size=(BATCH, *shape)).astype(np.float32) * (1 + step % 3)
@@ -73,8 +76,8 @@ def batch(step: int) -> tuple[np.ndarray, ...]:
 def losses(weights: Weights, targets: Iterable[np.ndarray]) -> np.ndarray:
     """The loss of each image."""
     parts = [
-        ((weights[name] - wanted) ** 2).reshape(BATCH, -1)
-        for name, wanted in zip(SHAPES, targets, strict=True)
+        ((weights[name] - target) ** 2).reshape(BATCH, -1)
+        for name, target in zip(SHAPES, targets, strict=True)
     ]
     return np.concatenate(parts, 1).sum(1) / 2
 
@@ -82,13 +85,20 @@ def losses(weights: Weights, targets: Iterable[np.ndarray]) -> np.ndarray:
 def make(
     kind: str,
     grad_accum_steps: int = 1,
-    ranks: ProcessGroup | None = None,
+    group: ProcessGroup | None = None,
     shard: bool = False,
-    scale: LossScale | None = None,
+    precision: Precision = "float32",
 ) -> tuple[Quadratic, TrainStep]:
-    network, config = Quadratic(), CONFIGS[kind]
-    state = TrainState(network, config, STEPS, DECAY, ranks, shard)
-    return network, TrainStep(network, state, config.max_grad_norm, grad_accum_steps, scale)
+    network = Quadratic()
+    config = TrainConfig(
+        steps=STEPS,
+        grad_accum_steps=grad_accum_steps,
+        precision=precision,
+        shard_optimizer=shard,
+        ema_decay=EMA_DECAY,
+    )
+    state = TrainState(network, CONFIGS[kind], config, group)
+    return network, TrainStep(network, state, CONFIGS[kind], config)
 
 
 def snapshot(step: TrainStep) -> dict[str, Weights]:
@@ -100,7 +110,7 @@ def snapshot(step: TrainStep) -> dict[str, Weights]:
 
 @dataclass
 class History:
-    """What was seen, step by step."""
+    """Losses, gradient norms and states, step by step."""
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
@@ -108,13 +118,13 @@ class History:
 
 
 def train(step: TrainStep, first: int = 0) -> History:
-    seen = History()
+    history = History()
     for number in range(first, STEPS):
-        loss, norm, *_ = step(step.parts(batch(number)))
-        seen.losses.append(loss)
-        seen.norms.append(norm)
-        seen.states.append(snapshot(step))
-    return seen
+        result = step(step.micro_batches(batch(number)))
+        history.losses.append(result.loss)
+        history.norms.append(result.grad_norm)
+        history.states.append(snapshot(step))
+    return history
 
 
 def assert_same_bits(a: dict[str, Weights], b: dict[str, Weights]) -> None:
@@ -137,17 +147,16 @@ def trainer(kind: str) -> TrainStep:
 
 
 @pytest.fixture(scope="module")
-def seen(trainer: TrainStep) -> History:
-    """An uninterrupted run."""
+def uninterrupted(trainer: TrainStep) -> History:
     return train(trainer)
 
 
 @pytest.fixture(scope="module")
-def resumed(kind: str, seen: History) -> tuple[Quadratic, TrainStep, History]:
+def resumed(kind: str, uninterrupted: History) -> tuple[Quadratic, TrainStep, History]:
     """A run from the middle, in a process that already took a step of its own."""
     network, step = make(kind)
-    step(step.parts(batch(STEPS)))
-    load(step, seen.states[HALF - 1])
+    step(step.micro_batches(batch(STEPS)))
+    load(step, uninterrupted.states[HALF - 1])
     return network, step, train(step, HALF)
 
 
@@ -173,7 +182,8 @@ def adamw(config: OptimizerConfig) -> Callable[[int, np.ndarray, np.ndarray], np
 
     def update(t: int, p: np.ndarray, g: np.ndarray) -> np.ndarray:
         nonlocal m, v
-        m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g**2
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g**2
         direction = m / (1 - beta1**t) / (np.sqrt(v / (1 - beta2**t)) + config.eps)
         return p - rate(config, t - 1) * (direction + config.weight_decay * p)
 
@@ -181,8 +191,8 @@ def adamw(config: OptimizerConfig) -> Callable[[int, np.ndarray, np.ndarray], np
 
 
 def adafactor(config: OptimizerConfig) -> Callable[[int, np.ndarray, np.ndarray], np.ndarray]:
-    """arXiv 1804.04235, algorithms 4 and 5, with a learning rate from outside. Of a kernel, each
-    last pair of axes.
+    """arXiv 1804.04235, algorithms 4 and 5, with an external learning rate; of a kernel, each last
+    pair of axes.
     """
     rows: Any = 0.0
     columns: Any = 0.0
@@ -190,7 +200,8 @@ def adafactor(config: OptimizerConfig) -> Callable[[int, np.ndarray, np.ndarray]
 
     def update(t: int, p: np.ndarray, g: np.ndarray) -> np.ndarray:
         nonlocal rows, columns, v
-        beta, square = 1 - t**-0.8, g**2 + 1e-30
+        beta = 1 - t**-0.8
+        square = g**2 + 1e-30
         if g.ndim == 1:
             v = beta * v + (1 - beta) * square
         else:
@@ -210,274 +221,263 @@ def reference(kind: str) -> History:
     average = start()
     rule = {"adamw": adamw, "adafactor": adafactor}[kind]
     updates = {name: rule(config) for name in SHAPES}
-    seen = History()
+    history = History()
     for step in range(STEPS):
-        wanted = {
-            name: targets.astype(float) for name, targets in zip(SHAPES, batch(step), strict=True)
+        targets = {
+            name: array.astype(float) for name, array in zip(SHAPES, batch(step), strict=True)
         }
-        seen.losses.append(losses(weights, wanted.values()).mean())
-        gradients = {n: weights[n] - wanted[n].mean(0) for n in SHAPES}
-        seen.norms.append(float(np.sqrt(sum((g**2).sum() for g in gradients.values()))))
-        shrink = min(1.0, config.max_grad_norm / seen.norms[-1])
-        weights = {n: updates[n](step + 1, weights[n], shrink * gradients[n]) for n in SHAPES}
-        keep = min((1 + step) / (10 + step), DECAY)
-        average = {n: keep * average[n] + (1 - keep) * weights[n] for n in SHAPES}
-        seen.states.append({"model": weights, "ema": average})
-    return seen
+        history.losses.append(losses(weights, targets.values()).mean())
+
+        gradients = {n: weights[n] - targets[n].mean(0) for n in SHAPES}
+        history.norms.append(float(np.sqrt(sum((g**2).sum() for g in gradients.values()))))
+        clip = min(1.0, config.max_grad_norm / history.norms[-1])
+        weights = {n: updates[n](step + 1, weights[n], clip * gradients[n]) for n in SHAPES}
+
+        decay = min((1 + step) / (10 + step), EMA_DECAY)
+        average = {n: decay * average[n] + (1 - decay) * weights[n] for n in SHAPES}
+        history.states.append({"model": weights, "ema": average})
+    return history
 
 
-def test_the_optimizer_is_the_papers(seen: History, reference: History, kind: str) -> None:
+def test_the_optimizer_is_the_papers(uninterrupted: History, reference: History, kind: str) -> None:
     assert min(reference.norms) < CONFIGS[kind].max_grad_norm < max(reference.norms)
-    np.testing.assert_allclose(seen.losses, reference.losses, rtol=1e-5)
-    np.testing.assert_allclose(seen.norms, reference.norms, rtol=1e-5)
-    for state, expected in zip(seen.states, reference.states, strict=True):
+    np.testing.assert_allclose(uninterrupted.losses, reference.losses, rtol=1e-5)
+    np.testing.assert_allclose(uninterrupted.norms, reference.norms, rtol=1e-5)
+    for state, expected in zip(uninterrupted.states, reference.states, strict=True):
         for name in SHAPES:
             np.testing.assert_allclose(
                 state["model"][name], expected["model"][name], rtol=0, atol=5e-6
             )
 
 
-def test_the_average_is_exponential_with_a_young_start(
-    seen: History, reference: History, trainer: TrainStep
+def test_the_ema_has_a_smaller_decay_at_first(
+    uninterrupted: History, reference: History, trainer: TrainStep
 ) -> None:
-    shares = [(1 + step) / (10 + step) for step in range(STEPS)]
-    assert shares[0] < shares[HALF] < DECAY < shares[-1]
-    for state, expected in zip(seen.states, reference.states, strict=True):
+    decays = [(1 + step) / (10 + step) for step in range(STEPS)]
+    assert decays[0] < decays[HALF] < EMA_DECAY < decays[-1]
+    for state, expected in zip(uninterrupted.states, reference.states, strict=True):
         for name in SHAPES:
             np.testing.assert_allclose(state["ema"][name], expected["ema"][name], rtol=0, atol=5e-6)
-    for name, array in trainer.state.average().items():
-        np.testing.assert_array_equal(array, seen.states[-1]["ema"][name])
+    for name, array in trainer.state.ema_weights().items():
+        np.testing.assert_array_equal(array, uninterrupted.states[-1]["ema"][name])
 
 
-def test_the_rate_told_is_the_schedules(trainer: TrainStep, kind: str) -> None:
-    told = [trainer.state.lr(step) for step in range(STEPS + 1)]
-    np.testing.assert_allclose(
-        told, [rate(CONFIGS[kind], step) for step in range(STEPS + 1)], rtol=1e-5, atol=1e-9
-    )
-    assert told[0] == told[STEPS] == 0.0
+def test_the_reported_learning_rate_is_the_schedules(trainer: TrainStep, kind: str) -> None:
+    reported = [trainer.state.lr(step) for step in range(STEPS + 1)]
+    expected = [rate(CONFIGS[kind], step) for step in range(STEPS + 1)]
+    np.testing.assert_allclose(reported, expected, rtol=1e-5, atol=1e-9)
+    assert reported[0] == reported[STEPS] == 0.0
 
 
-def test_what_the_optimizer_keeps(kind: str, seen: History) -> None:
-    """Of each last pair of axes: a 3 x 3 convolution keeps 6 numbers of 9, and a 1 x 1 convolution
-    2 for each 1.
+def test_the_shapes_of_the_optimizers_state(kind: str, uninterrupted: History) -> None:
+    """Adafactor factors the last pair of axes: of a 3 x 3 convolution it keeps 6 elements of 9, of
+    a 1 x 1 convolution 2 for each 1.
     """
-    kept = {
-        name: array.shape for name, array in seen.states[-1]["optimizer"].items() if array.size > 1
-    }
+    state = uninterrupted.states[-1]["optimizer"]
+    shapes = {name: array.shape for name, array in state.items() if array.size > 1}
     if kind == "adamw":
-        assert kept == {
+        assert shapes == {
             f"adam_{moment}.{name}": shape for moment in "mv" for name, shape in SHAPES.items()
         }
         return
-    assert kept == {
+
+    assert shapes == {
         "exp_avg_sq_row_matrix": (4,),
         "exp_avg_sq_col_matrix": (3,),
         "exp_avg_sq_row_kernel": (2, 3, 3),
         "exp_avg_sq_col_kernel": (2, 3, 2),
         "exp_avg_sq_vector": (5,),
     }
-    assert sum(map(factored, SHAPES.values())) == sum(
-        map(math.prod, kept.values())
-    )  # what `cascade check` counts
+    # The number that `cascade check` counts.
+    assert sum(map(num_factored, SHAPES.values())) == sum(map(math.prod, shapes.values()))
 
 
-def test_accumulated_gradients_are_the_batchs() -> None:
-    whole, parts = (make("adamw", grad_accum_steps)[1] for grad_accum_steps in (1, 2))
-    a, b = train(whole), train(parts)
+def assert_close_runs(a: History, b: History, tolerance: float) -> None:
     np.testing.assert_allclose(a.losses, b.losses, rtol=1e-6)
     np.testing.assert_allclose(a.norms, b.norms, rtol=1e-6)
     for file in ("model", "ema"):
         for name in SHAPES:
             np.testing.assert_allclose(
-                a.states[-1][file][name], b.states[-1][file][name], rtol=0, atol=1e-6
+                a.states[-1][file][name], b.states[-1][file][name], rtol=0, atol=tolerance
             )
 
 
-class Echo(ProcessGroup):
-    """One of `world` ranks that all have the same to say."""
-
-    def all_reduce(self, flat: Tensor) -> Tensor:
-        return Tensor(flat.asnumpy() * self.world)
+def test_accumulated_gradients_are_those_of_the_batch() -> None:
+    whole, parts = (train(make("adamw", grad_accum_steps)[1]) for grad_accum_steps in (1, 2))
+    assert_close_runs(whole, parts, 1e-6)
 
 
 @pytest.mark.parametrize("grad_accum_steps", [1, 2])
-def test_ranks_take_the_step_of_their_mean(grad_accum_steps: int, kind: str, seen: History) -> None:
-    _, step = make(kind, grad_accum_steps, Echo(0, 4))
-    again = train(step)
-    np.testing.assert_allclose(again.losses, seen.losses, rtol=1e-6)
-    np.testing.assert_allclose(again.norms, seen.norms, rtol=1e-6)
-    for file in ("model", "ema"):
-        for name in SHAPES:
-            np.testing.assert_allclose(
-                again.states[-1][file][name],
-                seen.states[-1][file][name],
-                rtol=0,
-                atol=1e-5 if kind == "adamw" else 5e-6,
-            )
+def test_ranks_apply_their_mean_gradient(
+    grad_accum_steps: int, kind: str, uninterrupted: History
+) -> None:
+    _, step = make(kind, grad_accum_steps, EchoGroup(0, 4))
+    assert_close_runs(train(step), uninterrupted, 1e-5 if kind == "adamw" else 5e-6)
 
 
-def test_one_that_asks_to_stop_is_heard() -> None:
-    _, step = make("adamw", 1, Echo(0, 4))
-    assert step(step.parts(batch(0)), lambda: True).stops == 4
-    assert step(step.parts(batch(1))).stops == 0
+def test_the_ranks_that_ask_to_stop_are_counted() -> None:
+    _, step = make("adamw", 1, EchoGroup(0, 4))
+    assert step(step.micro_batches(batch(0)), lambda: True).num_stop_requests == 4
+    assert step(step.micro_batches(batch(1))).num_stop_requests == 0
 
 
-def test_ranks_whose_weights_drift_apart_are_named() -> None:
-    class Watched(ProcessGroup):
-        odd = [2]  # noqa: RUF012
-
-        def mismatching_ranks(self, digest: bytes) -> list[int]:
-            return self.odd
-
-    _, step = make("adamw", 1, Watched(0, 4))
+def test_ranks_whose_weights_diverge_are_named() -> None:
+    group = EchoGroup(0, 4)
+    _, step = make("adamw", 1, group)
+    group.mismatching = [2]
     with pytest.raises(JobError) as error:
-        step.state.check_alike(7)
+        step.state.check_weights_agree(7)
     assert str(error.value).startswith(
         "step 7: the weights of rank 2 are no longer those of the other ranks: "
     )
-    Watched.odd = []
-    step.state.check_alike(8)
+    group.mismatching = []
+    step.state.check_weights_agree(8)
 
 
-class Share(Echo):
-    """Rank 0, whose share of what is gathered stands for everyone's."""
+def test_adafactor_is_not_sharded() -> None:
+    with pytest.raises(
+        ConfigError, match=r"train\.shard_optimizer: adafactor factors whole matrices"
+    ):
+        make("adafactor", 1, EchoGroup(0, 3), shard=True)
 
-    def all_gather(self, flat: Tensor) -> Tensor:
-        return Tensor(np.tile(flat.asnumpy(), self.world))
 
-
-def test_a_share_of_the_optimizer_makes_the_step_of_that_share(seen: History, kind: str) -> None:
-    """Of the bucket's 53 numbers rank 0 of 3 has 18, the matrix and the vector; one is padding."""
-    if kind == "adafactor":
-        with pytest.raises(
-            ConfigError, match=r"train\.shard_optimizer: adafactor factors whole matrices"
-        ):
-            make(kind, 1, Share(0, 3), shard=True)
-        return
-    _, step = make(kind, 1, Share(0, 3), shard=True)
+def test_a_sharded_optimizer_updates_its_shard_like_a_whole_one() -> None:
+    """Of the bucket's 53 elements rank 0 of 3 has 18, the matrix and the vector; one is padding."""
+    _, step = make("adamw", 1, EchoGroup(0, 3), shard=True)
     assert [bucket.size for bucket in step.state.buckets] == [54]
     assert {p.shape for p in step.state.moments if p.size > 1} == {(18,)}
-    expected = make(kind)[1].state
+
+    whole = make("adamw")[1].state
     sums = [Tensor(np.random.default_rng(0).normal(size=54).astype(np.float32))]
     step.state.update(sums, 0.5)
-    expected.update([sums[0][:53]], 0.5)
+    whole.update([sums[0][:53]], 0.5)
     for file in ("model", "ema"):
+        actual = step.state.files(file)[file]
+        expected = whole.files(file)[file]
         for name in ("matrix", "vector"):
-            mine, whole = (state.files(file)[file][name] for state in (step.state, expected))
-            np.testing.assert_array_equal(mine, whole)
+            np.testing.assert_array_equal(actual[name], expected[name])
 
 
-def test_weights_are_spread_alike_on_every_device() -> None:
-    """The compiled branch that is an Ascend's, on a CPU."""
+def test_vectors_are_scattered_alike_on_every_device() -> None:
+    """The compiled function that an Ascend uses, on a CPU."""
     network, step = make("adamw")
-    vectors = [Tensor(np.arange(bucket.size, dtype=np.float32)) for bucket in step.state.buckets]
-    step.state._scatter(*vectors).asnumpy()
-    (views,) = [b.views(v.asnumpy()) for b, v in zip(step.state.buckets, vectors, strict=True)]
+    (bucket,) = step.state.buckets
+    vector = np.arange(bucket.size, dtype=np.float32)
+    runtime.jit(step.state.scatter())(Tensor(vector)).asnumpy()
     for parameter in network.trainable_params():
-        np.testing.assert_array_equal(parameter.asnumpy(), views[parameter.name])
+        np.testing.assert_array_equal(parameter.asnumpy(), bucket.views(vector)[parameter.name])
 
 
 @pytest.mark.parametrize("grad_accum_steps", [1, 2])
 def test_a_loss_scale_changes_nothing_but_what_overflows(
-    grad_accum_steps: int, seen: History, kind: str
+    grad_accum_steps: int, uninterrupted: History, kind: str
 ) -> None:
-    """Powers of two are exact; the first steps overflow, are not taken, and are no fault."""
-    scale = LossScale("float16")
-    scale.value = 2.0**125
-    _, step = make(kind, grad_accum_steps, scale=scale)
-    overflows = 0
+    """Powers of two are exact; the first steps overflow and are skipped."""
+    _, step = make(kind, grad_accum_steps, precision="float16")
+    step.loss_scale.value = 2.0**125
+    num_overflows = 0
     for number in range(STEPS):
-        while (outcome := step(step.parts(batch(number)))).overflow:
-            overflows += 1
-            assert not outcome.taken
-        np.testing.assert_allclose(
-            outcome[:2], (seen.losses[number], seen.norms[number]), rtol=1e-5
-        )
-    assert overflows > 2
+        while (result := step(step.micro_batches(batch(number)))).loss_scale_overflow:
+            num_overflows += 1
+            assert not result.applied
+        np.testing.assert_allclose(result.loss, uninterrupted.losses[number], rtol=1e-5)
+        np.testing.assert_allclose(result.grad_norm, uninterrupted.norms[number], rtol=1e-5)
+    assert num_overflows > 2
 
 
 @pytest.mark.parametrize("grad_accum_steps", [1, 2])
-@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
-def test_a_step_that_is_not_finite_is_not_taken(grad_accum_steps: int, bad: float) -> None:
-    """Nothing tells later that it was there; 1e30 is a number whose square, the loss, is none."""
+def test_a_step_that_is_not_finite_is_skipped_without_a_trace(grad_accum_steps: int) -> None:
+    """1e30 is finite, but its square, the loss, is not."""
     _, step = make("adamw", grad_accum_steps)
     expected = train(make("adamw", grad_accum_steps)[1])
     for number in range(STEPS):
-        before, spoiled = snapshot(step), batch(number)
-        spoiled[1][0, 2] = bad
-        outcome = step(step.parts(spoiled))
-        assert not outcome.taken
-        assert not np.isfinite(outcome.loss)
+        before = snapshot(step)
+        spoiled = batch(number)
+        spoiled[1][0, 2] = (np.nan, np.inf, 1e30)[number % 3]
+        result = step(step.micro_batches(spoiled))
+        assert not result.applied
+        assert not np.isfinite(result.loss)
         assert_same_bits(snapshot(step), before)
-        assert step(step.parts(batch(number))) == StepResult(
-            expected.losses[number], expected.norms[number]
+
+        assert step(step.micro_batches(batch(number))) == StepResult(
+            loss=expected.losses[number], grad_norm=expected.norms[number]
         )
         assert_same_bits(snapshot(step), expected.states[number])
 
 
 def test_resumed_is_uninterrupted(
-    seen: History, resumed: tuple[Quadratic, TrainStep, History]
+    uninterrupted: History, resumed: tuple[Quadratic, TrainStep, History]
 ) -> None:
     _, _, again = resumed
-    assert again.losses == seen.losses[HALF:]
-    assert again.norms == seen.norms[HALF:]
-    for state, expected in zip(again.states, seen.states[HALF:], strict=True):
+    assert again.losses == uninterrupted.losses[HALF:]
+    assert again.norms == uninterrupted.norms[HALF:]
+    for state, expected in zip(again.states, uninterrupted.states[HALF:], strict=True):
         assert_same_bits(state, expected)
 
 
-def test_averaged_is_a_visit(seen: History, resumed: tuple[Quadratic, TrainStep, History]) -> None:
-    """Inside, the network has the average; after it, and in all later steps, nothing tells that it
-    was there.
-    """
+def test_the_ema_is_in_the_network_only_inside(
+    uninterrupted: History, resumed: tuple[Quadratic, TrainStep, History]
+) -> None:
+    """Afterwards, the weights and all later steps are as if it had not been there."""
     network, step, _ = resumed
-    load(step, seen.states[HALF - 1])
+    load(step, uninterrupted.states[HALF - 1])
     targets = batch(0)
-    look = runtime.compile(network.construct)
+    compiled = runtime.jit(network.construct)
+
+    def assert_network_has(weights: Weights) -> None:
+        assert_same_bits({"": snapshot(step)["model"]}, {"": weights})
+        actual = compiled(*map(Tensor, targets)).asnumpy()
+        np.testing.assert_allclose(actual, losses(weights, targets), rtol=1e-5)
+
     for number in range(HALF, STEPS):
         before = snapshot(step)
-        with step.state.averaged():
-            assert_same_bits({"ema": snapshot(step)["model"]}, {"ema": before["ema"]})
-            np.testing.assert_allclose(
-                look(*map(Tensor, targets)).asnumpy(), losses(before["ema"], targets), rtol=1e-5
-            )
+        with step.state.ema_in_network():
+            assert_network_has(before["ema"])
+        assert_network_has(before["model"])
         assert_same_bits(snapshot(step), before)
-        np.testing.assert_allclose(
-            look(*map(Tensor, targets)).asnumpy(), losses(before["model"], targets), rtol=1e-5
+
+        assert step(step.micro_batches(batch(number))) == StepResult(
+            loss=uninterrupted.losses[number], grad_norm=uninterrupted.norms[number]
         )
-        assert step(step.parts(batch(number)))[:2] == (seen.losses[number], seen.norms[number])
-        assert_same_bits(snapshot(step), seen.states[number])
-    with pytest.raises(KeyError, match="picture"), step.state.averaged():
-        raise KeyError("picture")
-    assert_same_bits(snapshot(step), seen.states[-1])
+        assert_same_bits(snapshot(step), uninterrupted.states[number])
+
+    with pytest.raises(KeyError, match="sampling"), step.state.ema_in_network():
+        raise KeyError("sampling")
+    assert_same_bits(snapshot(step), uninterrupted.states[-1])
+
+
+@pytest.fixture(scope="module")
+def another() -> TrainStep:
+    """A run whose state no test looks at."""
+    return make("adamw")[1]
 
 
 @pytest.mark.parametrize(
-    ("file", "name", "found", "message"),
+    ("file", "name", "shape", "problem"),
     [
-        ("ema", "vector", None, "'vector' is missing and this run wants [5]"),
-        ("ema", "matrix", (3, 4), "'matrix' is [3, 4] and this run wants [4, 3]"),
-        ("optimizer", "ema_step", None, "'ema_step' is missing and this run wants []"),
+        ("ema", "vector", None, "'vector' is missing and this run needs [5]"),
+        ("ema", "matrix", (3, 4), "'matrix' is [3, 4] and this run needs [4, 3]"),
+        ("optimizer", "ema_step", None, "'ema_step' is missing and this run needs []"),
         (
             "optimizer",
             "adam_v.kernel",
             (2, 3, 3),
-            "'adam_v.kernel' is [2, 3, 3] and this run wants [2, 3, 3, 2]",
+            "'adam_v.kernel' is [2, 3, 3] and this run needs [2, 3, 3, 2]",
         ),
     ],
 )
-def test_a_checkpoint_of_another_configuration(
-    file: str, name: str, found: tuple[int, ...] | None, message: str
+def test_a_checkpoint_of_another_configuration_is_refused(
+    another: TrainStep, file: str, name: str, shape: tuple[int, ...] | None, problem: str
 ) -> None:
-    _, step = make("adamw")
-    state = snapshot(step)
-    if found is None:
+    state = snapshot(another)
+    if shape is None:
         del state[file][name]
     else:
-        state[file][name] = np.zeros(found, np.float32)
+        state[file][name] = np.zeros(shape, np.float32)
     with pytest.raises(UserError) as error:
-        step.state.load(state, "runs/x/checkpoints/step_0000006")
+        another.state.load(state, "runs/x/checkpoints/step_0000006")
     where = f"runs/x/checkpoints/step_0000006/{file}.safetensors"
-    assert str(error.value) == f"{where}: {message}; it was made by another configuration"
+    assert str(error.value) == f"{where}: {problem}; it was written by another configuration"
 
 
 @pytest.mark.parametrize(
@@ -498,25 +498,28 @@ def test_a_checkpoint_of_another_configuration(
         ),
     ],
 )
-def test_optimizer_settings_that_cannot_be(values: dict[str, Any], message: str) -> None:
+def test_invalid_optimizer_settings_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         OptimizerConfig(**values)
     assert str(error.value) == message
 
 
-def test_the_next_batch_is_on_its_way_while_one_is_trained() -> None:
-    asked: list[int] = []
+def test_the_next_batch_is_prepared_before_one_is_trained() -> None:
+    prepared: list[int] = []
 
-    def batches() -> Iterator[tuple[np.ndarray, ...]]:
-        for number in range(3):
-            asked.append(number)
-            yield (np.full(4, number, np.float32),)
+    def prepare(number: int) -> str:
+        prepared.append(number)
+        return str(number)
 
-    step = TrainStep.__new__(TrainStep)  # nothing of it but the number of parts
-    step.grad_accum_steps = 2
-    seen = []
-    for number, parts in enumerate(step.ahead(batches())):
-        assert asked == list(range(min(number + 2, 3)))
-        seen.append([part[0].asnumpy().tolist() for part in parts])
-    assert seen == [[[float(number)] * 2] * 2 for number in range(3)]
-    assert list(step.ahead(iter(()))) == []
+    for number, ready in enumerate(prefetch(iter(range(3)), prepare)):
+        assert ready == str(number)
+        assert prepared == list(range(min(number + 2, 3)))
+    assert prepared == [0, 1, 2]
+    assert list(prefetch(iter(()), prepare)) == []
+
+
+def test_micro_batches_are_consecutive_rows() -> None:
+    arrays = (np.arange(4, dtype=np.float32), np.arange(8, dtype=np.int32).reshape(4, 2))
+    first, second = split(arrays, 2)
+    assert [array.asnumpy().tolist() for array in first] == [[0, 1], [[0, 1], [2, 3]]]
+    assert [array.asnumpy().tolist() for array in second] == [[2, 3], [[4, 5], [6, 7]]]

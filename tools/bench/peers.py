@@ -95,7 +95,7 @@ def pip_install(python: Path, *arguments: str) -> None:
             text=True,
             timeout=PIP_TIMEOUT,
             check=False,
-            env=runtime.first_environment(),
+            env=runtime.initial_environment(),
         )
     except subprocess.TimeoutExpired:
         raise JobError(f"not installed: pip was not done in {PIP_TIMEOUT} s") from None

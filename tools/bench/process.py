@@ -31,7 +31,7 @@ def run_json(python: str | Path, *arguments: object) -> dict[str, Any]:
             text=True,
             timeout=TIMEOUT,
             check=False,
-            env=runtime.first_environment(),
+            env=runtime.initial_environment(),
         )
     except subprocess.TimeoutExpired:
         raise JobError(f"{command}: no answer in {TIMEOUT} s; ask for less") from None

@@ -128,17 +128,17 @@ def ratios(rows: Rows, tried: Sequence[Setup]) -> dict[str, float]:
 
 
 def prepare(folder: Path, config: Path) -> None:
-    """Shards, a text encoder and stored embeddings, by the tools that the demo uses."""
+    """Shards, a text encoder and stored embeddings, by the commands that the demo uses."""
     shards = folder / "shards"
-    run_tool(folder, "tools.shapes", shards, "--num", 256, "--size", 64, "--seed", 0)
+    run_module(folder, "tools.shapes", shards, "--num", 256, "--size", 64, "--seed", 0)
 
     tars = sorted(shards.glob("*.tar"))
     width = read_yaml(config)["text"]["width"]
-    run_tool(folder, "tools.tiny_t5", folder / "t5", "--width", width, "--captions", *tars)
-    run_tool(folder, "tools.cache_text", config, *data_overrides(folder, ranks=1))
+    run_module(folder, "tools.tiny_t5", folder / "t5", "--width", width, "--captions", *tars)
+    run_module(folder, "launch", "cache-text", config, *data_overrides(folder, ranks=1))
 
 
-def run_tool(folder: Path, module: str, *arguments: object) -> None:
+def run_module(folder: Path, module: str, *arguments: object) -> None:
     argv = [sys.executable, "-m", module, *map(str, arguments)]
     path = folder / "prepare.log"
     with path.open("ab") as log:

@@ -16,6 +16,7 @@ from mindspore.nn.utils import no_init_parameters
 
 from pipeline import runtime
 from pipeline.nn.parameters import num_parameters
+from pipeline.rng import Draws
 from pipeline.stage.registry import read_stage_config, stage_class
 from tools.bench.workers.timing import print_answer, timed
 
@@ -38,13 +39,16 @@ class StageGradient(nn.Cell):
 
 def loss_inputs(stage: Any) -> list[Tensor]:
     """The inputs of the loss for one image and an empty caption."""
-    side = stage.window or stage.config.size
+    side = stage.train_window or stage.config.size
     text = stage.config.text
 
-    image = np.zeros((1, side, side, 3), np.uint8)
-    embeddings = np.zeros((1, text.length, text.width), np.float32)
-    mask = np.ones((1, text.length), np.float32)
-    return [Tensor(array) for array in stage.batch(0, [0], image, embeddings, mask)]
+    images = np.zeros((1, side, side, 3), np.uint8)
+    prompt = {
+        "text": np.zeros((1, text.length, text.width), np.float32),
+        "text_mask": np.ones((1, text.length), np.float32),
+    }
+    arrays = stage.training_inputs(images, prompt, Draws(seed=0, step=0, positions=[0]))
+    return [Tensor(array) for array in stage.training.flatten(arrays)]
 
 
 def measure(path: str, graphs: str) -> dict[str, Any]:
@@ -54,7 +58,7 @@ def measure(path: str, graphs: str) -> dict[str, Any]:
         path: the stage's configuration.
         graphs: an empty folder for the compiler's files.
     """
-    runtime.write_graphs(graphs)
+    runtime.save_graphs(graphs)
     config, _ = read_stage_config(path, [])
     with no_init_parameters():
         stage = stage_class(config.kind)(config)

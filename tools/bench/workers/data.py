@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.pool import ThreadPool
@@ -92,12 +92,14 @@ def decode_only(task: ReadTask, worker: int) -> Iterator[int]:
 
 def ours(task: ReadTask) -> Iterator[int]:
     """The whole loader: index, order, checksums, decoding, cropping, batches."""
-    from pipeline.data.loader import Loader
+    from pipeline.data.loader import ImageSize, Loader
     from pipeline.data.shards import DataConfig, Shards
-    from pipeline.text.prompts import Arrays, NoPrompts
+    from pipeline.rng import Draws
+    from pipeline.stage.inputs import Arrays
+    from pipeline.text.prompts import NoPrompts
 
-    def arrange(step: int, positions: Sequence[int], *arrays: np.ndarray) -> Arrays:
-        return arrays
+    def images_alone(images: np.ndarray, prompt: Arrays, draws: Draws) -> Arrays:
+        return {"images": images}
 
     config = DataConfig(
         shards=f"{task.folder}/*.tar", global_batch=BATCH, shuffle_shards=2, workers=task.cores
@@ -105,15 +107,14 @@ def ours(task: ReadTask) -> Iterator[int]:
     loader = Loader(
         Shards.open(config, progress=False),
         NoPrompts(),
-        0,
-        task.decoded,
-        task.size,
-        arrange,
-        task.folder / "quarantine.jsonl",
-        range(BATCH),
+        seed=0,
+        size=ImageSize(side=task.decoded, window=task.size),
+        make_inputs=images_alone,
+        quarantine=task.folder / "quarantine.jsonl",
+        share=range(BATCH),
     )
-    for images, *_ in loader.batches(0, MANY_STEPS):
-        assert images.shape == (BATCH, task.size, task.size, 3)
+    for batch in loader.batches(0, MANY_STEPS):
+        assert batch["images"].shape == (BATCH, task.size, task.size, 3)
         yield BATCH
 
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from statistics import median
 
-from launch.cli.report import check_stage
+from launch.cli.check_report import check_stage
 from launch.jobs.worker import train
 from tools.bench.workers.timing import peak_memory, print_answer
 

@@ -12,9 +12,14 @@ import numpy as np
 from mindspore import Tensor
 
 from pipeline import runtime
-from pipeline.generate.cascade import Cascade, Sampler
+from pipeline.generate.cascade import Cascade
+from pipeline.generate.engine import predictor, sample
 from pipeline.nn.parameters import initialize, num_parameters
+from pipeline.stage.inputs import Arrays
 from pipeline.stage.registry import read_stage_config, stage_class
+from pipeline.stage.request import SampleRequest
+from pipeline.stage.stage import Stage
+from pipeline.text.caption_embeddings import encode_text
 from pipeline.text.encoder import TextEncoder
 from tools.bench.workers.timing import print_answer, time_calls, timed
 
@@ -34,39 +39,37 @@ def new_cascade(configs: list[str], encoder: str) -> Cascade:
     """A cascade of these stages, with initial weights."""
     stages = {Path(path).stem: new_stage(path, f"text.encoder={encoder}") for path in configs}
     length = next(reversed(stages.values())).config.text.length
-    return Cascade({}, cast(dict[str, Sampler], stages), TextEncoder.load(encoder, encoder, length))
+    return Cascade({}, stages, TextEncoder.load(encoder, encoder, length))
 
 
-# The only two calls of a stage's methods.
+def sample_request(stage: Stage, prompt: Arrays, low_res: np.ndarray | None) -> SampleRequest:
+    """One batch of images."""
+    image_ids = range(stage.config.sample.batch_size)
+    return SampleRequest(prompt=prompt, seed=0, image_ids=image_ids, low_res=low_res)
 
 
-def sample_batch(
-    cascade: Cascade, name: str, prompt: tuple[np.ndarray, ...], low_res: np.ndarray | None
-) -> np.ndarray:
-    """A batch of images of stage `name`, uint8 (B, S, S, 3), as the orchestrator samples it."""
-    num = cascade.stages[name].config.sample.batch_size
-    return cascade.run(name, prompt, 0, range(num), low_res, {})
-
-
-def network_calls(
-    stage: Any, prompt: tuple[np.ndarray, ...], low_res: np.ndarray | None
-) -> Callable[[], None]:
+def network_calls(stage: Stage, request: SampleRequest) -> Callable[[], None]:
     """The network's calls of a batch, and nothing else."""
     config = stage.config.sample
-    num = config.batch_size
-    shape, conditions = stage.condition(low_res, 0, range(num), config.aug_level)
-    z = np.zeros((num, *shape))
-    logsnr = np.zeros(num)
-
+    inputs = stage.inputs
     guided = config.guidance != 1.0
-    weight = [config.guidance] if guided else []
-    call = runtime.compile(stage.predict_guided if guided else stage.predict)
-    arrays = (*weight, z, logsnr, *prompt, *conditions)
-    tensors = [Tensor(np.asarray(array, np.float32)) for array in arrays]
+    predict = predictor(stage, stage.network, guided=guided)
+
+    def call(guidance: Tensor, z: Tensor, logsnr_B: Tensor, *tensors: Tensor) -> Tensor:
+        return predict(z, logsnr_B, inputs.unpack(tensors), guidance)
+
+    compiled = runtime.jit(call)
+    num = request.num_images
+    z = np.zeros((num, *stage.sample_shape(request)))
+    arrays = inputs.flatten(stage.sampling_inputs(request, config))
+    tensors = [
+        Tensor(np.asarray(array, np.float32))
+        for array in (config.guidance, z, np.zeros(num), *arrays)
+    ]
 
     def run() -> None:
         for _ in range(config.steps):
-            call(*tensors).asnumpy()
+            compiled(*tensors).asnumpy()
 
     return run
 
@@ -81,16 +84,18 @@ def implementations(
 
     The first stage encodes the prompt itself; later ones take it encoded, as in a cascade.
     """
-    stage: Any = cascade.stages[name]
-    encoder = cast(TextEncoder, cascade.text)
+    stage = cascade.stages[name]
+    encoder = cascade.text_encoder
+    assert encoder
     prompts = [PROMPT] * stage.config.sample.batch_size
-    prompt = encoder.encode(prompts)
+    prompt = encode_text(encoder, prompts)
 
     def ours() -> np.ndarray:
-        encoded = encoder.encode(prompts) if low_res is None else prompt
-        return sample_batch(cascade, name, encoded, low_res)
+        encoded = encode_text(encoder, prompts) if low_res is None else prompt
+        return sample(stage, stage.config.sample, sample_request(stage, encoded, low_res))
 
-    return {"ours": ours, "network": network_calls(stage, prompt, low_res)}
+    request = sample_request(stage, prompt, low_res)
+    return {"ours": ours, "network": network_calls(stage, request)}
 
 
 def first_low_res(cascade: Cascade) -> np.ndarray | None:

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.generate.engine import sample
 from pipeline.nn import tiling
 from pipeline.nn.parameters import num_parameters
+from pipeline.stage.request import SampleRequest
 from tools.bench.workers.sample import new_stage
 from tools.bench.workers.timing import print_answer, time_calls
 
@@ -20,12 +22,16 @@ def sample_step(stage: Any, guidance: float) -> Callable[[], np.ndarray]:
     """The only call of a stage's methods: one step, from noise, with an empty caption."""
     config = stage.config
     text = np.zeros((1, config.text.length, config.text.width), np.float32)
-    mask = np.ones(text.shape[:2], np.float32)
-    low_res = np.zeros((1, config.low_res.size, config.low_res.size, 3), np.uint8)
-    sampler = replace(config.sample, steps=1, guidance=guidance)
+    request = SampleRequest(
+        prompt={"text": text, "text_mask": np.ones(text.shape[:2], np.float32)},
+        seed=0,
+        image_ids=[0],
+        low_res=np.zeros((1, config.low_res.size, config.low_res.size, 3), np.uint8),
+    )
+    sampler = replace(config.sample, steps=1, guidance=guidance, batch_size=1)
 
     def run() -> np.ndarray:
-        return stage.sample(sampler, (text, mask), 0, [0], low_res)
+        return sample(stage, sampler, request)
 
     return run
 

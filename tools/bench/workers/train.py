@@ -52,6 +52,7 @@ def ours(case: Case) -> Answer:
     from pipeline.nn.parameters import initialize, num_parameters
     from pipeline.nn.unet import UNet, UNetConfig
     from pipeline.train.compile_cache import CompileCache
+    from pipeline.train.config import TrainConfig
     from pipeline.train.optimizer import OptimizerConfig
     from pipeline.train.state import TrainState
     from pipeline.train.step import TrainStep
@@ -64,13 +65,15 @@ def ours(case: Case) -> Answer:
         difference = network(x, logsnr, text, mask) - eps
         return (difference * difference).mean((1, 2, 3))
 
-    graphs = CompileCache(Path(case["graphs"]), 0, network) if "graphs" in case else CompileCache()
-    state = TrainState(network, OptimizerConfig(warmup_steps=1), 1000, EMA_DECAY, graphs=graphs)
-    step = TrainStep(loss, state, max_grad_norm=MAX_GRAD_NORM, graphs=graphs)
-    batch = step.parts(tuple(arrays(case).values()))
+    cache = CompileCache(Path(case["graphs"]), 0, network) if "graphs" in case else CompileCache()
+    optimizer = OptimizerConfig(warmup_steps=1, max_grad_norm=MAX_GRAD_NORM)
+    training = TrainConfig(steps=1000, ema_decay=EMA_DECAY)
+    state = TrainState(network, optimizer, training, compile_cache=cache)
+    step = TrainStep(loss, state, optimizer, training, compile_cache=cache)
+    batch = step.micro_batches(tuple(arrays(case).values()))
 
     timing = time_calls(lambda: step(batch), case["steps"])
-    graphs.keep()
+    cache.commit()
     return {"parameters": num_parameters(network), **timing, "versions": {}}
 
 
