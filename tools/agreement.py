@@ -39,7 +39,7 @@ CONTRAST_PERCENTILE = 98.5
 
 
 class Reading(NamedTuple):
-    """What an image shows; None for a colour or shape that cannot be told."""
+    """Attributes of the scene that an image shows; None for a colour or shape not recognized."""
 
     colour: str | None
     shape: str | None
@@ -54,7 +54,7 @@ CHANCES = {
 
 
 def read_scene(image: np.ndarray) -> Reading:
-    """What the uint8 (H, W, 3) image shows."""
+    """The scene in a uint8 (H, W, 3) image."""
     resized = Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BOX)
     pixels = _smooth(np.asarray(resized, np.float64))
 

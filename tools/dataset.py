@@ -1,4 +1,4 @@
-"""What the tools that write data sets share: their options, their WebDataset tars, their folders.
+"""Shared by the tools that write data sets: command-line options, WebDataset tars, output folders.
 
 A data set folder appears whole or not at all. Beside its tars it holds a JSON file with the
 arguments that made it, so that the same command again does nothing and another one is refused.
@@ -33,7 +33,7 @@ class CaptionedImage(NamedTuple):
 
 
 class DatasetSize(NamedTuple):
-    """What a tool has written."""
+    """Size of a data set on disk."""
 
     shards: int
     bytes: int
@@ -169,7 +169,7 @@ def write_once(
     Args:
         out: the folder to make.
         info_name: the JSON file in it that records the arguments.
-        arguments: what identifies the data set.
+        arguments: the arguments that identify the data set.
         description: the data set in a few words, for the line that is returned.
         write: fills the folder that it is given.
 

@@ -25,7 +25,7 @@ LEVELS = 256
 
 
 class Histogram(NamedTuple):
-    """What the images of a data set hold."""
+    """Pixel levels of a data set."""
 
     counts_CL: np.ndarray  # int64 (3, LEVELS): how often each level occurs in each channel
     skipped: Counter[str]  # images that cannot be decoded, by reason

@@ -48,7 +48,7 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is the same for all tasks of a stage."""
+    """Settings shared by all tasks of a stage."""
 
     out: Path
     seed: int  # of degradations and noise

@@ -64,8 +64,9 @@ GRAMMAR = re.compile("a ({}) ({}) ({}) on ({})(?:, at the ({}))?".format(*VOCABU
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What an image shows. Two scenes are equal if their captions are: no caption describes the
-    jitter.
+    """The content of an image.
+
+    Two scenes are equal if their captions are: the jitter is not compared.
     """
 
     size: str
@@ -123,6 +124,7 @@ def parse(text: str) -> Scene:
 
 def draw(scene: Scene, pixels: int) -> Image.Image:
     """The scene as an RGB image of `pixels` x `pixels`."""
+    # Centre and radius as fractions of the side.
     x, y = (p + JITTER * j for p, j in zip(POSITIONS[scene.position], scene.jitter, strict=True))
     radius = SIZES[scene.size] / 2
 

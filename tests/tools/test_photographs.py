@@ -178,12 +178,13 @@ def test_wrong_arguments_leave_nothing(tmp_path: Path, arguments: list[str], mes
 
 
 def test_an_interruption_leaves_nothing(tmp_path: Path) -> None:
-    with (
-        pytest.raises(KeyboardInterrupt),
-        new_dataset(tmp_path / "out", "photographs.json", {}) as folder,
-    ):
-        (folder / "00000.tar").write_bytes(b"half")
-        raise KeyboardInterrupt
+    def write_half() -> None:
+        with new_dataset(tmp_path / "out", "photographs.json", {}) as folder:
+            (folder / "00000.tar").write_bytes(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_half()
     assert not list(tmp_path.iterdir())
 
 

@@ -29,6 +29,7 @@ from tools.bench.report import Answer, Rows, footer, markdown, speed_rows, summa
 
 SIDE = 1024  # pixels
 JPEG_QUALITY = 87  # with 4:2:0 chroma, about 180 kB per image
+NUM_SAMPLES = 1024
 NUM_DISTINCT = 32  # images, which the samples repeat
 NUM_SHARDS = 8
 IMPLEMENTATIONS = ("webdataset", "decode", "ours")
@@ -36,7 +37,7 @@ IMPLEMENTATIONS = ("webdataset", "decode", "ours")
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What is read of each image, in pixels."""
+    """How each image is read, in pixels."""
 
     decoded: int  # least side at which it is decoded
     size: int  # side of the square; a crop if it differs from `decoded`
@@ -81,7 +82,6 @@ def measure(
     rounds: int,
     cores: list[int],
     memory_samples: int,
-    num_samples: int = 1024,
     shards: Path | None = None,
     tasks: dict[str, Task] = TASKS,
 ) -> dict[str, Any]:
@@ -92,9 +92,8 @@ def measure(
         rounds: of all implementations.
         cores: the numbers of processors to measure with.
         memory_samples: samples over which the loader's resident memory is watched.
-        num_samples: samples of the tars that are made.
-        shards: a folder of tars instead of those.
-        tasks: what is read of each image, by name.
+        shards: a folder of tars to read instead of those made here.
+        tasks: how images are read, by name.
     """
     from tqdm import tqdm
 
@@ -104,7 +103,7 @@ def measure(
     with TemporaryDirectory() as temporary:
         folder = shards or Path(temporary)
         if not shards:
-            write_shards(folder, num_samples)
+            write_shards(folder)
 
         for name, num, side in (bar := tqdm(plan * rounds, unit="process")):
             row = f"data_{name}_{num}core{'s' if num > 1 else ''}/{side}"
@@ -158,12 +157,14 @@ def noise_image(index: int) -> np.ndarray:
     return np.clip(128 + 55 * x, 0, 255).astype(np.uint8).transpose(1, 2, 0)
 
 
-def write_shards(folder: Path, num_samples: int) -> None:
+def write_shards(
+    folder: Path, num_samples: int = NUM_SAMPLES, num_distinct: int = NUM_DISTINCT
+) -> None:
     """The tars 0.tar, 1.tar, ..., with captions and the images' sizes."""
     import simplejpeg
     from webdataset import TarWriter
 
-    images = (np.ascontiguousarray(noise_image(index)) for index in range(NUM_DISTINCT))
+    images = (np.ascontiguousarray(noise_image(index)) for index in range(num_distinct))
     jpegs = [
         simplejpeg.encode_jpeg(image, JPEG_QUALITY, colorsubsampling="420") for image in images
     ]
@@ -177,7 +178,7 @@ def write_shards(folder: Path, num_samples: int) -> None:
                 tar.write(
                     {
                         "__key__": f"{index:08d}",
-                        "jpg": jpegs[index % NUM_DISTINCT],
+                        "jpg": jpegs[index % num_distinct],
                         "txt": b"a picture",
                         "json": b'{"width": 1024, "height": 1024}',
                     }

@@ -26,11 +26,9 @@ TEXT: dict[str, Any] = {"width": 64, "length": 16}  # as in the demo
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """A network of `bench train` (`base64`), or a stage of the demo (`tiny/base64`), and what its
-    configuration changes.
-    """
+    """A row of the table."""
 
-    network: str
+    network: str  # of `bench train`, as `base64`, or a stage of the demo, as `tiny/base64`
     changes: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -98,6 +96,7 @@ def measure_training(folder: Path, training: Training, steps: int) -> Answer:
     run_dir = folder / "run"
     words = overrides(folder, run_dir, steps=steps, changes=training.changes)
 
+    # The compile cache stays; the rest of the first run would be resumed from.
     run_worker("memory", config, *words)
     for path in (run_dir / "checkpoints", run_dir / "stage"):
         shutil.rmtree(path)

@@ -1,4 +1,4 @@
-"""What every bench reports: rows of answers, ratios, versions and the machine; and Markdown tables.
+"""Reports of all benches: rows of answers, ratios, versions and the machine; and Markdown tables.
 
 A row is named CASE/IMPLEMENTATION, such as `train_base64/twin`, and holds one answer per round.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-Answer = dict[str, Any]  # what a worker printed
+Answer = dict[str, Any]  # the JSON object of a worker
 Rows = dict[str, list[Answer]]
 Seconds = Callable[[Sequence[Answer]], float]  # the seconds of a row that are compared
 
@@ -23,8 +23,13 @@ def summarize(
     packages: Sequence[str] = (),
     failed: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The report of a bench: `rows` and `ratios` of what ran, `failed` with the reasons of what did
-    not, the machine, and the versions of these packages and of what the workers used.
+    """The report of a bench.
+
+    Args:
+        rows: all answers.
+        seconds: of a row, for the ratios.
+        packages: whose versions are reported, beside those that the answers name.
+        failed: the rows that did not run, with the reasons; they are left out of `rows`.
     """
     failed = dict(failed or {})
     measured = {name: answers for name, answers in rows.items() if name not in failed}
@@ -76,7 +81,7 @@ def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str
 
 
 def failed_rows(report: Mapping[str, Any], num_columns: int) -> list[list[str]]:
-    """Rows of a table: what did not run, and why."""
+    """Rows of a table for the implementations that did not run, with the reasons."""
     return [
         [name, f"did not run: {reason}", *[""] * (num_columns - 2)]
         for name, reason in report["failed"].items()
@@ -110,6 +115,6 @@ def millions(num: float, digits: int = 1) -> str:
 
 
 def footer(report: Mapping[str, Any], measured: str) -> str:
-    """What was measured, with which versions, on which machine."""
+    """The line below a table: measurement, versions, machine."""
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     return f"{measured}; {versions}; {report['machine']}."

@@ -66,6 +66,7 @@ def measure(
             for name, answer in answers.items():
                 rows.setdefault(f"sample_{name}", []).append(answer)
 
+            # The chain comes first; single stages are no cascade.
             if index < rounds:
                 for side in ("ours", "network"):
                     stages = [answers[f"{path.stem}/{side}"] for path in chain]

@@ -37,16 +37,16 @@ BASELINE = "two_processes"
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What one measurement starts."""
+    """The processes of one measurement."""
 
     name: str
-    processes: int = 1  # of `cascade train`, which know nothing of each other
+    processes: int = 1  # independent runs of `cascade train`
     launcher: str = "none"
     ranks: int = 1  # of each process's job
 
 
 class Figures(NamedTuple):
-    """What a measurement gives."""
+    """Results of a measurement."""
 
     images_per_second: float
     checkpoint: float  # seconds by which a checkpoint delays the training
@@ -128,17 +128,17 @@ def ratios(rows: Rows, tried: Sequence[Setup]) -> dict[str, float]:
 
 
 def prepare(folder: Path, config: Path) -> None:
-    """Shards, a text encoder and stored embeddings, by the tools that the demo uses."""
+    """Shards, a text encoder and stored embeddings, by the commands that the demo uses."""
     shards = folder / "shards"
-    run_tool(folder, "tools.shapes", shards, "--num", 256, "--size", 64, "--seed", 0)
+    run_module(folder, "tools.shapes", shards, "--num", 256, "--size", 64, "--seed", 0)
 
     tars = sorted(shards.glob("*.tar"))
     width = read_yaml(config)["text"]["width"]
-    run_tool(folder, "tools.tiny_t5", folder / "t5", "--width", width, "--captions", *tars)
-    run_tool(folder, "tools.cache_text", config, *data_overrides(folder, ranks=1))
+    run_module(folder, "tools.tiny_t5", folder / "t5", "--width", width, "--captions", *tars)
+    run_module(folder, "launch", "cache-text", config, *data_overrides(folder, ranks=1))
 
 
-def run_tool(folder: Path, module: str, *arguments: object) -> None:
+def run_module(folder: Path, module: str, *arguments: object) -> None:
     argv = [sys.executable, "-m", module, *map(str, arguments)]
     path = folder / "prepare.log"
     with path.open("ab") as log:
@@ -255,7 +255,7 @@ def restricted_to(cores: Sequence[int]) -> Iterator[None]:
 
 
 def read_metrics(run_dir: Path, *, half: int, started: float) -> Figures:
-    """What the metrics of a run say.
+    """Figures from the metrics of a run.
 
     Args:
         run_dir: its folder.
@@ -267,6 +267,7 @@ def read_metrics(run_dir: Path, *, half: int, started: float) -> Figures:
     metrics = [json.loads(line) for line in path.read_text().splitlines()]
     seconds = {each["step"]: each["seconds"] for each in metrics}
 
+    # The first steps are slow, and the step after the checkpoint is the one that is delayed.
     usual = median(taken for step, taken in seconds.items() if step > WARM_UP and step != half + 1)
     batch = metrics[0]["images_per_second"] * metrics[0]["seconds"]
     after_first = sum(taken for step, taken in seconds.items() if step > 1)

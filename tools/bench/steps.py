@@ -84,6 +84,7 @@ def measure(
                 rows[f"steps_{name}/{solver.name}"] = [answer]
                 bar.update()
 
+            # The next stage enlarges the same images, whatever the solver.
             low_res = reference_images[: min(images, large)]
 
     return {**environment("mindspore"), "rows": rows, "ratios": {}}

@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     return measure(arguments.captions, arguments.rounds)
 
 
-def measure(num: int, rounds: int, width: int = WIDTH) -> dict[str, Any]:
+def measure(num: int, rounds: int, *, width: int = WIDTH, layers: int = LAYERS) -> dict[str, Any]:
     """`rows`: seconds for all captions, by implementation and padding."""
     from tqdm import tqdm
 
@@ -52,7 +52,7 @@ def measure(num: int, rounds: int, width: int = WIDTH) -> dict[str, Any]:
         file = Path(folder, "captions.txt")
         file.write_text("\n".join(random_captions(num)) + "\n")
         t5 = Path(folder, "t5")
-        tiny_t5.make(t5, [file], width=width, layers=LAYERS, heads=HEADS, vocab=VOCAB)
+        tiny_t5.make(t5, [file], width=width, layers=layers, heads=HEADS, vocab=VOCAB)
 
         for _ in range(rounds):
             for side in ("transformers", "ours"):

@@ -1,4 +1,4 @@
-"""What the benches run in processes of their own: `python -m tools.bench.workers.NAME ARGUMENTS`.
+"""The measured processes of the benches: `python -m tools.bench.workers.NAME ARGUMENTS`.
 
 A worker does one measurement and prints one JSON object as the last line of stdout. Those of `text`
 and `train` also run under the interpreter of a peer, where neither this project nor MindSpore is

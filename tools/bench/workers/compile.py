@@ -56,7 +56,7 @@ def measure(path: str, graphs: str) -> dict[str, Any]:
 
     Args:
         path: the stage's configuration.
-        graphs: an empty folder for what the compiler writes.
+        graphs: an empty folder for the compiler's files.
     """
     runtime.save_graphs(graphs)
     config, _ = read_stage_config(path, [])
@@ -67,6 +67,7 @@ def measure(path: str, graphs: str) -> dict[str, Any]:
     inputs = loss_inputs(stage)
     seconds, _ = timed(lambda: gradient.compile(*inputs))
 
+    # The compiler writes the optimized graph as text.
     (graph,) = Path(graphs).glob("*_validate_*.ir")
     (nodes,) = re.findall(r"Total number of nodes: (\d+)", graph.read_text())
     return {"seconds": seconds, "nodes": int(nodes), "parameters": num_parameters(stage.network)}

@@ -30,7 +30,7 @@ WARM_UP = 0.25  # of the measured time
 
 @dataclass(frozen=True, kw_only=True)
 class ReadTask:
-    """What is read."""
+    """How images are read."""
 
     folder: Path  # of tars
     decoded: int  # least side at which a JPEG is decoded, in pixels

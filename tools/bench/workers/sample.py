@@ -107,9 +107,7 @@ def first_low_res(cascade: Cascade) -> np.ndarray | None:
 
 
 def measure(cascade: Cascade, batches: int) -> dict[str, Any]:
-    """Of each stage and implementation: seconds of the batches, in turns, and what else there is
-    to report.
-    """
+    """Answers by STAGE/IMPLEMENTATION: seconds of the batches, taken in turns, memory and sizes."""
     answers: dict[str, Any] = {}
     low_res = first_low_res(cascade)
 
@@ -126,6 +124,8 @@ def measure(cascade: Cascade, batches: int) -> dict[str, Any]:
                 "batch": config.batch_size,
                 "parameters": num_parameters(stage.network),
             }
+
+        # In turns, so that a change of the machine's load meets both.
         for _ in range(batches):
             for side, run in runs.items():
                 answers[f"{name}/{side}"]["seconds"].append(timed(run)[0])

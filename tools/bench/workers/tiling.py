@@ -39,7 +39,7 @@ def sample_step(stage: Any, guidance: float) -> Callable[[], np.ndarray]:
 def measure(implementation: str, path: str, guidance: float) -> dict[str, Any]:
     """Seconds and peak memory of the first step, with its compilation, and of another one."""
     if implementation == "untiled":
-        tiling.LIMIT = sys.maxsize
+        tiling.LIMIT = sys.maxsize  # no image is then large enough for tiles
 
     stage = new_stage(path)
     timing = time_calls(sample_step(stage, guidance), 1)
