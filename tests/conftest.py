@@ -27,6 +27,16 @@ if TYPE_CHECKING:
 LENGTH = 12  # tokens a caption
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `-n`, a file's tests run in one worker, as they share what they compile; so do all files
+    that use the stages of `trained`.
+    """
+    uses_trained = {item.path for item in items if "trained" in getattr(item, "fixturenames", ())}
+    for item in items:
+        group = "trained" if item.path in uses_trained else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(params=["kernels", "operators"])
 def both(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The cells with our kernels, and with MindSpore's operators."""
