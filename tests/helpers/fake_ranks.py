@@ -123,9 +123,9 @@ def train(rank: int, faults: list[list[str]]) -> None:
 def launcher(workers: int, first: int, faults: list[str]) -> None:
     """As msrun does: a session and a log for each rank, and no signals passed on."""
     ranks = []
-    for rank in range(first, first + workers):
-        argv = [sys.executable, "-m", "tests.helpers.fake_ranks", "rank", str(rank), *faults]
-        with (FOLDER / f"rank_{rank}.log").open("wb") as log:
+    for number in range(first, first + workers):
+        argv = [sys.executable, "-m", "tests.helpers.fake_ranks", "rank", str(number), *faults]
+        with (FOLDER / f"rank_{number}.log").open("wb") as log:
             ranks.append(subprocess.Popen(argv, stdout=log, stderr=log, start_new_session=True))
 
     while any(rank.poll() is None for rank in ranks):

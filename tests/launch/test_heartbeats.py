@@ -55,11 +55,10 @@ def test_fast_steps_have_a_limit_of_a_minute() -> None:
 
 
 def test_the_time_of_a_checkpoint_is_not_counted_as_a_step() -> None:
+    beats = [beat("training", 1), beat("checkpoint", 1), beat("training", 2), beat("training", 3)]
     pulse = Pulse(since=0.0)
-    for number, (phase, step) in enumerate(
-        [("training", 1), ("checkpoint", 1), ("training", 2), ("training", 3)]
-    ):
-        pulse.update(beat(phase, step), 100.0 * number)
+    for index, each in enumerate(beats):
+        pulse.update(each, 100.0 * index)
     assert list(pulse.step_seconds) == [100.0]
 
 

@@ -5,6 +5,7 @@ import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,7 +28,7 @@ from pipeline.runtime import STARTUP_TIMEOUT, child_environment, detect_cluster
 CONFIG, OVERRIDES = "configs/tiny/base64.yaml", ["train.steps=4", "run=/runs/a b"]
 PROGRAM = ["-m", "launch.jobs.worker", CONFIG, *OVERRIDES]
 ATTEMPT = Path("/runs/a b/logs/attempt-0")
-TWO_NODES = {"workers": 2, "nodes": 2, "master": "10.0.0.1"}
+TWO_NODES: dict[str, Any] = {"workers": 2, "nodes": 2, "master": "10.0.0.1"}
 
 
 def rank_environment(first: int, workers: int = 2) -> dict[str, str]:
