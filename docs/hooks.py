@@ -219,10 +219,12 @@ def in_yaml(text: str) -> str:
 def commands() -> str:
     """A section for each command: its summary, its usage, its arguments."""
     sys.path.insert(0, str(ROOT))
-    from launch.cli.arguments import parser
+    from launch.cli.main import build_parser
 
     (subparsers,) = (
-        action for action in parser()._actions if isinstance(action, argparse._SubParsersAction)
+        action
+        for action in build_parser()._actions
+        if isinstance(action, argparse._SubParsersAction)
     )
     summaries = {action.dest: action.help or "" for action in subparsers._choices_actions}
 
