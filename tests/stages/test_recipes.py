@@ -250,7 +250,7 @@ def test_the_first_loss_is_that_of_predicting_zero(stages: dict[str, Stage]) -> 
         (
             "base",
             {"unet": {"dropout": 1.0}},
-            "unet.dropout: 1.0 is no share in [0, 1); ADM has 0.1",
+            "unet.dropout: 1.0 is not in [0, 1); ADM uses 0.1",
         ),
         ("base", {"sample": {"steps": 0}}, None),
         (
