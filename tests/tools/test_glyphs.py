@@ -63,7 +63,7 @@ def test_workers_do_not_change_the_bytes(
 def test_a_stage_reads_the_classes(folder: Path) -> None:
     shards = Shards.open(DataConfig(shards=f"{folder}/*.tar", captions={}), progress=False)
     assert len(shards) == 50
-    labels = ClassPrompts(ClassConfig(names=10), shards).embed(range(50), 0, 0, range(50))[0]
+    labels = ClassPrompts(ClassConfig(names=10), shards).embed(range(50), 0, 0, range(50))["label"]
     assert labels.argmax(axis=1).tolist() == [
         draw(generator(3, "glyphs", index)).label for index in range(50)
     ]
