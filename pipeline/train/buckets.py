@@ -73,6 +73,7 @@ def make_buckets(
     num_elements = sum(parameter.size for parameter in parameters)
     capacity = max(min_capacity, num_elements // NUM_BUCKETS)
 
+    # Greedy and in order, so that the gradients of a bucket are consecutive.
     groups: list[list[Parameter]] = [[]]
     filled = 0
     for parameter in parameters:

@@ -86,6 +86,7 @@ class CompileCache:
             return
         CompileCache.in_use = True
 
+        # Graphs of another configuration or version are of no use to this run any more.
         target = run / GRAPHS_FOLDER / f"{graph_key(stage, shaped_by, toolchain())}-{rank}"
         for other in target.parent.glob(f"*-{rank}"):
             if other != target:

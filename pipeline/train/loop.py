@@ -73,6 +73,8 @@ def train_in_group(
     """`train`, as a rank of `group`."""
     config = stage.config
     folder = Path(config.run)
+
+    # What may be wrong in configuration or data is found here.
     share = positions_of_rank(config, group.rank, group.world)
     shards = Shards.open(config.data, progress=group.is_main)
     prompts = open_prompts(config.text, config.classes, shards)
@@ -115,6 +117,7 @@ class Trainer:
         self.progress = Progress()
         self.skipped_in_a_row = 0
 
+        # From the seed alone, so that all ranks start with the same weights.
         initialize(stage.network, stage.config.seed)
         shaped_by = f"{group.world} ranks\n{dump(stage.config)}"
         self.compile_cache = CompileCache(self.folder, group.rank, stage, shaped_by)

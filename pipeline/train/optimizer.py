@@ -48,6 +48,7 @@ def mindformers() -> tuple[type, dict[str, type]]:
 
     Its import is slow and warns of packages that are not used here.
     """
+    # Messages of the import only; logging is afterwards as it was.
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -32,6 +32,7 @@ def cast_matmuls(network: nn.Cell, precision: Precision) -> None:
 
     if precision == "float32":
         return
+    # `to_float` casts the inputs and weights of a cell's own operator; the weights stay float32.
     for _, cell in network.cells_and_names():
         if isinstance(cell, nn.Conv2d | nn.Dense):
             cell.to_float(getattr(mstype, precision))
@@ -66,6 +67,7 @@ class LossScale:
             self.good_steps = 0
             return overflow
 
+        # A larger scale is tried now and then: gradients get smaller as training goes on.
         self.good_steps += 1
         if self.good_steps == self.growth_interval:
             self.value = min(2 * self.value, MAX_SCALE)

@@ -92,6 +92,7 @@ class ProcessGroup:
         if self.world == 1:
             return list(vectors), list(scalars)
 
+        # Only float32 can be summed on every device, so the scalars become float32 too.
         *others, last = vectors
         sums = list(map(self.all_reduce, others))
         joined = self.all_reduce(ops.cat((last, Tensor(np.array(scalars, np.float32)))))
@@ -119,6 +120,7 @@ class ProcessGroup:
         if self.world == 1:
             return np.asarray(array, np_dtype)
 
+        # In chunks, as a vector for communication is twice as long as the bytes it carries.
         data = bytearray(math.prod(shape) * np.dtype(np_dtype).itemsize)
         if self.is_main:
             data[:] = np.ascontiguousarray(array, np_dtype).tobytes()

@@ -117,6 +117,7 @@ class TrainState:
         self.optimizer = optimizer(optimizer_config, list(self.weights), self.schedule)
         self.ema = self.weights.clone("ema", init="same")
         self.ema_step = Parameter(Tensor(0.0, mstype.float32), name="ema_step", requires_grad=False)
+        # All that the optimizer keeps besides the weights it updates: moments, its step, schedules.
         own = {p.name for p in self.weights}
         moments = [p for p in self.optimizer.get_parameters() if p.name not in own]
         self.moments = [*moments, self.ema_step]
@@ -180,6 +181,7 @@ class TrainState:
             whole = self.group.broadcast_array(array, entry.shape, entry.parameter.dtype)
             put(entry.parameter, self.shard_from(whole, entry.bucket))
 
+        # A checkpoint has the network's parameters; the optimizer's vectors follow from them.
         if self.uses_buckets:
             for weight, bucket in zip(self.weights, self.buckets, strict=True):
                 put(weight, self.shard_from(bucket.read(), bucket))
@@ -187,6 +189,7 @@ class TrainState:
     @contextmanager
     def ema_in_network(self) -> Iterator[None]:
         """Inside, the network has the EMA weights; afterwards its own again. For all ranks."""
+        # Copies, as on a CPU `asnumpy` is the parameter's own memory.
         own = [p.asnumpy().copy() for p in self.parameters]
         self.sync_weights(self.ema)
         try:
@@ -200,6 +203,7 @@ class TrainState:
         if self.group.world == 1:
             return
 
+        # A digest, not the weights: it is compared often, and the weights are gigabytes.
         digest = blake2b(digest_size=8)
         for parameter in self.parameters:
             digest.update(np.ascontiguousarray(parameter.asnumpy()).data)
@@ -305,6 +309,7 @@ class TrainState:
         take = whole if self.uses_buckets and self.num_shards == 1 else cut
 
         def apply(factor: Tensor, *sums: Tensor) -> Tensor:
+            # A tuple, as the compiler falls back to Python for lists that change.
             gradients: tuple[Tensor, ...] = ()
             for bucket, start, stop, weight in slices:
                 gradient = take(sums[bucket], start, stop).reshape(weight.shape) * factor

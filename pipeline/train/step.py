@@ -87,6 +87,7 @@ class TrainStep:
         def compute(scale: Tensor, *micro_batch: Tensor) -> tuple[Tensor, ...]:
             value, gradients = gradient(scale, *micro_batch)
 
+            # The gradients are in the order of the parameters, so each bucket is a run of them.
             vectors: tuple[Tensor, ...] = ()
             first = 0
             for length, padding in lengths:
@@ -117,6 +118,7 @@ class TrainStep:
         scale = self.loss_scale.value
         vectors, scaled_loss = self.accumulate(micro_batches, scale)
 
+        # One collective a bucket; the loss and the stop requests share the last one.
         sums, (loss_sum, num_stop_requests) = group.all_reduce_sum(
             vectors, (scaled_loss / scale, should_stop())
         )
@@ -128,6 +130,7 @@ class TrainStep:
         grad_norm = math.sqrt(device.sum_of_squares(sums, lengths)) * factor
         loss = loss_sum / num_micro_batches
 
+        # All ranks see the same sums, so all of them apply the step or none does.
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if finite:
             clip = min(1.0, self.max_grad_norm / max(grad_norm, 1e-12))
