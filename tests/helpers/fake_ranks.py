@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 
 from pipeline.files import write_atomically
-from pipeline.runtime import attempt
+from pipeline.runtime import attempt_dir
 
-FOLDER = attempt() or Path()
+FOLDER = attempt_dir() or Path()
 ERROR = """ValueError: too hot
 Traceback (most recent call last):
   in the middle of it
