@@ -6,7 +6,7 @@ Each row compares the degraded image, a baseline without a network (tools/baseli
 mean from which a stage may start, one sample, and the mean of several samples.
 
 DIR gets a folder of restored images per row, as `cascade restore` writes it and continues it, and
-`overview.png`: input, samples, their spread and the ground truth of one image per row.
+`overview.png`: input, samples, their standard deviation and the ground truth of one image per row.
 """
 
 import argparse
@@ -275,18 +275,18 @@ def read_pixels(path: Path) -> np.ndarray:
 
 
 def overview_row(title: str, case: Case, settings: Settings) -> Row:
-    """Input, samples, spread and ground truth of an image."""
+    """Input, samples, their standard deviation and the ground truth of an image."""
     folder = settings.out / title
     samples = read_samples(folder, case, settings.samples)[:NUM_SHOWN]
-    spread = [read_pixels(folder / f"{case.name}.spread.png")] if settings.samples > 1 else []
+    std = [read_pixels(folder / f"{case.name}.std.png")] if settings.samples > 1 else []
 
     captions = [
         "degraded",
         *(f"sample {i}" for i in range(len(samples))),
-        *["spread"] * len(spread),
+        *["std"] * len(std),
         "truth",
     ]
-    return Row(title, captions, np.stack([shown(case), *samples, *spread, case.truth]))
+    return Row(title, captions, np.stack([shown(case), *samples, *std, case.truth]))
 
 
 if __name__ == "__main__":

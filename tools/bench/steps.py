@@ -96,9 +96,16 @@ def sample_images(
     """Seconds, and images uint8 (N, S, S, 3) of stage `name`."""
     from tools.bench.workers.timing import timed
 
-    options = {name: solver._asdict()}
-    prompt = cascade.prompt(name, captions)
-    return timed(lambda: cascade.run(name, prompt, 0, range(len(captions)), low_res, options))
+    return timed(
+        lambda: cascade.sample_stage(
+            name,
+            captions,
+            seed=0,
+            image_ids=range(len(captions)),
+            options={name: solver._asdict()},
+            low_res=low_res,
+        )
+    )
 
 
 def compare(outputs: Any, reference: Any, captions: Sequence[str]) -> Answer:
