@@ -32,7 +32,7 @@ class Conv(nn.Conv2d):
     def construct(self, x_BCHW: Tensor) -> Tensor:
         if self.kernel is None:
             return super().construct(x_BCHW)
-        return convolve(self.kernel, x_BCHW, weight=self.weight, bias=self.bias)
+        return convolve(self.kernel, x_BCHW, self.weight, self.bias)
 
 
 class Conv1x1(nn.Dense):
@@ -49,11 +49,15 @@ class Conv1x1(nn.Dense):
         weight = self.weight.reshape((*self.weight.shape, 1, 1))
         if self.kernel is None:
             return ops.conv2d(x_BCHW, weight, self.bias)
-        return convolve(self.kernel, x_BCHW, weight=weight, bias=self.bias)
+        return convolve(self.kernel, x_BCHW, weight, self.bias)
 
 
 def convolve(kernel: ops.Custom, x_BCHW: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A convolution by the CPU kernel, in float32; the output has the input's type."""
+    """A convolution by the CPU kernel, in float32; the output has the input's type.
+
+    Call it with positional arguments. Given by keyword, MindSpore's `to_float` rounds the weight to
+    16 bits as well, which changes the results of float16.
+    """
     y = kernel(
         x_BCHW.astype(mstype.float32), weight.astype(mstype.float32), bias.astype(mstype.float32)
     )
