@@ -1,4 +1,4 @@
-# install, demo, test, test-launchers, test-parity, lint, docs: each builds .venv if it is missing.
+# install, demo, test, test-fast, test-launchers, test-parity, lint, docs: each builds .venv if it is missing.
 PYTHON ?= python3.11
 BIN := .venv/bin
 DEMO := runs/demo
@@ -39,9 +39,14 @@ demo: .venv/installed
 	$(BIN)/cascade sample $(DEMO)/cascade --prompts configs/tiny/captions.txt --out $(DEMO)/agreement --seed 0 --to base
 	$(BIN)/python -m tools.agreement $(DEMO)/agreement
 
+# Tests run in two processes; what they share by compiling it stays in one (tests/conftest.py).
 .PHONY: test
 test: .venv/installed
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
+
+.PHONY: test-fast
+test-fast: .venv/installed
+	$(BIN)/pytest -n 2 -m 'not slow and not parity and not launchers'
 
 .PHONY: test-launchers
 test-launchers: .venv/installed

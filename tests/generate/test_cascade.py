@@ -20,6 +20,8 @@ from pipeline.generate.cascade import Result, stages_between
 from pipeline.generate.cascade_folder import CascadeConfig, export
 from tests.conftest import stage_yaml
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [
     "a small red circle on white",
     "a large blue square on black",

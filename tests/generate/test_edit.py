@@ -31,6 +31,8 @@ from pipeline.generate.output_folder import OutputFolder, generate
 from pipeline.imaging.compositing import seam
 from tools.shapes import draw, random_scene
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["a small red circle on white", "a large blue square on black"]
 SEED = 7
 SIZES = {"base": 16, "sr32": 32, "sr64": 64}

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from mindspore import Tensor, ops
 
-from pipeline import runtime
 from pipeline.diffusion.process import Prediction, eps_from_x, prediction_target, x_from_prediction
 from pipeline.diffusion.schedule import SCHEDULES, ScheduleConfig, ScheduleName
 from pipeline.diffusion.solvers import (
@@ -31,7 +30,7 @@ from pipeline.nn.tiling import tiled
 from pipeline.nn.unet import UNet
 from pipeline.stage.request import SampleRequest
 from tests.diffusion.test_solvers import every_schedule, every_solver, rates
-from tests.stages.test_recipes import batch, make, samples, tensors
+from tests.stages.test_recipes import make, samples
 from tools.references import random_weights
 
 PREDICTIONS: tuple[Prediction, ...] = ("eps", "x0", "v")
@@ -298,20 +297,12 @@ def test_calls_are_counted_as_they_are_made() -> None:
     assert num_calls(config, 1, masked=True) == 6 * 3 + 1
 
 
-def test_sampling_is_tiled_and_training_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a limit below the images of both, and then with tiles of zeros."""
+def test_sampling_is_tiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a limit below the size of its images, and then with tiles of zeros."""
     stage = make("sr64")
     weights = {p.name: p.shape for p in stage.network.trainable_params()}
     assign(stage.network, random_weights(weights, 0), "sr64")
     images, prompt = samples(stage, 2)
-    arrays = batch(stage, 0, range(2), images, prompt)
-
-    def loss() -> np.ndarray:
-        def compute(*tensors: Tensor) -> Tensor:
-            return stage.loss(*tensors)
-
-        return np.asarray(runtime.jit(compute)(*tensors(stage, arrays)).asnumpy())
-
     request = SampleRequest(prompt=prompt, seed=0, image_ids=range(2), low_res=images[:, ::2, ::2])
     config = replace(stage.config.sample, steps=2, guidance=2.0, batch_size=2)
 
@@ -326,8 +317,6 @@ def test_sampling_is_tiled_and_training_is_not(monkeypatch: pytest.MonkeyPatch) 
     def zeros(unet: UNet, x_BCHW: Tensor, *inputs: Tensor) -> Tensor:
         return ops.zeros_like(ops.narrow(x_BCHW, 1, 0, 3))
 
-    trained = loss()
     expected = sampled(tiled)
     assert np.abs(sampled(small_tiles) - expected).max() <= 1
     assert np.abs(sampled(zeros) - expected).max() > 10
-    np.testing.assert_array_equal(loss(), trained)

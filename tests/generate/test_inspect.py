@@ -32,6 +32,8 @@ from pipeline.train.loop import train
 from tests.conftest import stage_yaml
 from tools.shapes import SHAPES
 
+pytestmark = pytest.mark.slow
+
 SEED = 7
 SHEETS = ["grid.png", "interpolation.png", "noising.png", "path.png", "steps.png"]
 DIFFUSION = {"schedule": "linear", "timesteps": 20, "prediction": "x0"}

@@ -16,6 +16,8 @@ from pipeline.errors import UserError
 from pipeline.files import lock
 from pipeline.generate.output_folder import generate
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["a small red circle on white", "a large blue square on black"]
 SEED = 7
 STRING_FIELDS = {"stage", "file", "prompt", "sampler", "threshold"}  # the others are JSON in a PNG

@@ -29,6 +29,8 @@ from pipeline.train.loop import train
 from tests.conftest import LENGTH
 from tests.helpers.palette import hole, make, random_image
 
+pytestmark = pytest.mark.slow
+
 TASKS = ["inpainting", "colorization"]
 
 
@@ -339,6 +341,6 @@ def test_other_stages_restore_nothing_and_this_one_generates_nothing(
         Cascade.load(run / "stage")(["x"])
     with pytest.raises(
         UserError,
-        match="image_to_image starts from a picture; give the folder of a stage that needs",
+        match="image_to_image starts from an image; give the folder of a stage that needs",
     ):
         cli.dispatch(["explore", str(run / "stage"), "--out", str(files / "look")])

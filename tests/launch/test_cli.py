@@ -160,7 +160,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "shards": (
         ("train", BASE, "run={tmp}/run", "data.shards={tmp}/*.tar"),
-        f"data.shards: {{tmp}}/*.tar: matches no file (looked from {ROOT})",
+        f"data.shards: {{tmp}}/*.tar: matches no file (searched from {ROOT})",
     ),
     "memory that is none": (
         ("check", BASE, "--memory", "0"),

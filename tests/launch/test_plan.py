@@ -252,5 +252,5 @@ def test_check_counts_the_ranks_of_all_nodes() -> None:
     with pytest.raises(UserError) as error:
         check(CONFIG, overrides)
     assert str(error.value).startswith(
-        "data.global_batch: 32 is not a multiple of 24, the parts that 24 ranks and "
+        "data.global_batch: 32 is not a multiple of 24, the number of micro-batches "
     )

@@ -22,6 +22,8 @@ import pytest
 
 from tests.helpers.jobs import ROOT, TWO_NODES, Supervise, remaining_processes, until
 
+pytestmark = pytest.mark.slow
+
 CLIENT = """#!{python}
 import json, socket, sys
 connection = socket.create_connection(("127.0.0.1", {port}))

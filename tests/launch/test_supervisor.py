@@ -29,6 +29,8 @@ from tests.helpers.jobs import (
     until,
 )
 
+pytestmark = pytest.mark.slow
+
 LONG = ("0:steps:400", "1:steps:400")
 LONG_ON_TWO_NODES = tuple(f"{rank}:steps:400" for rank in range(4))
 

@@ -13,6 +13,8 @@ from launch.jobs.status import status
 from tests.conftest import stage_yaml
 from tests.helpers.jobs import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 def train(config: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     argv = [sys.executable, "-m", "launch", "train", str(config), "launch.restarts=1", *overrides]

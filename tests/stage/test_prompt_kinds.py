@@ -29,6 +29,8 @@ from pipeline.train.loop import train
 from tests.conftest import stage_yaml
 from tools.shapes import SHAPES
 
+pytestmark = pytest.mark.slow
+
 PIXELS = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}
 CLASSES = {"names": list(SHAPES), "field": "shape", "cond_drop_prob": 0.25}
 

@@ -12,6 +12,8 @@ from launch.cli import main as cli
 from tests.helpers.jobs import ROOT
 from tools import glyphs, shapes
 
+pytestmark = pytest.mark.slow
+
 FEW = (
     "train.steps=2",
     "train.checkpoint_every=2",
@@ -49,7 +51,7 @@ def test_it_trains_and_samples(
     )
     assert cascade("sample", f"{run}/stage", "--out", str(out), "--num", "3") == 0
     told = " for 3 prompts" if name == "classes64" else ""
-    assert capsys.readouterr().out == f"{out}: 3 pictures written{told}, listed in manifest.jsonl\n"
+    assert capsys.readouterr().out == f"{out}: 3 images written{told}, listed in manifest.jsonl\n"
     entries = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
     classes = json.loads((run / "stage/stage.json").read_text()).get("classes") or ["", "", ""]
     assert [entry["prompt"] for entry in entries] == classes[:3]

@@ -156,7 +156,7 @@ def test_the_network_sees_what_z_reveals_of_the_residual(
         ({"tasks": {}}, f"tasks: empty; name some of {', '.join(TASKS)}"),
         (
             {"tasks": {"inpainting": {"weight": 0}}},
-            "tasks.inpainting.weight: 0.0 is not positive; leave out the task",
+            "tasks.inpainting.weight: 0.0 is not positive; leave out a task",
         ),
         (
             {"tasks": {"inpainting": {"residual_std": 0.0}}},

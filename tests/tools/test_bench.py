@@ -35,6 +35,8 @@ from tools.bench import (
 )
 from tools.bench.__main__ import ALL, BENCHES, main
 
+pytestmark = pytest.mark.slow
+
 # A case of `bench train` that compiles in seconds.
 TINY = {
     "unet": {

@@ -21,6 +21,8 @@ from tools.restoration import (
     shown,
 )
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 
 

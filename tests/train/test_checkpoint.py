@@ -30,6 +30,8 @@ from pipeline.train.checkpoint import (
 )
 from tests.ground.test_files import FINISHED, failed_at_each_call, in_child, killed_at_each_call
 
+pytestmark = pytest.mark.slow
+
 PATIENCE = 60  # seconds to wait for what happens at once
 
 

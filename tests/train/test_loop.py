@@ -43,6 +43,8 @@ from tests.helpers.groups import EchoGroup
 from tests.helpers.jobs import WAIT, leaving_nothing, until
 from tests.helpers.tars import jpeg, sample, tar
 
+pytestmark = pytest.mark.slow
+
 GRAPH_LOADED = "Use the compilation cache"  # MindSpore's log message
 
 
