@@ -332,7 +332,7 @@ def test_a_data_set_without_a_usable_image_ends_the_run(tmp_path: Path) -> None:
 def test_too_many_broken_images_end_the_run(crawl: Path, tmp_path: Path) -> None:
     with pytest.raises(
         UserError,
-        match=r"data\.max_damage: 2 of about 9 samples .* cannot be used, more than 15",
+        match=r"data\.max_damage: 2 of about 9 drawn samples are unusable, more than 15",
     ):
         list(make_loader(crawl, tmp_path, max_damage=0.15).batches(0, 3 * STEPS))
     assert loader_threads() == []

@@ -74,7 +74,7 @@ def test_samples_that_have_a_class_and_their_one_hot_labels(
 
 def test_a_class_file_without_a_whole_number_is_a_fault(folder: Path) -> None:
     assert [fault.reason for _, fault in open_shards(folder, None).faults] == [
-        "its cls is b'dog', no whole number from 0 on"
+        "its cls is b'dog', not an integer from 0 on"
     ]
 
 
