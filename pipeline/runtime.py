@@ -277,8 +277,16 @@ def jit(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def graph_cache(folder: Path) -> Iterator[None]:
-    """Loads the one graph that is compiled in this context from `folder`, or stores it there."""
+    """Loads the one graph that is compiled in this context from `folder`, or stores it there.
+
+    Not where Python runs no file, as in `python -c`: MindSpore reads the program to find what the
+    graph depends on, and fails without one.
+    """
     import mindspore as ms
+
+    if not Path(sys.argv[0]).is_file():
+        yield
+        return
 
     ms.set_context(enable_compile_cache=True, compile_cache_path=str(folder))
     try:

@@ -1,11 +1,15 @@
 """Fixtures that several test files share."""
 
+# isort: off
+import sys
+
+if sys.argv[0] == "-c":  # a worker of xdist; the cache of graphs wants to know the program
+    sys.argv[0] = __file__
 import pipeline  # noqa: F401  (first: it prepares the environment for MindSpore)
 
-# isort: split
+# isort: on
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path

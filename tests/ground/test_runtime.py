@@ -1,6 +1,8 @@
 """Ranks from the launchers' environment variables, cores, and host names."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -145,3 +147,17 @@ def test_a_host_name_is_resolved() -> None:
     with pytest.raises(JobError) as error:
         resolve_host("no-such-host.invalid")
     assert str(error.value).startswith("MS_SCHED_HOST=no-such-host.invalid: no such host (")
+
+
+def test_a_graph_compiles_where_python_runs_no_file(tmp_path: Path) -> None:
+    """As in a notebook: MindSpore's cache of graphs would look for the program."""
+    code = (
+        "import sys; from pathlib import Path; from pipeline import runtime\n"
+        "from mindspore import Tensor\n"
+        "from mindspore.ops import square\n"
+        "with runtime.graph_cache(Path(sys.argv[1])):\n"
+        "    print(runtime.jit(square)(Tensor(3.0)))\n"
+    )
+    argv = [sys.executable, "-c", code, str(tmp_path)]
+    result = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
+    assert (result.stdout, result.returncode) == ("9.0\n", 0), result.stderr
