@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 LENGTH = 12  # tokens a caption
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With `-n`, a file's tests run in one worker, as they share what they compile; so do all files
     that use the stages of `trained`.

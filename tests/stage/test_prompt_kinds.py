@@ -112,7 +112,7 @@ def test_the_command_generates_a_number_of_images(
         for_them = " for 6 prompts" if run.name == "class" else ""
         assert (
             capsys.readouterr().out
-            == f"{tmp_path}/out: {written} pictures written{for_them}, listed in manifest.jsonl\n"
+            == f"{tmp_path}/out: {written} images written{for_them}, listed in manifest.jsonl\n"
         )
     entries = [
         json.loads(line) for line in (tmp_path / "out/manifest.jsonl").read_text().splitlines()
@@ -130,7 +130,7 @@ def test_the_command_refuses_prompts_of_another_kind(
     said = "circle" if run.name == "none" else "4"
     assert command(str(run / "stage"), "--out", str(tmp_path / "out"), "--prompt", said) == 2
     assert capsys.readouterr().err == (
-        "--prompt: 'circle', but these stages are unconditional; give a number of images\n"
+        "--prompts: 'circle', but these stages are unconditional; give a number of images\n"
         if run.name == "none"
         else "'4' is no class; the classes are circle, square, triangle, cross\n"
     )
