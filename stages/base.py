@@ -26,7 +26,7 @@ class BaseConfig(StageConfig):
 
 
 class Base(Stage):
-    """Sees the noisy image and the prompt."""
+    """Inputs: the noisy image and the prompt."""
 
     Config = BaseConfig
     channels_in = 3

@@ -1,18 +1,18 @@
 """Image to image: an image of which something is missing to what it may have been (Palette, arXiv
 2111.05826).
 
-The network sees the noisy image beside the degraded one, its `source`, and which task it is to do.
-Where a pixel is known, outside of the task's mask, the noisy image is the known one and the loss
-does not count; tasks without a hole sample every pixel. One model may be trained on one task or on
-all, each with a share of the batch and a noise level of its own: the more a task leaves open, the
-more noise it wants (Chen, arXiv 2301.10972).
+The network's inputs are the noisy image, the degraded one, its `source`, and the task. Where a
+pixel is known, outside of the task's mask, the noisy image is the known one and the loss does not
+count; tasks without a hole sample every pixel. One model may be trained on one task or on all, each
+with a share of the batch and a noise level of its own: the more a task leaves open, the more noise
+it wants (Chen, arXiv 2301.10972).
 
 A task may have a `residual_std`: then the network predicts less, how the image differs from a
 `prior_mean`, the source with its hole smoothly filled, and errors count in units of that standard
-deviation. It sees the prior mean, the mask and, instead of the noisy image, what that reveals of
-the residual, which is nothing in much noise (EDM's preconditioning around a mean that is not 0:
-`gaussian_posterior`). A small network would need most of its training to learn to copy its input
-and to ignore noise. Without a residual_std this is Palette.
+deviation. Its inputs are the prior mean, the mask and, instead of the noisy image, what that
+reveals of the residual, which is nothing in much noise (EDM's preconditioning around a mean that is
+not 0: `gaussian_posterior`). A small network would need most of its training to learn to copy its
+input and to ignore noise. Without a residual_std this is Palette.
 
 Shapes: see pipeline/stage/stage.py; K tasks.
 """
@@ -36,7 +36,7 @@ from pipeline.imaging.degradations import TASKS, Degraded, degrade, prior_mean
 from pipeline.rng import Draws
 from pipeline.stage.config import StageConfig
 from pipeline.stage.inputs import Arrays
-from pipeline.stage.request import Edit, SampleRequest
+from pipeline.stage.request import SampleRequest
 from pipeline.stage.stage import Network, Stage, image_grid
 from pipeline.text.prompts import Conditioning, one_hot
 
@@ -98,7 +98,7 @@ class ImageToImageConfig(StageConfig):
 
 
 class ImageToImage(Stage):
-    """Sees the noisy image, the source, which task it is and, perhaps, text."""
+    """Inputs: the noisy image, the source, the task and, optionally, text."""
 
     Config = ImageToImageConfig
     config: ImageToImageConfig
@@ -155,7 +155,9 @@ class ImageToImage(Stage):
     def predict(
         self, network: Network, z: Tensor, logsnr_B: Tensor, inputs: dict[str, Tensor]
     ) -> Tensor:
-        source, mask, task_BK = inputs["source"], inputs["mask"], inputs["task"]
+        source = inputs["source"]
+        mask = inputs["mask"]
+        task_BK = inputs["task"]
         logsnr_B1 = logsnr_B.expand_dims(1)
         if not self.residual_stds:
             x = ops.cat((source + mask * (z - source), source), 1)
@@ -174,8 +176,10 @@ class ImageToImage(Stage):
 
     def loss(self, *tensors: Tensor) -> Tensor:
         """The loss of each image (B,), over the pixels of its mask."""
-        inputs = self.training.unpack(tensors)
-        x, eps, logsnr_B = inputs["x"], inputs["eps"], inputs["logsnr"]
+        inputs = self.loss_inputs.unpack(tensors)
+        x = inputs["x"]
+        eps = inputs["eps"]
+        logsnr_B = inputs["logsnr"]
         output = self.predict(self.network, add_noise(x, eps, logsnr_B), logsnr_B, inputs)
         if self.residual_stds:
             unit = expand_dims(1.0 / self.residual_std(inputs["task"]))
@@ -220,7 +224,6 @@ class ImageToImage(Stage):
                 image_ids=rows,
                 degraded=degraded,
                 task=task,
-                edit=Edit.outside_of_holes(degraded),
             )
             sources[rows] = to_uint8(np.stack([each.source for each in degraded]))
             samples[rows] = sample(self, self.config.sample, request)

@@ -80,7 +80,7 @@ class SuperResolutionConfig(StageConfig):
 
 
 class SuperResolution(Stage):
-    """Sees the noisy image, the noise-augmented low resolution, its level, and the prompt."""
+    """Inputs: the noisy image, the noise-augmented low resolution, its level, and the prompt."""
 
     Config = SuperResolutionConfig
     config: SuperResolutionConfig

@@ -202,10 +202,10 @@ def restore_cases(
 ) -> None:
     """Restores the images into the folder of this title; those that are there already stay."""
     from pipeline.data.image import to_uint8
-    from pipeline.generate.restore import DamagedImage, RestoreOptions, restore
+    from pipeline.generate.restore import ImageToRestore, RestoreOptions, restore
 
     inputs = [
-        DamagedImage(
+        ImageToRestore(
             name=case.name,
             image=to_uint8(case.degraded.source),
             mask=case.degraded.mask[0] == 1,

@@ -138,7 +138,7 @@ def sampling_options(
     arguments: argparse.Namespace, manifests: Mapping[str, "Manifest"]
 ) -> dict[str, dict[str, Any]]:
     """The values of --steps, --guidance and --aug-level, by stage that runs and by option."""
-    from pipeline.generate.cascade import stages_between
+    from pipeline.generate.cascade import check_options, stages_between
 
     if any(steps < 1 for steps in arguments.steps):
         raise UserError(f"--steps: {arguments.steps} holds a number below 1; give positive numbers")
@@ -154,13 +154,7 @@ def sampling_options(
         for name, value in by_stage(flag, getattr(arguments, option), stages).items():
             options[name][option] = value
 
-    for name in super_resolution:
-        low, high = manifests[name].aug_range or (0.0, 0.0)
-        aug_level = options[name].get("aug_level", low)
-        if not low <= aug_level <= high:
-            raise UserError(
-                f"--aug-level: {aug_level} is not in [{low}, {high}], which {name} was trained with"
-            )
+    check_options(manifests, options)
     return options
 
 

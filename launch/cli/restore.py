@@ -94,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from pipeline.generate.cascade import Cascade
     from pipeline.generate.cascade_folder import read_cascade
-    from pipeline.generate.restore import RestoreOptions, check_task, read_damaged, restore
+    from pipeline.generate.restore import RestoreOptions, check_task, read_images, restore
     from pipeline.log import setup_logging
 
     setup_logging()
@@ -107,7 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
         repaint_share=arguments.repaint_share,
     )
     check_task(read_cascade(folder)[0], options.task)
-    images = read_damaged(
+    images = read_images(
         options.task,
         arguments.image,
         arguments.mask,

@@ -2,9 +2,9 @@
 
 Given the network's x at z, every solver here takes a step that is linear in what is at hand,
 
-    z' = c_z z + c_x x + c_last x_last + c_noise noise,
+    z' = c_z z + c_x x + c_prev x_prev + c_noise noise,
 
-so that a solver is a function from three levels (the last one, this one, the next) to four
+so that a solver is a function from three levels (the previous one, this one, the next) to four
 coefficients, computed in float64. The final step goes to logsnr = infinity, where z' = x for each
 of them. The loop over the steps is in `pipeline.generate.engine`.
 """
@@ -70,7 +70,7 @@ class Coefficients(NamedTuple):
 
     z: float
     x: float
-    x_last: float = 0.0
+    x_prev: float = 0.0
     noise: float = 0.0
 
 
@@ -78,16 +78,16 @@ def _alpha_sigma(logsnr: float) -> tuple[float, float]:
     return 1 / math.sqrt(1 + math.exp(-logsnr)), 1 / math.sqrt(1 + math.exp(logsnr))
 
 
-def ddpm(last: float | None, now: float, following: float) -> Coefficients:
+def ddpm(logsnr_prev: float | None, logsnr: float, logsnr_next: float) -> Coefficients:
     """Ancestral: a draw from q(z' | z, x) (Ho et al., arXiv 2006.11239, eq. 7; in continuous time
     2107.00630, eq. 16).
 
     With r = snr(z) / snr(z') < 1: mean r (alpha' / alpha) z + (1 - r) alpha' x, variance
     (1 - r) sigma'^2.
     """
-    alpha, _ = _alpha_sigma(now)
-    alpha_next, sigma_next = _alpha_sigma(following)
-    ratio = math.exp(now - following)
+    alpha, _ = _alpha_sigma(logsnr)
+    alpha_next, sigma_next = _alpha_sigma(logsnr_next)
+    ratio = math.exp(logsnr - logsnr_next)
     return Coefficients(
         z=ratio * alpha_next / alpha,
         x=(1 - ratio) * alpha_next,
@@ -95,32 +95,32 @@ def ddpm(last: float | None, now: float, following: float) -> Coefficients:
     )
 
 
-def ddim(last: float | None, now: float, following: float) -> Coefficients:
+def ddim(logsnr_prev: float | None, logsnr: float, logsnr_next: float) -> Coefficients:
     """Deterministic: keep eps, change its share (Song et al., arXiv 2010.02502, eq. 12 with
     sigma = 0).
     """
-    alpha, sigma = _alpha_sigma(now)
-    alpha_next, sigma_next = _alpha_sigma(following)
+    alpha, sigma = _alpha_sigma(logsnr)
+    alpha_next, sigma_next = _alpha_sigma(logsnr_next)
     return Coefficients(z=sigma_next / sigma, x=alpha_next - alpha * sigma_next / sigma)
 
 
-def dpm_solver_pp(last: float | None, now: float, following: float) -> Coefficients:
+def dpm_solver_pp(logsnr_prev: float | None, logsnr: float, logsnr_next: float) -> Coefficients:
     """DPM-Solver++(2M): DDIM with x extrapolated in lambda = logsnr / 2 (Lu et al., arXiv
     2211.01095, algorithm 2).
 
-    The first step has no x_last and the final one no finite length: both are DDIM's, which is the
+    The first step has no x_prev and the final one no finite length: both are DDIM's, which is the
     first-order solver.
     """
-    first_order = ddim(last, now, following)
-    if last is None or math.isinf(following):
+    first_order = ddim(logsnr_prev, logsnr, logsnr_next)
+    if logsnr_prev is None or math.isinf(logsnr_next):
         return first_order
 
-    # 1 / (2 r), where r is the ratio of the last step's length to this one's
-    half_r = (following - now) / (now - last) / 2
+    # 1 / (2 r), where r is the ratio of the previous step's length to this one's
+    half_r = (logsnr_next - logsnr) / (logsnr - logsnr_prev) / 2
     return Coefficients(
         z=first_order.z,
         x=first_order.x * (1 + half_r),
-        x_last=-first_order.x * half_r,
+        x_prev=-first_order.x * half_r,
     )
 
 
@@ -129,7 +129,8 @@ class Solver:
     """A way to take steps.
 
     Args:
-        coefficients: (last, this, next logsnr) -> of this step; `last` is None in the first one.
+        coefficients: (previous, this, next logsnr) -> of this step; None for the first one's
+            previous.
         terms: what its steps use beside z and x, by the names in `Coefficients`.
     """
 
@@ -140,13 +141,8 @@ class Solver:
 SOLVERS: dict[SolverName, Solver] = {
     "ddpm": Solver(coefficients=ddpm, terms=("noise",)),
     "ddim": Solver(coefficients=ddim),
-    "dpm_solver++": Solver(coefficients=dpm_solver_pp, terms=("x_last",)),
+    "dpm_solver++": Solver(coefficients=dpm_solver_pp, terms=("x_prev",)),
 }
-
-
-def num_steps(steps: int, strength: float) -> int:
-    """How many of `steps` from t = 1 are left at the time `strength`."""
-    return math.ceil(steps * strength - 1e-9)
 
 
 def logsnr_steps(
@@ -168,7 +164,8 @@ def logsnr_steps(
         raise ConfigError(
             f"steps: {steps} are more than the {schedule.timesteps} of this stage's discrete time"
         )
-    times = np.linspace(strength, 0, num_steps(steps, strength) + 1)
+    steps_left = math.ceil(steps * strength - 1e-9)
+    times = np.linspace(strength, 0, steps_left + 1)
     times = np.append(times[:-1], np.linspace(times[-2], 0, extra + 2)[1:-1])
     return np.append(np.unique(schedule.logsnr(times)), np.inf)
 
@@ -183,11 +180,12 @@ def linear_step(
     return z
 
 
-def renoise(z: Tensor, noise: Tensor, to: float, at: float) -> Tensor:
-    """z at logsnr `at`, brought back to the noisier `to`: r z + sqrt(sigma_to^2 - r^2 sigma_at^2)
-    noise, r the ratio of their alphas (RePaint, Lugmayr et al., arXiv 2201.09865, algorithm 1).
+def renoise(z: Tensor, noise: Tensor, logsnr_to: float, logsnr_from: float) -> Tensor:
+    """z at `logsnr_from`, brought back to the noisier `logsnr_to`: r z + sqrt(sigma_to^2 - r^2
+    sigma_from^2) noise, r the ratio of their alphas (RePaint, Lugmayr et al., arXiv 2201.09865,
+    algorithm 1).
     """
-    alpha, sigma = _alpha_sigma(to)
-    alpha_at, sigma_at = _alpha_sigma(at)
-    ratio = alpha / alpha_at
-    return ratio * z + math.sqrt(max(sigma**2 - (ratio * sigma_at) ** 2, 0.0)) * noise
+    alpha, sigma = _alpha_sigma(logsnr_to)
+    alpha_from, sigma_from = _alpha_sigma(logsnr_from)
+    ratio = alpha / alpha_from
+    return ratio * z + math.sqrt(max(sigma**2 - (ratio * sigma_from) ** 2, 0.0)) * noise

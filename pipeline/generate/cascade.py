@@ -6,7 +6,7 @@ result.images[0].save("circle.png")
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
@@ -128,6 +128,7 @@ class Cascade:
         """
         if isinstance(prompts, str) or not prompts:
             raise UserError("prompts: expected a list of at least one prompt")
+        check_options(self.manifests, options)
         names = stages_between(list(self.stages), start, stop)
         self.check_generates(names[0])
         num_images = len(prompts)
@@ -211,7 +212,9 @@ class Cascade:
         """How many calls of its network stage `name` needs for `num_images`."""
         strength = 1.0 if edit is None else edit.strength
         masked = edit is not None and edit.mask is not None
-        return num_calls(self.sampling(name, options), num_images, strength, masked)
+        config = self.sampling(name, options)
+        stage = self.stages[name]
+        return num_calls(stage, config, num_images, strength=strength, masked=masked)
 
     def check_generates(self, name: str) -> None:
         """UserError if stage `name` is image to image, which starts from neither noise alone nor a
@@ -275,6 +278,26 @@ def stages_between(names: Sequence[str], start: str | None, stop: str | None) ->
     if first > last:
         raise UserError(f"{start} comes after {stop}; the stages are {', '.join(names)}")
     return list(names[first : last + 1])
+
+
+def check_options(manifests: Mapping[str, Manifest], options: SamplingOptions) -> None:
+    """UserError for a stage or a field that does not exist, and for a value out of its range."""
+    known = [field.name for field in fields(SamplerConfig)]
+    for name, changes in options.items():
+        if name not in manifests:
+            raise UserError(
+                f"options.{name}: no such stage; this cascade has {', '.join(manifests)}"
+            )
+        for field in changes:
+            if field not in known:
+                raise UserError(f"options.{name}.{field}: no such field; {', '.join(known)}")
+
+        low, high = manifests[name].aug_range or (0.0, 0.0)
+        aug_level = changes.get("aug_level", low)
+        if not low <= aug_level <= high:
+            raise UserError(
+                f"aug_level: {aug_level} is not in [{low}, {high}], which {name} was trained with"
+            )
 
 
 def check_prompts(

@@ -25,7 +25,6 @@ from pipeline.diffusion.solvers import (
     Solver,
     linear_step,
     logsnr_steps,
-    num_steps,
     renoise,
 )
 from pipeline.nn.tiling import tiled
@@ -45,6 +44,7 @@ class SampleStep:
 
 
 OnStep = Callable[[SampleStep], None]
+CompiledStep = Callable[..., tuple[Tensor, Tensor]]
 DenoiseStep = Callable[[float, Coefficients, Tensor, Mapping[str, Tensor]], tuple[Tensor, Tensor]]
 
 
@@ -78,12 +78,20 @@ def batch_rows(num_images: int, batch_size: int) -> Iterator[np.ndarray]:
 
 
 def num_calls(
-    config: SamplerConfig, num_images: int, strength: float = 1.0, masked: bool = False
+    stage: Stage,
+    config: SamplerConfig,
+    num_images: int,
+    *,
+    strength: float = 1.0,
+    masked: bool = False,
 ) -> int:
     """How often `sample` calls the network, and `on_step`, for so many images."""
+    schedule = config.schedule or stage.config.diffusion
+    logsnrs = logsnr_steps(schedule, config.steps, config.extra_steps, strength)
+    num_steps = len(logsnrs) - 1
     repaints = config.repaint_steps if masked else 1
-    calls = 1 + (num_steps(config.steps, strength) - 1 + config.extra_steps) * repaints
-    return -(-num_images // config.batch_size) * calls
+    num_batches = -(-num_images // config.batch_size)
+    return num_batches * (1 + (num_steps - 1) * repaints)
 
 
 def sample_batch(
@@ -139,35 +147,36 @@ def denoise(
             with new noise, back at its own level (RePaint, arXiv 2201.09865, algorithm 1).
         on_step: called after each step.
     """
-    logsnr_last: float | None = None
-    x_last = z  # of no weight in the first step, which has no last x
+    logsnr_prev: float | None = None
+    x_prev = z  # of no weight in the first step, which has no previous x
 
     for logsnr, logsnr_next in pairwise(logsnrs):
-        coefficients = solver.coefficients(logsnr_last, logsnr, logsnr_next)
+        coefficients = solver.coefficients(logsnr_prev, logsnr, logsnr_next)
         repeats = 1 if math.isinf(logsnr_next) else repaint_steps
 
         for remaining in reversed(range(repeats)):
             # A step that adds no noise draws none: z stands in for it, with a coefficient of 0.
             noise = draw_noise() if coefficients.noise else z
-            z_next, x = step(logsnr, coefficients, z, {"x_last": x_last, "noise": noise})
+            z_next, x = step(logsnr, coefficients, z, {"x_prev": x_prev, "noise": noise})
             on_step(SampleStep(logsnr=logsnr, z=z, x=x))
             z = renoise(z_next, draw_noise(), logsnr, logsnr_next) if remaining else z_next
 
-        logsnr_last = logsnr
-        x_last = x
+        logsnr_prev = logsnr
+        x_prev = x
     return z
 
 
 def denoise_step(stage: Stage, config: SamplerConfig, request: SampleRequest) -> DenoiseStep:
-    """The step of a batch: its inputs as tensors, around the compiled function of its kind."""
+    """The step of a batch: its inputs as tensors, around the compiled function."""
     solver = SOLVERS[config.sampler]
-    names, compiled = compiled_step(stage, config, masked=request.masked)
+    inputs = step_inputs(stage, solver, masked=request.masked)
+    compiled = compiled_step(stage, config, inputs, masked=request.masked)
+
     arrays = stage.sampling_inputs(request, config)
     if request.edit is not None and request.edit.mask is not None:
         known = stage.from_images(request.edit.images)
         arrays = {**arrays, "known": known, "known_mask": request.edit.mask}
-    fixed = names.flatten(arrays)
-    inputs = [Tensor(np.asarray(array, np.float32)) for array in fixed]
+    fixed = {name: Tensor(np.asarray(array, np.float32)) for name, array in arrays.items()}
     guidance = Tensor(np.float32(config.guidance))
 
     def step(
@@ -176,48 +185,54 @@ def denoise_step(stage: Stage, config: SamplerConfig, request: SampleRequest) ->
         values = [coefficients.z, coefficients.x]
         values += [getattr(coefficients, term) for term in solver.terms]
         logsnr_B = Tensor(np.full(request.num_images, logsnr, np.float32))
-        return compiled(
-            guidance,
-            Tensor(np.array(values, np.float32)),
-            logsnr_B,
-            z,
-            *(terms[term] for term in solver.terms),
-            *inputs,
-        )
+        tensors = inputs.flatten({**fixed, **terms})
+        return compiled(guidance, Tensor(np.array(values, np.float32)), logsnr_B, z, *tensors)
 
     return step
 
 
-def compiled_step(
-    stage: Stage, config: SamplerConfig, *, masked: bool
-) -> tuple[Inputs, Callable[..., tuple[Tensor, Tensor]]]:
-    """A step of sampling as one graph, and the inputs that it takes after z and the solver's terms.
+def step_inputs(stage: Stage, solver: Solver, *, masked: bool) -> Inputs:
+    """What a compiled step takes after z: the solver's terms, what is known, the stage's inputs."""
+    known = ("known", "known_mask") if masked else ()
+    return Inputs(
+        leading=(*solver.terms, *known), prompt=stage.inputs.prompt, others=stage.inputs.others
+    )
 
-    (guidance, coefficients, logsnr_B, z, *terms, *inputs) -> z', x. Where `masked`, x is what is
-    known outside of the mask; each step is linear in z and x, so that z there stays the known image
-    with the noise it began with. Compiled once for whatever agrees in all that shapes it.
+
+def compiled_step(
+    stage: Stage, config: SamplerConfig, step_inputs: Inputs, *, masked: bool
+) -> CompiledStep:
+    """A step of sampling as one graph: (guidance, coefficients, logsnr_B, z, *inputs) -> z', x.
+
+    Where `masked`, x is what is known outside of the mask; each step is linear in z and x, so that
+    z there stays the known image with the noise it began with. Compiled once for whatever agrees in
+    all that shapes it.
     """
     guided = config.guidance != 1.0
-    num_terms = len(SOLVERS[config.sampler].terms)
+    terms = SOLVERS[config.sampler].terms
+    shaped_by = (guided, terms, config.threshold, config.quantile, masked)
+    if shaped_by in stage.compiled_steps:
+        return stage.compiled_steps[shaped_by]
+
     prediction = stage.config.diffusion.prediction
-    leading = ("known", "known_mask") if masked else ()
-    names = Inputs(leading=leading, prompt=stage.inputs.prompt, others=stage.inputs.others)
     predict = predictor(stage, tiled_network(stage), guided=guided)
     clip = clipper(stage, config)
 
     def step(
         guidance: Tensor, coefficients: Tensor, logsnr_B: Tensor, z: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, Tensor]:
-        terms = tensors[:num_terms]
-        inputs = names.unpack(tensors[num_terms:])
+        inputs = step_inputs.unpack(tensors)
         output = predict(z, logsnr_B, inputs, guidance)
         x = clip(x_from_prediction(prediction, output, z, logsnr_B))
         if masked:
             x = inputs["known"] + inputs["known_mask"] * (x - inputs["known"])
-        return linear_step(coefficients, z, x, *terms), x
+        used: tuple[Tensor, ...] = ()
+        for term in terms:
+            used = (*used, inputs[term])
+        return linear_step(coefficients, z, x, *used), x
 
-    shaped_by = (guided, num_terms, config.threshold, config.quantile, masked)
-    return names, stage.compiled_steps.setdefault(shaped_by, runtime.jit(step))
+    stage.compiled_steps[shaped_by] = runtime.jit(step)
+    return stage.compiled_steps[shaped_by]
 
 
 def tiled_network(stage: Stage) -> Network:
@@ -226,7 +241,7 @@ def tiled_network(stage: Stage) -> Network:
     """
 
     def network(*tensors: Any) -> Tensor:
-        return tiled(stage.network, *tensors)
+        return tiled(stage.network, *tensors, limit=stage.tile_limit)
 
     return network
 

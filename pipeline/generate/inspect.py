@@ -114,8 +114,11 @@ class Inspector:
     def total_calls(self, num_images: int) -> int:
         """Calls of the network for all contact sheets together."""
         rows = -(-num_images // COLUMNS) + 1 + NUM_PAIRS + self.mixes_prompts
-        own = num_calls(self.config, COLUMNS)
-        compared = [num_calls(replace(self.config, steps=steps), COLUMNS) for steps in self.steps]
+        own = num_calls(self.stage, self.config, COLUMNS)
+        compared = [
+            num_calls(self.stage, replace(self.config, steps=steps), COLUMNS)
+            for steps in self.steps
+        ]
         return own * rows + sum(compared)
 
     def prompt(self, image_ids: Sequence[int]) -> Arrays:

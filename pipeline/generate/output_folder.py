@@ -138,13 +138,29 @@ class Generation:
             if not self.output.has(self.file(stage, i), {**not_edited, **self.recipe(stage, i)})
         ]
 
+    def work(self, stages: Sequence[str]) -> list[tuple[str, list[int]]]:
+        """(stage, images that it lacks) in the order of the work: CHUNK images through all stages,
+        then the next.
+        """
+        missing = {stage: self.missing(stage) for stage in stages}
+        work = []
+        for begin in range(0, len(self.prompts), CHUNK):
+            for stage in stages:
+                image_ids = [i for i in missing[stage] if begin <= i < begin + CHUNK]
+                if image_ids:
+                    work.append((stage, image_ids))
+        return work
+
     def num_calls(self, stage: str, num_images: int) -> int:
         """How many calls of its network a stage needs for so many of them."""
-        config = self.cascade.sampling(stage, self.options)
-        if self.edit_files is None:
-            return num_calls(config, num_images)
-        strength = self.edit_files.strengths[stage]
-        return num_calls(config, num_images, strength, masked=bool(self.edit_files.masks))
+        strength = self.edit_files.strengths[stage] if self.edit_files else 1.0
+        return num_calls(
+            self.cascade.stages[stage],
+            self.cascade.sampling(stage, self.options),
+            num_images,
+            strength=strength,
+            masked=bool(self.edit_files and self.edit_files.masks),
+        )
 
     def low_res(
         self, stage: str, image_ids: Sequence[int], *, first: bool, edit: Edit | None
@@ -213,14 +229,11 @@ def generate(
             options=options,
             edit_files=edit_files,
         )
-        missing = {name: generation.missing(name) for name in names}
-        total = sum(generation.num_calls(name, len(missing[name])) for name in names)
+        work = generation.work(names)
+        total = sum(generation.num_calls(stage, len(image_ids)) for stage, image_ids in work)
 
         with tqdm(total=total, unit="step") as bar:
-            for begin in range(0, len(prompts), CHUNK):
-                for name in names:
-                    image_ids = [i for i in missing[name] if begin <= i < begin + CHUNK]
-                    if image_ids:
-                        bar.set_description(name)
-                        generation.run_stage(name, image_ids, first=name == names[0], bar=bar)
-    return sum(map(len, missing.values()))
+            for stage, image_ids in work:
+                bar.set_description(stage)
+                generation.run_stage(stage, image_ids, first=stage == names[0], bar=bar)
+    return sum(len(image_ids) for _, image_ids in work)

@@ -49,7 +49,7 @@ Extend = tuple[int, int, int, int]  # pixels to add at the left, top, right and 
 
 
 @dataclass(frozen=True, kw_only=True)
-class DamagedImage:
+class ImageToRestore:
     """An image to restore."""
 
     name: str
@@ -86,6 +86,10 @@ class RestoreOptions:
                 f"repaint_share: {self.repaint_share} is not in [0, 1]; 0.25 is the quarter of the "
                 "hole where samples differ most"
             )
+        if self.weights is not None and (min(self.weights) < 0 or not any(self.weights)):
+            raise UserError(
+                f"weights: {list(self.weights)}; give numbers of at least 0, and not all 0"
+            )
         if self.repaint_share and self.samples < 2:
             raise UserError(
                 f"repaint_share: {self.samples} sample does not show where samples differ; take 4 "
@@ -96,9 +100,9 @@ class RestoreOptions:
 # Input.
 
 
-def read_damaged(
+def read_images(
     task: str, images: Path, masks: Path | None, extend: Extend | None
-) -> list[DamagedImage]:
+) -> list[ImageToRestore]:
     """The images to restore.
 
     Raises:
@@ -119,7 +123,7 @@ def read_damaged(
         elif masks:
             source = mask_path(path, masks)
             mask = mask_from_image(read_image(source), image.shape, source, path)
-        damaged.append(DamagedImage(name=path.stem, image=image, mask=mask))
+        damaged.append(ImageToRestore(name=path.stem, image=image, mask=mask))
     return damaged
 
 
@@ -155,7 +159,7 @@ def check_task(manifests: Mapping[str, Manifest], task: str) -> None:
         )
 
 
-def check_size(damaged: DamagedImage, stride: int) -> None:
+def check_size(damaged: ImageToRestore, stride: int) -> None:
     """UserError for an image smaller than the network's stride."""
     height, width = damaged.mask.shape
     if min(height, width) < stride:
@@ -177,7 +181,7 @@ def chunks(
 
 def restore(
     cascade: Cascade,
-    images: Sequence[DamagedImage],
+    images: Sequence[ImageToRestore],
     options: RestoreOptions,
     folder: Path,
     *,
@@ -215,7 +219,7 @@ def restore(
         missing = [i for i, each in enumerate(images) if not output.has(f"{each.name}.png", recipe)]
         size = max(1, CHUNK // options.samples)
         groups = chunks(missing, lambda i: images[i].image.shape, size)
-        total = sum(total_calls(config, options, len(group)) for group in groups)
+        total = sum(total_calls(stage, config, options, len(group)) for group in groups)
 
         with tqdm(total=total, unit="step", disable=not missing) as bar:
             arrays = cascade.prompt(name, [prompt])
@@ -229,11 +233,13 @@ def restore(
     return len(missing)
 
 
-def total_calls(config: SamplerConfig, options: RestoreOptions, num_images: int) -> int:
+def total_calls(
+    stage: Stage, config: SamplerConfig, options: RestoreOptions, num_images: int
+) -> int:
     """Calls of the network for so many images of one size."""
-    calls = num_calls(config, num_images * options.samples, masked=True)
+    calls = num_calls(stage, config, num_images * options.samples, masked=True)
     if options.repaint_share:
-        calls += num_calls(config, num_images, masked=True)
+        calls += num_calls(stage, config, num_images, masked=True)
     return calls
 
 
@@ -270,11 +276,10 @@ class Restorer:
         self.prompt = prompt
         self.on_step = on_step
 
-    def __call__(self, images: Mapping[int, DamagedImage]) -> dict[int, Restored]:
+    def __call__(self, images: Mapping[int, ImageToRestore]) -> dict[int, Restored]:
         """Images by their ids, which name their noise."""
         degraded = {i: self.degraded(i, each) for i, each in images.items()}
-        edits = {i: Edit.outside_of_holes([each]) for i, each in degraded.items()}
-        samples = self.sample(degraded, edits, range(self.options.samples))
+        samples = self.sample(degraded, range(self.options.samples))
 
         restored = {}
         for i, each in images.items():
@@ -291,7 +296,7 @@ class Restorer:
 
     def repaint(
         self,
-        images: Mapping[int, DamagedImage],
+        images: Mapping[int, ImageToRestore],
         degraded: Mapping[int, Degraded],
         restored: Mapping[int, Restored],
     ) -> dict[int, Restored]:
@@ -307,7 +312,7 @@ class Restorer:
                 mask=pad_to_multiple(parts[i], stride)[None, None].astype(np.float32),
             )
 
-        again = self.sample(degraded, edits, [self.options.samples])
+        again = self.sample(degraded, [self.options.samples], edits)
         results = {}
         for i, each in images.items():
             (repainted,) = self.crop(each, again[i])
@@ -315,7 +320,7 @@ class Restorer:
             results[i] = replace(restored[i], image=image)
         return results
 
-    def degraded(self, image_id: int, each: DamagedImage) -> Degraded:
+    def degraded(self, image_id: int, each: ImageToRestore) -> Degraded:
         """The network's input, padded to multiples of the stride."""
         stride = self.stage.network.stride
         image = pad_to_multiple(each.image, stride)
@@ -327,34 +332,33 @@ class Restorer:
     def sample(
         self,
         degraded: Mapping[int, Degraded],
-        edits: Mapping[int, Edit],
         sample_ids: Sequence[int],
+        edits: Mapping[int, Edit] | None = None,
     ) -> dict[int, np.ndarray]:
-        """uint8 (N, H, W, 3) of each image: its samples of these ids."""
+        """uint8 (N, H, W, 3) of each image: its samples of these ids.
+
+        `edits`: what is kept of each image, if not what is known of it.
+        """
         pairs = [(i, sample_id) for i in degraded for sample_id in sample_ids]
         rows = [i for i, _ in pairs]
-        masks = [edits[i].mask for i in rows]
         request = SampleRequest(
             prompt={name: array.repeat(len(pairs), 0) for name, array in self.prompt.items()},
             seed=self.options.seed,
             image_ids=[i << 32 | sample_id for i, sample_id in pairs],
             degraded=[degraded[i] for i in rows],
             task=self.options.task,
-            edit=Edit(
-                images=np.concatenate([edits[i].images for i in rows]),
-                mask=np.concatenate([mask for mask in masks if mask is not None]),
-            ),
+            edit=None if edits is None else Edit.join([edits[i] for i in rows]),
         )
         images = sample(self.stage, self.config, request, self.on_step)
         split = images.reshape(len(degraded), len(sample_ids), *images.shape[1:])
         return dict(zip(degraded, split, strict=True))
 
-    def crop(self, each: DamagedImage, images: np.ndarray) -> np.ndarray:
+    def crop(self, each: ImageToRestore, images: np.ndarray) -> np.ndarray:
         """Without the padding."""
         height, width = each.mask.shape
         return images[:, :height, :width]
 
-    def composite(self, each: DamagedImage, sampled: np.ndarray) -> np.ndarray:
+    def composite(self, each: ImageToRestore, sampled: np.ndarray) -> np.ndarray:
         """A sample within what is known."""
         if self.options.task not in HOLE_TASKS:
             return sampled
@@ -362,7 +366,7 @@ class Restorer:
 
 
 def write_restored(
-    output: OutputFolder, each: DamagedImage, restored: Restored, recipe: Mapping[str, object]
+    output: OutputFolder, each: ImageToRestore, restored: Restored, recipe: Mapping[str, object]
 ) -> None:
     """Writes the files of one image, the result last: it stands for all."""
     fields = dict(recipe)

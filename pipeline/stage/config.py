@@ -15,7 +15,7 @@ from pipeline.train.optimizer import OptimizerConfig
 
 @dataclass(frozen=True, kw_only=True)
 class PixelConfig:
-    """Statistics of the data set's pixels, red, green and blue, in [-1, 1]: a network sees
+    """Statistics of the data set's pixels, red, green and blue, in [-1, 1]: the network's input is
     (pixel - mean) / std.
     """
 
@@ -75,9 +75,9 @@ class StageConfig:
             )
 
         if self.conditioning != "text":
-            self._filter_by_class()
+            self._ignore_captions()
 
-    def _filter_by_class(self) -> None:
+    def _ignore_captions(self) -> None:
         """Samples then need no caption, but a class where there are classes."""
         classes = self.classes.filter if self.classes else {}
         filters = replace(self.data.filter, fields=self.data.filter.fields | classes)

@@ -36,6 +36,14 @@ class Edit:
         masks = np.stack([each.mask for each in degraded])
         return cls(images=to_uint8(sources), mask=masks)
 
+    @classmethod
+    def join(cls, edits: Sequence["Edit"]) -> Self:
+        """One edit of the images of several, which all have masks."""
+        masks = [edit.mask for edit in edits if edit.mask is not None]
+        return cls(
+            images=np.concatenate([edit.images for edit in edits]), mask=np.concatenate(masks)
+        )
+
     def take(self, rows: np.ndarray) -> "Edit":
         """Those of these images."""
         mask = None if self.mask is None else self.mask[rows]
@@ -53,7 +61,7 @@ class SampleRequest:
         low_res: uint8 (N, s, s, 3), what super-resolution enlarges.
         degraded: N of them, what image-to-image restores.
         task: how they were degraded.
-        edit: what to start from, if not from noise.
+        edit: what to start from, if not from noise; of `degraded`, what is known unless given.
         initial_noise: float32 (N, 3, S, S), instead of the noise that seed and ids name.
     """
 
@@ -65,6 +73,10 @@ class SampleRequest:
     task: str | None = None
     edit: Edit | None = None
     initial_noise: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if self.edit is None and self.degraded is not None:
+            object.__setattr__(self, "edit", Edit.outside_of_holes(self.degraded))
 
     @property
     def num_images(self) -> int:

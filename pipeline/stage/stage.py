@@ -1,9 +1,9 @@
 """What every stage is: a configuration, a network, its named inputs, a loss and a prediction.
 
-A kind of stage (`stages/`) differs from another in what its network sees beside the noisy image.
-It says so three times, by the same names: `extra_inputs` lists them, `training_inputs` makes them
-from images, `sampling_inputs` from a request; `predict` uses them. The training loop and the
-sampling engine know a stage by this class alone.
+A kind of stage (`stages/`) differs from another in what conditions its network beside the noise
+level. These inputs have one name each: `extra_inputs` lists them, `training_inputs` computes them
+from images, `sampling_inputs` from a request, and `predict` passes them to the network. The
+training loop and the sampling engine know a stage by this class alone.
 
 Shapes: B images, C channels, S side, T noise levels an image.
 """
@@ -21,6 +21,7 @@ from pipeline.diffusion.objective import diffusion_loss
 from pipeline.diffusion.process import add_noise
 from pipeline.diffusion.schedule import ScheduleConfig
 from pipeline.diffusion.solvers import SamplerConfig
+from pipeline.nn.tiling import LIMIT
 from pipeline.nn.unet import UNet
 from pipeline.rng import Draws
 from pipeline.stage.config import PixelConfig, StageConfig
@@ -38,7 +39,8 @@ class Stage(ABC):
         config: of its run.
         network: the U-Net.
         inputs: what conditions the network, in sampling.
-        training: what `loss` takes: x, eps, logsnr, `inputs` and, with dropout, its seeds.
+        loss_inputs: what `loss` takes: x, eps, logsnr, `inputs` and, with dropout, its seeds.
+        tile_limit: larger images, in elements at full resolution, are sampled in tiles.
         compiled_steps: of sampling, see `pipeline.generate.engine`.
     """
 
@@ -50,7 +52,7 @@ class Stage(ABC):
         self.config = config
         self.inputs = Inputs(prompt=self.prompt_inputs, others=self.extra_inputs)
         seeds = ("dropout_seeds",) if config.unet.dropout else ()
-        self.training = Inputs(
+        self.loss_inputs = Inputs(
             leading=("x", "eps", "logsnr"),
             prompt=self.inputs.prompt,
             others=(*seeds, *self.inputs.others),
@@ -62,7 +64,8 @@ class Stage(ABC):
             text_width=config.text.width if config.text else 0,
             num_classes=self.num_classes,
         )
-        self.compiled_steps: dict[Any, Callable[..., tuple[Tensor, Tensor]]] = {}
+        self.tile_limit = LIMIT
+        self.compiled_steps: dict[tuple[Any, ...], Callable[..., tuple[Tensor, Tensor]]] = {}
 
         pixels = config.pixels or PixelConfig(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
         self.mean = np.array(pixels.mean, np.float32).reshape(3, 1, 1)
@@ -76,7 +79,7 @@ class Stage(ABC):
     @property
     @abstractmethod
     def channels_in(self) -> int:
-        """What the network sees: 3, and as many as are concatenated."""
+        """Channels of the network's input: 3, and those that are concatenated."""
 
     @property
     def num_classes(self) -> int:
@@ -90,13 +93,13 @@ class Stage(ABC):
 
     @property
     def train_window(self) -> int | None:
-        """Side of the window of each image that training sees, in pixels; None: the whole."""
+        """Side of the window of each image that training uses, in pixels; None: the whole."""
         return None
 
     # Images.
 
     def from_images(self, images: np.ndarray) -> np.ndarray:
-        """uint8 (B, S, S, 3) as the network sees them, float32 (B, 3, S, S)."""
+        """uint8 (B, S, S, 3) as the network's input, float32 (B, 3, S, S)."""
         return (to_float(images) - self.mean) / self.std
 
     def to_images(self, x: np.ndarray) -> np.ndarray:
@@ -120,15 +123,17 @@ class Stage(ABC):
         keep_mask = (draws.uniform("drop") >= self.config.cond_drop_prob).astype(np.float32)
         arrays = self.inputs.drop_prompt(prompt, keep_mask)
 
-        if "dropout_seeds" in self.training.names:
+        if "dropout_seeds" in self.loss_inputs.names:
             seeds = [stream.integers(2**31) for stream in draws.streams("dropout")]
             arrays["dropout_seeds"] = np.array(seeds, np.int32)
         return {"x": x, "eps": eps, "logsnr": logsnr, **arrays}
 
     def loss(self, *tensors: Tensor) -> Tensor:
-        """The loss of each image (B,), given what `training` names. Runs compiled."""
-        inputs = self.training.unpack(tensors)
-        x, eps, logsnr_B = inputs["x"], inputs["eps"], inputs["logsnr"]
+        """The loss of each image (B,), given what `loss_inputs` names. Runs compiled."""
+        inputs = self.loss_inputs.unpack(tensors)
+        x = inputs["x"]
+        eps = inputs["eps"]
+        logsnr_B = inputs["logsnr"]
         output = self.predict(self.network, add_noise(x, eps, logsnr_B), logsnr_B, inputs)
         return diffusion_loss(self.config.diffusion, output, x, eps, logsnr_B)
 

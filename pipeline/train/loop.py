@@ -161,7 +161,7 @@ class Trainer:
         ):
             timer = StepTimer(done)
             arrays = self.loader.batches(done, config.steps)
-            batches = map(self.stage.training.flatten, arrays)
+            batches = map(self.stage.loss_inputs.flatten, arrays)
             for micro_batches in prefetch(batches, self.train_step.micro_batches):
                 result = self.next_step(micro_batches, should_stop)
                 is_stopping = result.num_stop_requests > 0

@@ -89,7 +89,7 @@ class TestCoefficients:
     ) -> None:
         if last is None or last < now:
             assert SOLVERS[solver].coefficients(last, now, np.inf) == Coefficients(
-                z=0, x=1, x_last=0, noise=0
+                z=0, x=1, x_prev=0, noise=0
             )
 
     @every_solver
@@ -100,7 +100,7 @@ class TestCoefficients:
         """If x is right, now and before, z' = alpha' x + sigma' eps' with unit noise eps'."""
         (alpha, sigma), (alpha_next, sigma_next) = rates(now), rates(following)
         step = SOLVERS[solver].coefficients(now - 1, now, following)
-        assert step.z * alpha + step.x + step.x_last == pytest.approx(alpha_next)
+        assert step.z * alpha + step.x + step.x_prev == pytest.approx(alpha_next)
         assert np.hypot(step.z * sigma, step.noise) == pytest.approx(sigma_next)
 
     @pytest.mark.parametrize(("now", "following"), LEVEL_PAIRS)

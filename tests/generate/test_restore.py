@@ -16,11 +16,11 @@ from pipeline import Cascade
 from pipeline.errors import UserError
 from pipeline.generate.cascade_folder import export
 from pipeline.generate.restore import (
-    DamagedImage,
+    ImageToRestore,
     RestoreOptions,
     chunks,
     extend_image,
-    read_damaged,
+    read_images,
     restore,
 )
 from pipeline.imaging.compositing import most_uncertain, sample_std
@@ -59,8 +59,8 @@ def test_a_stage_with_residual_stds_trains_and_restores(
     run = tmp_path / "run"
     assert train(make(run, shards_folder, diffusion={"prediction": "x0"}, tasks=tasks))
     images = [
-        DamagedImage(name="a", image=random_image(17, 13), mask=hole(17, 13)),
-        DamagedImage(name="b", image=random_image(), mask=np.ones((16, 16), bool)),
+        ImageToRestore(name="a", image=random_image(17, 13), mask=hole(17, 13)),
+        ImageToRestore(name="b", image=random_image(), mask=np.ones((16, 16), bool)),
     ]
     options = RestoreOptions(task="inpainting", samples=2, repaint_share=0.25)
     assert restore(Cascade.load(run / "stage"), images, options, tmp_path / "out") == 2
@@ -74,7 +74,7 @@ def test_known_pixels_are_untouched_and_the_hole_is_sampled(
 ) -> None:
     """Sides that the stride does not divide, and two sizes at once."""
     images = [
-        DamagedImage(name=f"p{n}", image=random_image(*size), mask=hole(*size))
+        ImageToRestore(name=f"p{n}", image=random_image(*size), mask=hole(*size))
         for n, size in enumerate([(16, 16), (17, 13), (16, 16)])
     ]
     assert restore(cascade, images, RestoreOptions(task="inpainting"), tmp_path / "out") == 3
@@ -85,7 +85,7 @@ def test_known_pixels_are_untouched_and_the_hole_is_sampled(
 
 
 def test_an_image_does_not_depend_on_its_batch(cascade: Cascade, tmp_path: Path) -> None:
-    images = [DamagedImage(name=f"p{n}", image=random_image(), mask=hole()) for n in range(3)]
+    images = [ImageToRestore(name=f"p{n}", image=random_image(), mask=hole()) for n in range(3)]
     options = RestoreOptions(task="inpainting", samples=2)
     restore(cascade, images, options, tmp_path / "all")
     restore(cascade, images[:1], options, tmp_path / "one")
@@ -94,7 +94,7 @@ def test_an_image_does_not_depend_on_its_batch(cascade: Cascade, tmp_path: Path)
 
 
 def test_samples_their_standard_deviation_and_their_blend(cascade: Cascade, tmp_path: Path) -> None:
-    damaged = DamagedImage(name="p", image=random_image(), mask=hole())
+    damaged = ImageToRestore(name="p", image=random_image(), mask=hole())
     restore(
         cascade,
         [damaged],
@@ -116,7 +116,7 @@ def test_the_most_uncertain_part_alone_is_repainted(
     cascade: Cascade, tmp_path: Path, task: str
 ) -> None:
     mask = hole() if task == "inpainting" else np.ones((16, 16), bool)
-    damaged = DamagedImage(name="p", image=random_image(), mask=mask)
+    damaged = ImageToRestore(name="p", image=random_image(), mask=mask)
     for name, share in (("without", 0.0), ("with", 0.25)):
         options = RestoreOptions(task=task, samples=3, repaint_share=share)
         restore(cascade, [damaged], options, tmp_path / name)
@@ -129,7 +129,7 @@ def test_the_most_uncertain_part_alone_is_repainted(
 
 
 def test_a_folder_goes_on_where_it_was(cascade: Cascade, tmp_path: Path) -> None:
-    images = [DamagedImage(name=f"p{n}", image=random_image(), mask=hole()) for n in range(2)]
+    images = [ImageToRestore(name=f"p{n}", image=random_image(), mask=hole()) for n in range(2)]
     options = RestoreOptions(task="inpainting")
     assert restore(cascade, images[:1], options, tmp_path) == 1
     assert restore(cascade, images, options, tmp_path) == 1
@@ -146,7 +146,7 @@ def test_colour_starts_from_grey(cascade: Cascade, tmp_path: Path) -> None:
     for name, seen in (("colour", image), ("grey", to_grayscale(image))):
         restore(
             cascade,
-            [DamagedImage(name="p", image=seen, mask=np.ones((16, 16), bool))],
+            [ImageToRestore(name="p", image=seen, mask=np.ones((16, 16), bool))],
             RestoreOptions(task="colorization"),
             tmp_path / name,
         )
@@ -154,7 +154,7 @@ def test_colour_starts_from_grey(cascade: Cascade, tmp_path: Path) -> None:
 
 
 def test_what_is_too_small_is_refused(cascade: Cascade, tmp_path: Path) -> None:
-    tiny = DamagedImage(name="tiny", image=random_image(3, 9), mask=np.ones((3, 9), bool))
+    tiny = ImageToRestore(name="tiny", image=random_image(3, 9), mask=np.ones((3, 9), bool))
     with pytest.raises(UserError, match="tiny: 9 x 3 pixels; this stage takes sides from 4 on"):
         restore(cascade, [tiny], RestoreOptions(task="colorization"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -242,7 +242,7 @@ def test_input_that_cannot_be(
 ) -> None:
     masks = files / options["mask"] if "mask" in options else None
     with pytest.raises(UserError) as error:
-        read_damaged(task, files / image, masks, options.get("extend"))
+        read_images(task, files / image, masks, options.get("extend"))
     assert message.format(files) in str(error.value)
 
 
@@ -315,7 +315,7 @@ def test_text_conditions_beside_the_task(
     export({"mend": tmp_path / "run" / "stage"}, t5_folder, tmp_path / "cascade")
     cascade = Cascade.load(tmp_path / "cascade")
     damaged, options = (
-        DamagedImage(name="p", image=random_image(), mask=hole()),
+        ImageToRestore(name="p", image=random_image(), mask=hole()),
         RestoreOptions(task="inpainting"),
     )
     found = []

@@ -93,7 +93,7 @@ def test_a_stage_adds_an_input_by_name(guidance: float) -> None:
     images = np.zeros((4, 16, 16, 3), np.uint8)
     arrays = stage.training_inputs(images, prompt, Draws(seed=0, step=0, positions=range(4)))
     if guidance == 1:
-        loss = compiled(stage)(*map(Tensor, stage.training.flatten(arrays)))
+        loss = compiled(stage)(*map(Tensor, stage.loss_inputs.flatten(arrays)))
         np.testing.assert_allclose(loss.asnumpy(), (-1.0 - 0.5) ** 2, rtol=1e-5)
 
     request = SampleRequest(prompt=prompt, seed=0, image_ids=range(4))

@@ -44,7 +44,7 @@ def random_batch(stage: ImageToImage, num: int) -> Arrays:
 
 
 def loss(stage: ImageToImage, arrays: Arrays) -> np.ndarray:
-    tensors = [Tensor(array) for array in stage.training.flatten(arrays)]
+    tensors = [Tensor(array) for array in stage.loss_inputs.flatten(arrays)]
     return np.asarray(stage.loss(*tensors).asnumpy())
 
 
@@ -79,7 +79,7 @@ def test_a_position_does_not_depend_on_the_others(stage: ImageToImage) -> None:
     images = np.stack([random_image() for _ in range(4)])
     whole = batch(stage, images, step=3)
     part = batch(stage, images[2:], step=3, first=2)
-    assert whole.keys() == part.keys() == set(stage.training.names)
+    assert whole.keys() == part.keys() == set(stage.loss_inputs.names)
     for name, array in whole.items():
         assert array.dtype == (np.int32 if name == "dropout_seeds" else np.float32)
         np.testing.assert_array_equal(array[2:], part[name])

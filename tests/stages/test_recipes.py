@@ -60,7 +60,7 @@ def batch(
 
 
 def tensors(stage: Stage, arrays: Arrays) -> list[Tensor]:
-    return [Tensor(array) for array in stage.training.flatten(arrays)]
+    return [Tensor(array) for array in stage.loss_inputs.flatten(arrays)]
 
 
 def repeated(stage: Stage, num: int) -> Arrays:
@@ -77,7 +77,7 @@ def test_draws_of_a_position_do_not_depend_on_the_others(
     stage = stages[name]
     images, prompt = samples(stage, 6)
     whole = batch(stage, 5, range(6), images, prompt)
-    assert whole.keys() == set(stage.training.names)
+    assert whole.keys() == set(stage.loss_inputs.names)
     for i in (0, 2, 4):
         rows = slice(i, i + 2)
         few = {key: array[rows] for key, array in prompt.items()}

@@ -48,7 +48,7 @@ def loss_inputs(stage: Any) -> list[Tensor]:
         "text_mask": np.ones((1, text.length), np.float32),
     }
     arrays = stage.training_inputs(images, prompt, Draws(seed=0, step=0, positions=[0]))
-    return [Tensor(array) for array in stage.training.flatten(arrays)]
+    return [Tensor(array) for array in stage.loss_inputs.flatten(arrays)]
 
 
 def measure(path: str, graphs: str) -> dict[str, Any]:

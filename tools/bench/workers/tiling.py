@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from pipeline.generate.engine import sample
-from pipeline.nn import tiling
 from pipeline.nn.parameters import num_parameters
 from pipeline.stage.request import SampleRequest
 from tools.bench.workers.sample import new_stage
@@ -38,10 +37,9 @@ def sample_step(stage: Any, guidance: float) -> Callable[[], np.ndarray]:
 
 def measure(implementation: str, path: str, guidance: float) -> dict[str, Any]:
     """Seconds and peak memory of the first step, with its compilation, and of another one."""
-    if implementation == "untiled":
-        tiling.LIMIT = sys.maxsize  # no image is then large enough for tiles
-
     stage = new_stage(path)
+    if implementation == "untiled":
+        stage.tile_limit = sys.maxsize  # no image is then large enough for tiles
     timing = time_calls(sample_step(stage, guidance), 1)
     return {"parameters": num_parameters(stage.network), **timing}
 
