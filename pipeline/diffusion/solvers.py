@@ -49,18 +49,22 @@ class SamplerConfig:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ConfigError(f"batch_size: {self.batch_size} is not positive; give 1 or more")
+
         if self.steps < 1:
             raise ConfigError(
                 f"steps: {self.steps} is not positive; DPM-Solver++ needs 20 to 25, ancestral "
                 "sampling about 250"
             )
+
         if self.extra_steps < 0:
             raise ConfigError(f"extra_steps: {self.extra_steps} is negative; give 0 or more")
+
         if self.repaint_steps < 1:
             raise ConfigError(
                 f"repaint_steps: {self.repaint_steps} is not positive; 1 is once, imagen-pytorch "
                 "has 5"
             )
+
         if not 0 < self.quantile <= 1:
             raise ConfigError(f"quantile: {self.quantile} is not in (0, 1]; Imagen has 0.995")
 
@@ -87,6 +91,7 @@ def ddpm(last: float | None, now: float, following: float) -> Coefficients:
     """
     alpha, _ = _alpha_sigma(now)
     alpha_next, sigma_next = _alpha_sigma(following)
+    # 0 in the final step, where `following` is infinite: then z' = x.
     ratio = math.exp(now - following)
     return Coefficients(
         z=ratio * alpha_next / alpha,
@@ -101,6 +106,7 @@ def ddim(last: float | None, now: float, following: float) -> Coefficients:
     """
     alpha, sigma = _alpha_sigma(now)
     alpha_next, sigma_next = _alpha_sigma(following)
+    # z' = alpha' x + sigma' eps with eps = (z - alpha x) / sigma.
     return Coefficients(z=sigma_next / sigma, x=alpha_next - alpha * sigma_next / sigma)
 
 
@@ -117,6 +123,8 @@ def dpm_solver_pp(last: float | None, now: float, following: float) -> Coefficie
 
     # 1 / (2 r), where r is the ratio of the last step's length to this one's
     half_r = (following - now) / (now - last) / 2
+
+    # DDIM with x + half_r (x - x_last) in place of x.
     return Coefficients(
         z=first_order.z,
         x=first_order.x * (1 + half_r),
@@ -146,6 +154,7 @@ SOLVERS: dict[SolverName, Solver] = {
 
 def num_steps(steps: int, strength: float) -> int:
     """How many of `steps` from t = 1 are left at the time `strength`."""
+    # Less a little, as rounding may put a whole product just above its value.
     return math.ceil(steps * strength - 1e-9)
 
 
@@ -168,8 +177,11 @@ def logsnr_steps(
         raise ConfigError(
             f"steps: {steps} are more than the {schedule.timesteps} of this stage's discrete time"
         )
+
     times = np.linspace(strength, 0, num_steps(steps, strength) + 1)
+    # Without t = 0, which is the image. The extra levels lie between it and the last one.
     times = np.append(times[:-1], np.linspace(times[-2], 0, extra + 2)[1:-1])
+    # Sorted by logsnr, and once where discrete time rounds two times to one step.
     return np.append(np.unique(schedule.logsnr(times)), np.inf)
 
 
@@ -190,4 +202,5 @@ def renoise(z: Tensor, noise: Tensor, to: float, at: float) -> Tensor:
     alpha, sigma = _alpha_sigma(to)
     alpha_at, sigma_at = _alpha_sigma(at)
     ratio = alpha / alpha_at
+    # Rounding may put the variance just below 0 where both levels are nearly equal.
     return ratio * z + math.sqrt(max(sigma**2 - (ratio * sigma_at) ** 2, 0.0)) * noise

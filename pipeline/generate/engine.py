@@ -68,6 +68,8 @@ def sample(
     batches = []
     for rows in batch_rows(request.num_images, config.batch_size):
         batches.append(sample_batch(stage, config, request.take(rows), on_step))
+
+    # Without the rows that fill the last batch.
     return np.concatenate(batches)[: request.num_images]
 
 
@@ -82,6 +84,7 @@ def num_calls(
 ) -> int:
     """How often `sample` calls the network, and `on_step`, for so many images."""
     repaints = config.repaint_steps if masked else 1
+    # The step to the image is taken once: nothing is left to renoise.
     calls = 1 + (num_steps(config.steps, strength) - 1 + config.extra_steps) * repaints
     return -(-num_images // config.batch_size) * calls
 
@@ -98,9 +101,12 @@ def sample_batch(
     def draw_noise() -> Tensor:
         return Tensor(sampling_noise(request.seed, request.image_ids, shape, next(draws)))
 
+    # Drawn even if it is replaced, so that later draws have the same numbers.
     z = draw_noise()
     if request.initial_noise is not None:
         z = Tensor(request.initial_noise)
+
+    # SDEdit: the image at the noise level of the first step.
     if request.edit is not None and request.strength < 1:
         start_B = Tensor(np.full(request.num_images, logsnrs[0], np.float32))
         z = add_noise(Tensor(stage.from_images(request.edit.images)), z, start_B)
@@ -166,13 +172,17 @@ def denoise_step(stage: Stage, config: SamplerConfig, request: SampleRequest) ->
     if request.edit is not None and request.edit.mask is not None:
         known = stage.from_images(request.edit.images)
         arrays = {**arrays, "known": known, "known_mask": request.edit.mask}
+
     fixed = names.flatten(arrays)
+    # Made once, as they are the same at every step.
     inputs = [Tensor(np.asarray(array, np.float32)) for array in fixed]
+    # A tensor and not a constant, so that another weight needs no other graph.
     guidance = Tensor(np.float32(config.guidance))
 
     def step(
         logsnr: float, coefficients: Coefficients, z: Tensor, terms: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
+        # In the order of `linear_step`: z, x, then the solver's terms.
         values = [coefficients.z, coefficients.x]
         values += [getattr(coefficients, term) for term in solver.terms]
         logsnr_B = Tensor(np.full(request.num_images, logsnr, np.float32))
@@ -197,6 +207,7 @@ def compiled_step(
     known outside of the mask; each step is linear in z and x, so that z there stays the known image
     with the noise it began with. Compiled once for whatever agrees in all that shapes it.
     """
+    # At weight 1 the unconditional output cancels, and is not computed.
     guided = config.guidance != 1.0
     num_terms = len(SOLVERS[config.sampler].terms)
     prediction = stage.config.diffusion.prediction
@@ -216,6 +227,7 @@ def compiled_step(
             x = inputs["known"] + inputs["known_mask"] * (x - inputs["known"])
         return linear_step(coefficients, z, x, *terms), x
 
+    # What is constant in this graph. All else that shapes it is the stage's, which holds the cache.
     shaped_by = (guided, num_terms, config.threshold, config.quantile, masked)
     return names, stage.compiled_steps.setdefault(shaped_by, runtime.jit(step))
 
@@ -245,8 +257,11 @@ def predictor(stage: Stage, network: Network, *, guided: bool) -> Callable[..., 
         doubled = {}
         for name in stage.inputs.names:
             tensor = inputs[name]
+            # Zeros, as training drops a prompt.
             without = ops.zeros_like(tensor) if name in stage.inputs.prompt else tensor
             doubled[name] = ops.cat((tensor, without))
+
+        # One call of twice the batch: conditional rows, then unconditional ones.
         output = stage.predict(network, ops.cat((z, z)), ops.cat((logsnr_B, logsnr_B)), doubled)
         conditional, unconditional = ops.chunk(output, 2)
         return guide(conditional, unconditional, guidance)
@@ -265,6 +280,7 @@ def clipper(stage: Stage, config: SamplerConfig) -> Callable[[Tensor], Tensor]:
         return threshold(x, kind, quantile)
 
     def clip_normalized(x: Tensor) -> Tensor:
+        # Thresholds are for pixels in [-1, 1]; this x is in standard deviations of the data set.
         return (threshold(x * std + mean, kind, quantile) - mean) / std
 
     return clip_normalized if stage.config.pixels else clip

@@ -44,6 +44,7 @@ class OutputFolder:
         whole = text[: text.rfind("\n") + 1]
         if whole != text:  # a line that a kill cut short; its image is generated again
             write_atomically(self.path, whole.encode())
+
         for line in whole.splitlines():
             entry = json.loads(line)
             self.entries[entry["file"]] = entry
@@ -57,6 +58,8 @@ class OutputFolder:
         entry = self.entries.get(file)
         if entry is None or not (self.folder / file).exists():
             return False
+
+        # Only the recipe is compared: an entry also names files, on which no pixel depends.
         for key, value in recipe.items():
             if entry.get(key) != value:
                 raise UserError(
@@ -70,12 +73,15 @@ class OutputFolder:
         entry = {**fields, "file": file}
         info = PngInfo()
         for key, value in entry.items():
+            # iTXt is UTF-8; a plain tEXt chunk holds Latin-1 only.
             info.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
+
         buffer = io.BytesIO()
         Image.fromarray(image).save(buffer, "PNG", pnginfo=info)
 
         path = self.folder / file
         path.parent.mkdir(exist_ok=True)
+        # Before its line: an image that a kill leaves without one is generated again.
         write_atomically(path, buffer.getvalue())
         with self.path.open("a") as manifest:
             manifest.write(json.dumps(entry) + "\n")
@@ -154,8 +160,11 @@ class Generation:
         """
         if first and edit is not None:
             return self.cascade.first_low_res(stage, len(image_ids), None, edit)
+
         if self.cascade.manifests[stage].size_in is None:
             return None
+
+        # From the folder, as an earlier command may have generated them.
         order = list(self.cascade.stages)
         before = order[order.index(stage) - 1]
         images = [self.output.read(self.file(before, i), before) for i in image_ids]
@@ -176,6 +185,7 @@ class Generation:
             edit=edit,
             on_step=advance(bar),
         )
+
         for image_id, image in zip(image_ids, images, strict=True):
             fields = {"number": image_id, "stage": stage, **self.recipe(stage, image_id)}
             if self.edit_files:
@@ -204,6 +214,7 @@ def generate(
     """
     names = stages_between(list(cascade.stages), start, stop)
     cascade.check_generates(names[0])
+
     with lock(folder):
         generation = Generation(
             cascade=cascade,
@@ -213,14 +224,18 @@ def generate(
             options=options,
             edit_files=edit_files,
         )
+
+        # Of all stages before any of them runs: images of another recipe are found at once.
         missing = {name: generation.missing(name) for name in names}
         total = sum(generation.num_calls(name, len(missing[name])) for name in names)
 
         with tqdm(total=total, unit="step") as bar:
+            # A chunk goes through all stages before the next one begins.
             for begin in range(0, len(prompts), CHUNK):
                 for name in names:
                     image_ids = [i for i in missing[name] if begin <= i < begin + CHUNK]
                     if image_ids:
                         bar.set_description(name)
                         generation.run_stage(name, image_ids, first=name == names[0], bar=bar)
+
     return sum(map(len, missing.values()))

@@ -49,12 +49,14 @@ class Stage(ABC):
     def __init__(self, config: StageConfig) -> None:
         self.config = config
         self.inputs = Inputs(prompt=self.prompt_inputs, others=self.extra_inputs)
+
         seeds = ("dropout_seeds",) if config.unet.dropout else ()
         self.training = Inputs(
             leading=("x", "eps", "logsnr"),
             prompt=self.inputs.prompt,
             others=(*seeds, *self.inputs.others),
         )
+
         self.network = UNet(
             config.unet,
             channels_in=self.channels_in,
@@ -64,6 +66,7 @@ class Stage(ABC):
         )
         self.compiled_steps: dict[Any, Callable[..., tuple[Tensor, Tensor]]] = {}
 
+        # The identity where nothing is configured, so that both conversions have one form.
         pixels = config.pixels or PixelConfig(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
         self.mean = np.array(pixels.mean, np.float32).reshape(3, 1, 1)
         self.std = np.array(pixels.std, np.float32).reshape(3, 1, 1)
@@ -114,6 +117,8 @@ class Stage(ABC):
             draws: of the batch's positions.
         """
         x = self.from_images(images)
+
+        # Every draw is named by purpose and position: the order of these lines has no influence.
         logsnr = self.config.diffusion.logsnr(draws.uniform("time")).astype(np.float32)
         eps = draws.noise("noise", x.shape[1:])
 
@@ -121,14 +126,17 @@ class Stage(ABC):
         arrays = self.inputs.drop_prompt(prompt, keep_mask)
 
         if "dropout_seeds" in self.training.names:
+            # Below 2^31, as they are int32 in the compiled function.
             seeds = [stream.integers(2**31) for stream in draws.streams("dropout")]
             arrays["dropout_seeds"] = np.array(seeds, np.int32)
+
         return {"x": x, "eps": eps, "logsnr": logsnr, **arrays}
 
     def loss(self, *tensors: Tensor) -> Tensor:
         """The loss of each image (B,), given what `training` names. Runs compiled."""
         inputs = self.training.unpack(tensors)
         x, eps, logsnr_B = inputs["x"], inputs["eps"], inputs["logsnr"]
+
         output = self.predict(self.network, add_noise(x, eps, logsnr_B), logsnr_B, inputs)
         return diffusion_loss(self.config.diffusion, output, x, eps, logsnr_B)
 
@@ -151,6 +159,7 @@ class Stage(ABC):
         label: Tensor | None = None,
     ) -> Tensor:
         """The network's output, conditioned on the prompt among `inputs`, or on another label."""
+        # By position, None for what this stage does not have: its graph has no such input.
         return network(
             x_BCHW,
             logsnr_BT,
