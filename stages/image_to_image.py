@@ -58,6 +58,7 @@ class TaskConfig:
                 f"residual_std: {self.residual_std} is not positive; leave it out for a network "
                 "without a prior mean"
             )
+
         if self.weight <= 0:
             raise ConfigError(
                 f"weight: {self.weight} is not positive; leave out a task that is not trained"
@@ -79,6 +80,7 @@ class ImageToImageConfig(StageConfig):
                 "conditioning: class, but image to image is conditioned on its task; take none or "
                 "text"
             )
+
         if not self.tasks:
             raise ConfigError(f"tasks: empty; name some of {', '.join(TASKS)}")
         if unknown := [name for name in self.tasks if name not in TASKS]:
@@ -90,6 +92,8 @@ class ImageToImageConfig(StageConfig):
                 f"tasks.{without[0]}.residual_std: missing, and other tasks have one; give each "
                 "task one or none"
             )
+
+        # `predict` then returns x itself: the posterior mean plus the network's output.
         if not without and self.diffusion.prediction != "x0":
             raise ConfigError(
                 f"diffusion.prediction: {self.diffusion.prediction}, and tasks have a "
@@ -109,6 +113,8 @@ class ImageToImage(Stage):
         tasks = config.tasks.values()
         self.tasks = list(config.tasks)
         self.residual_stds = [task.residual_std for task in tasks if task.residual_std is not None]
+
+        # Last, as it builds the network from `channels_in` and `num_classes`.
         super().__init__(config)
 
     @property
@@ -129,10 +135,12 @@ class ImageToImage(Stage):
         task_ids = []
         degraded = []
         for image, stream in zip(images, draws.streams("damage"), strict=True):
+            # From the stream of this image alone, so that the others have no influence on it.
             task_id = int(stream.choice(len(weights), p=weights / weights.sum()))
             task_ids.append(task_id)
             degraded.append(degrade(self.tasks[task_id], image, stream))
 
+        # z is made from this logsnr in the graph, so the shift moves the noise too.
         arrays["logsnr"] = arrays["logsnr"] + shifts[task_ids]
         return {**arrays, **self.degraded_inputs(degraded, task_ids)}
 
@@ -146,6 +154,7 @@ class ImageToImage(Stage):
                 if id(each) not in means:
                     means[id(each)] = prior_mean(self.tasks[task_id], each)
             sources = np.stack([means[id(each)] for each in degraded])
+
         return {
             "source": (sources - self.mean) / self.std,
             "mask": masks,
@@ -160,13 +169,17 @@ class ImageToImage(Stage):
         task_BK = inputs["task"]
         logsnr_B1 = logsnr_B.expand_dims(1)
         if not self.residual_stds:
+            # z in the hole, and what is known around it.
             x = ops.cat((source + mask * (z - source), source), 1)
             return self.call_network(network, x, logsnr_B1, inputs, task_BK)
 
         residual_std_B = self.residual_std(task_BK)
         mean, deviation = gaussian_posterior(source, residual_std_B, z, logsnr_B)
+        # Divided by the task's residual_std, so that residuals have one size for all tasks.
         revealed = mask * (mean - source) / expand_dims(residual_std_B)
+
         x = ops.cat((revealed, source, mask), 1)
+        # x in deviations of its posterior: outputs of one size at all noise levels.
         return mean + deviation * self.call_network(network, x, logsnr_B1, inputs, task_BK)
 
     def residual_std(self, task_BK: Tensor) -> Tensor:
@@ -181,9 +194,11 @@ class ImageToImage(Stage):
         eps = inputs["eps"]
         logsnr_B = inputs["logsnr"]
         output = self.predict(self.network, add_noise(x, eps, logsnr_B), logsnr_B, inputs)
+
         if self.residual_stds:
             unit = expand_dims(1.0 / self.residual_std(inputs["task"]))
             output, x = output * unit, x * unit
+
         return diffusion_loss(self.config.diffusion, output, x, eps, logsnr_B, inputs["mask"])
 
     def sampling_inputs(self, request: SampleRequest, config: SamplerConfig) -> Arrays:
@@ -191,12 +206,14 @@ class ImageToImage(Stage):
             raise ValueError(
                 "degraded: missing; image to image needs images to restore, and a task"
             )
+
         task_ids = [self.tasks.index(request.task)] * request.num_images
         return {**request.prompt, **self.degraded_inputs(request.degraded, task_ids)}
 
     def sample_shape(self, request: SampleRequest) -> tuple[int, int, int]:
         if request.degraded is None:
             return super().sample_shape(request)
+
         _, height, width = request.degraded[0].source.shape
         return (3, height, width)
 
@@ -211,13 +228,16 @@ class ImageToImage(Stage):
         sources = np.empty_like(images)
         samples = np.empty_like(images)
         for first, task in enumerate(self.tasks[: len(images)]):
+            # A request for each task, as each has noise levels of its own.
             rows = range(first, len(images), len(self.tasks))
+            # Of step 0, so that all grids of a run show the same damage.
             draws = Draws(seed=self.config.seed, step=0, positions=rows)
             streams = draws.streams("damage")
             degraded = [
                 degrade(task, images[row], stream)
                 for row, stream in zip(rows, streams, strict=True)
             ]
+
             request = SampleRequest(
                 prompt={name: array[rows] for name, array in prompt.items()},
                 seed=self.config.seed,
@@ -225,6 +245,7 @@ class ImageToImage(Stage):
                 degraded=degraded,
                 task=task,
             )
+
             sources[rows] = to_uint8(np.stack([each.source for each in degraded]))
             samples[rows] = sample(self, self.config.sample, request)
         return image_grid(sources, samples, images)

@@ -57,6 +57,7 @@ class SuperResolutionConfig(StageConfig):
             raise ConfigError(
                 f"low_res.size: {self.low_res.size} does not divide {self.size}, the stage's size"
             )
+
         if not 0 <= self.sample.aug_level <= self.low_res.max_aug_level:
             raise ConfigError(
                 f"sample.aug_level: {self.sample.aug_level} is not in [0, low_res.max_aug_level = "
@@ -97,6 +98,7 @@ class SuperResolution(Stage):
         arrays = super().training_inputs(images, prompt, draws)
         x = arrays["x"]
         side = x.shape[-1]
+
         low_res = upsample(downsample(x, side // self.config.scale), side)
 
         streams = draws.streams("augment")  # the level is the first draw, then comes the noise
@@ -118,13 +120,16 @@ class SuperResolution(Stage):
         self, network: Network, z: Tensor, logsnr_B: Tensor, inputs: dict[str, Tensor]
     ) -> Tensor:
         low_logsnr_B = inputs["low_res_logsnr"]
+        # Augmented in the graph, so that training and sampling do it alike.
         low_res = add_noise(inputs["low_res"], inputs["low_res_noise"], low_logsnr_B)
+        # Both levels: how noisy z is, and how far the low resolution can be trusted.
         levels_BT = ops.stack((logsnr_B, low_logsnr_B), 1)
         return self.call_network(network, ops.cat((z, low_res), 1), levels_BT, inputs)
 
     def sampling_inputs(self, request: SampleRequest, config: SamplerConfig) -> Arrays:
         if request.low_res is None:
             raise ValueError("low_res: missing; super-resolution needs images to enlarge")
+
         shape = self.sample_shape(request)
         level = np.full(request.num_images, config.aug_level)
         return {
@@ -140,6 +145,7 @@ class SuperResolution(Stage):
         """That of the low resolution, enlarged: a stage trained on windows runs at full size."""
         if request.low_res is None:
             return super().sample_shape(request)
+
         side = request.low_res.shape[1] * self.config.scale
         return (3, side, side)
 
@@ -147,12 +153,15 @@ class SuperResolution(Stage):
         """True low resolution, enlarged | sample | truth."""
         side = images.shape[1]
         low_res = downsample(self.from_images(images), side // self.config.scale)
+
         request = SampleRequest(
             prompt=prompt,
             seed=self.config.seed,
             image_ids=range(len(images)),
+            # Rounded to uint8, as the images of the stage before are.
             low_res=self.to_images(low_res),
         )
+
         samples = sample(self, self.config.sample, request)
         return image_grid(self.to_images(upsample(low_res, side)), samples, images)
 

@@ -95,6 +95,7 @@ class RangeCache:
             self._warn(error)
 
     def _path(self, key: tuple[str | int, ...]) -> Path:
+        # Subfolders by the first byte of the digest, so that no folder lists every range.
         name = hashlib.sha256("\n".join(map(str, key)).encode()).hexdigest()
         return self.folder / name[:2] / name
 
@@ -110,6 +111,7 @@ class RangeCache:
     def _evict(self, room: int) -> None:
         """Removes files, least recently used first, until `room` bytes are free."""
         files = sorted(self._files())
+        # `room` counts as used: it is what the writes up to the next scan will take.
         excess = sum(file.size for file in files) + room - self.limit
         for file in files:
             if excess <= 0:
@@ -132,6 +134,7 @@ class RangeCache:
         with self._lock:
             warned = self._warned
             self._warned = True
+
         if not warned:
             log.warning(
                 "%s: the cache of remote shards fails (%s); continuing without it",

@@ -148,12 +148,16 @@ def _decode_other(data: bytes) -> DecodedImage:
     # Pillow fills missing rows of a PNG with zeros, without an error.
     if image.format == "PNG" and may_lack_pixels(image) and not is_complete_png(data):
         raise BadImage("its compressed data end before its last pixel")
+
     return DecodedImage(np.asarray(_rgb(image)), image.height, image.width, orientation)
 
 
 def _decode_jpeg(data: bytes, size: int) -> DecodedImage:
     height, width, colour_space = _jpeg_header(data)
     scale = _jpeg_scale(data, min(height, width), size)
+
+    # simplejpeg takes the smallest scale that reaches these sides. libjpeg rounds a scaled side up,
+    # so this is exactly `scale`.
     minimum = {
         "min_height": -int(-height * scale // 1),
         "min_width": -int(-width * scale // 1),
@@ -169,6 +173,7 @@ def _decode_jpeg(data: bytes, size: int) -> DecodedImage:
         pixels = np.asarray(image.convert("RGB"))
     else:
         pixels = simplejpeg.decode_jpeg(data, strict=True, **minimum)
+
     return DecodedImage(
         pixels,
         height=height * scale,
@@ -186,6 +191,7 @@ def _jpeg_scale(data: bytes, short: int, size: int) -> float:
     # A side of less than 8 pixels would vanish at 1/8.
     if short < NUM_SCALES or _jpeg_frame(data) not in SCALABLE:
         return 1.0
+
     for eighths in (1, 2, 4):
         is_multiple = short * eighths % (NUM_SCALES * size) == 0
         is_large_enough = short * eighths >= 14 * size  # 7/4, in eighths
@@ -218,6 +224,7 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
     """(second byte of the marker, body) of each segment before the first scan, by libjpeg's
     rules.
     """
+    # Behind the marker SOI. Bytes between segments are skipped, as libjpeg does.
     position = data.find(b"\xff", 2)
     while 0 <= position < len(data) - 1:
         marker = data[position + 1]
@@ -301,6 +308,7 @@ def _gif_size(data: bytes) -> tuple[int, int]:
     warning).
     """
     width, height, flags = struct.unpack_from("<HHB", data, 6)
+    # After 6 bytes of signature and 7 of the screen descriptor.
     position = 13
     if flags & 0x80:  # a colour table of 3 bytes a colour
         position += 3 * 2 ** (flags % 8 + 1)
@@ -312,6 +320,7 @@ def _gif_size(data: bytes) -> tuple[int, int]:
             position += data[position] + 1
         position += 1
 
+    # The frame's rectangle follows the separator of its descriptor, one byte.
     left, top, columns, rows = struct.unpack_from("<4H", data, position + 1)
     return max(height, top + rows), max(width, left + columns)
 

@@ -30,6 +30,7 @@ def crop(image: np.ndarray, size: int, u: float, v: float) -> np.ndarray:
     height, width = image.shape[:2]
     if min(height, width) < size:
         raise ValueError(f"a square of {size} pixels does not fit into {width} x {height}")
+
     top = _offset(v, height - size)
     left = _offset(u, width - size)
     return image[top : top + size, left : left + size]
@@ -37,6 +38,7 @@ def crop(image: np.ndarray, size: int, u: float, v: float) -> np.ndarray:
 
 def _offset(fraction: float, num_free: int) -> int:
     """One of the `num_free` + 1 positions, pixels."""
+    # A fraction of 1, or one that rounds to it, would be one position too far.
     return min(int(fraction * (num_free + 1)), num_free)
 
 
@@ -75,10 +77,12 @@ def crop_resize(image: DecodedImage, size: int, u: float, v: float) -> np.ndarra
     if image.orientation in MIRRORED:
         left = image.width - short - left
 
+    # One pixel for one at whole positions: there is nothing to resample.
     if short == size and top % 1 == left % 1 == 0:
         square = image.pixels[int(top) : int(top) + size, int(left) : int(left) + size]
     else:
         kernel = Image.Resampling.HAMMING if short >= size else Image.Resampling.BICUBIC
+        # Rounding may put the box a fraction beyond the image, which Pillow refuses.
         box = (left, top, min(left + short, image.width), min(top + short, image.height))
         square = np.asarray(Image.fromarray(image.pixels).resize((size, size), kernel, box))
     return apply_orientation(square, image.orientation)
@@ -133,6 +137,7 @@ def _stretch(x: np.ndarray, size: int, axis: int) -> np.ndarray:
     length = x.shape[axis]
     centre = np.clip((np.arange(size) + 0.5) * length / size - 0.5, 0, length - 1)
     low = np.floor(centre).astype(int)
+    # `axis` is counted from the last: weight is aligned with it for broadcasting.
     weight = (centre - low).astype(np.float32).reshape((-1,) + (1,) * (-1 - axis))
 
     # left + weight (right - left), in place: these arrays are large.

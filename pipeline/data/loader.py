@@ -98,13 +98,17 @@ class Loader:
         self.size = size
         self.make_inputs = make_inputs
         self.share = share
+
         self.order = Order(seed, shards.sizes, shards.weights, self.config.shuffle_shards)
         self.quarantine = Quarantine(quarantine, len(shards), self.config.max_damage)
+
+        # What the indexes know to be damaged is listed too: the file then has all that is left out.
         for shard, fault in shards.faults:
             self.quarantine.write(shard, fault.key, fault.reason)
 
     def sample_ids(self, step: int) -> np.ndarray:
         """The samples of this process's share of `step` (from 0), before any is replaced; int64."""
+        # The order of the whole batch, then a slice of it: so the number of ranks has no influence.
         ids = self.order.ids(step, self.config.global_batch)
         return ids[self.share.start : self.share.stop]
 
@@ -115,6 +119,8 @@ class Loader:
             BadImage, DamagedSample: it cannot be used.
         """
         u = v = x = y = 0.5
+
+        # A stream for each purpose: an option that is off draws nothing and moves no other draw.
         if step is not None and self.config.crop == "random":
             u, v = generator(self.seed, "crop", step, position).random(2)
         if step is not None and self.size.used < self.size.side:
@@ -138,7 +144,9 @@ class Loader:
                 return candidate, self.image(candidate, step, position)
             except (BadImage, DamagedSample) as error:
                 self.quarantine.add(*self.shards.name(candidate), str(error))
+                # Named by position and attempt, so that every run finds the same one.
                 candidate = self.order.replacement(step or 0, position, attempt)
+
         raise UserError(
             f"data.shards: {':'.join(self.shards.name(sample_id))} and {MAX_ATTEMPTS - 1} "
             f"replacements cannot be used; the reasons are in {self.quarantine.path}; repair or "
@@ -147,7 +155,9 @@ class Loader:
 
     def pieces(self, step: int) -> list[list[tuple[int, int]]]:
         """(sample id, position) of this process's share, cut into pieces in the shards' order."""
+        # By sample id, which is the order within the shards: a thread reads one region of a file.
         samples = sorted(zip(self.sample_ids(step).tolist(), self.share, strict=True))
+        # A small batch is still divided among all threads.
         size = min(PIECE, math.ceil(len(samples) / self.config.workers))
         return [samples[start : start + size] for start in range(0, len(samples), size)]
 
@@ -156,10 +166,12 @@ class Loader:
         self.quarantine.count_drawn(len(samples))
         sample_ids = []
         batch = np.empty((len(samples), self.size.used, self.size.used, 3), np.uint8)
+
         for row, (sample_id, position) in enumerate(samples):
             used_id, image = self.usable_image(sample_id, step, position)
             sample_ids.append(used_id)
             batch[row] = image  # copied at once: a window keeps its whole image's memory
+
         positions = [position for _, position in samples]
         return Piece(step=step or 0, positions=positions, sample_ids=sample_ids, images=batch)
 
@@ -174,6 +186,8 @@ class Loader:
         """Images and prompt of the first samples (again from the first if there are fewer), for
         sample grids.
         """
+        # Without a step crops are central, and captions are those of step 0: all grids of a run
+        # show the same samples.
         samples = [(i % len(self.shards), i) for i in range(num_samples)]
         piece = self.load_images(None, samples)
         prompt = self.prompts.embed(piece.sample_ids, self.seed, 0, piece.positions)
@@ -193,6 +207,8 @@ class Loader:
             parts = [piece.result() for piece in pieces]
             return self.join(parts) if in_threads else parts
 
+        # The gatherer waits for pieces, so it has a thread of its own: in the pool it would occupy
+        # a worker, and with one worker wait for itself.
         with (
             ThreadPoolExecutor(1, "loader") as gatherer,
             ThreadPoolExecutor(self.config.workers, "loader") as threads,
@@ -206,9 +222,11 @@ class Loader:
                             threads.submit(load, later, samples) for samples in self.pieces(later)
                         ]
                         prefetched.append(gatherer.submit(gather, pieces))
+
                     batch = prefetched.popleft().result()
                     yield batch if isinstance(batch, dict) else self.join(batch)
             finally:
+                # The caller may stop early: what is not begun is dropped, not loaded.
                 gatherer.shutdown(wait=False, cancel_futures=True)
                 threads.shutdown(wait=False, cancel_futures=True)
 
@@ -217,6 +235,7 @@ class Loader:
         batch: Arrays = {}
         for part in parts:
             rows = self.rows(part) if isinstance(part, Piece) else part
+            # Positions count in the global batch, rows in this process's share.
             places = np.subtract(rows.positions, self.share.start)
             for name, array in rows.arrays.items():
                 if name not in batch:

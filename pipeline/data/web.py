@@ -113,6 +113,7 @@ class Web:
                 raise _TransientError(f"{len(data)} of {expected} bytes")
             return data
 
+        # The last byte of a range is included (RFC 9110, section 14.1.2).
         return self._request(url, {"Range": f"bytes={offset}-{offset + size - 1}"}, parse)
 
     def fetch(self, url: str) -> bytes | None:
@@ -162,6 +163,7 @@ class Web:
                 # Leaving the context closes the connection unless the whole body was read.
                 with self._open(url, headers) as response:
                     if response.status in RETRYABLE or response.status >= 500:
+                        # Retry-After can lengthen the wait, up to `max_wait`, but not shorten it.
                         retry_after = REDIRECTS.get_retry_after(response) or 0
                         wait = max(wait, min(policy.max_wait, retry_after))
                         raise _TransientError(f"{response.status} {response.reason}")
@@ -212,6 +214,7 @@ def _content_range(url: str, response: BaseHTTPResponse) -> ByteRange:
             raise _TransientError(f"no range, Content-Range: {text}")
         return ByteRange(start=int(match[1]), stop=int(match[2]) + 1, total=int(match[3]))
 
+    # The range begins beyond the end; the response has only the file's size.
     if response.status == 416 and (match := re.fullmatch(r"bytes \*/(\d+)", text)):
         return ByteRange(start=0, stop=0, total=int(match[1]))
 

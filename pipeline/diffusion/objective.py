@@ -38,6 +38,7 @@ class DiffusionConfig(ScheduleConfig):
                 raise ConfigError(
                     f"{name}: {gamma} is not positive; leave it out, or use the paper's {usual}"
                 )
+
         if self.min_snr is not None and self.p2 is not None:
             raise ConfigError(
                 f"p2: {self.p2}, but min_snr: {self.min_snr} weights the noise levels too; leave "
@@ -53,6 +54,7 @@ def pointwise_loss(kind: str, output: Tensor, target: Tensor) -> Tensor:
     if kind == "l2":
         return difference * difference
 
+    # m (|d| - m / 2) with m = min(|d|, 1): both cases of Huber's loss without a branch.
     size = ops.abs(difference)
     inside = ops.minimum(size, 1.0)
     return inside * (size - 0.5 * inside)
@@ -70,6 +72,7 @@ def loss_weight(config: DiffusionConfig, logsnr: Tensor) -> Tensor | None:
     else:
         return None
 
+    # |d_eps|^2 = snr |d_x|^2 and |d_v|^2 = (snr + 1) |d_x|^2, from the equations in process.py.
     if config.prediction == "eps":
         return weight_x / snr
     if config.prediction == "x0":
@@ -95,6 +98,7 @@ def diffusion_loss(
     if mask_B1HW is None:
         loss_B = loss_BCHW.mean(axis=(1, 2, 3))
     else:
+        # A quotient of means over all pixels, as the size of the mask differs between images.
         loss_B = (loss_BCHW * mask_B1HW).mean(axis=(1, 2, 3)) / mask_B1HW.mean(axis=(1, 2, 3))
 
     weight_B = loss_weight(config, logsnr_B)

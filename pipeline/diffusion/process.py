@@ -75,6 +75,7 @@ def gaussian_posterior(
     residual_std = expand_dims(residual_std_B)
     d = sigma * sigma + residual_std * residual_std * alpha * alpha
 
+    # The same mean as a correction: the gain times what z differs by from its expectation.
     gain = residual_std * residual_std * alpha / d
     mean = prior_mean + gain * (z - alpha * prior_mean)
     deviation = residual_std * sigma / ops.sqrt(d)

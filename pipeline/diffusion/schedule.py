@@ -27,6 +27,7 @@ LOGSNR_MAX = 20.0  # of the least noisy level of `cosine`; the noisiest is its n
 
 def _cosine_between(t: np.ndarray, first: float, last: float) -> np.ndarray:
     """alpha = cos(angle), sigma = sin(angle), with an angle linear in t from `first` to `last`."""
+    # logsnr = 2 log(alpha / sigma) = -2 log tan(angle).
     return -2.0 * np.log(np.tan(first + (last - first) * np.asarray(t, np.float64)))
 
 
@@ -35,6 +36,7 @@ def cosine(t: np.ndarray) -> np.ndarray:
 
     The ends are cut by rescaling t linearly; there the smaller of alpha and sigma is 4.5e-5.
     """
+    # The angle at which -2 log tan(angle) is LOGSNR_MAX.
     first = np.arctan(np.exp(-LOGSNR_MAX / 2))
     return _cosine_between(t, first, np.pi / 2 - first)
 
@@ -53,6 +55,7 @@ def linear(t: np.ndarray, betas: tuple[float, float] = DDPM_BETAS) -> np.ndarray
     t = np.asarray(t, np.float64)
     first, last = betas
     total = 1000 * (first * t + (last - first) * t**2 / 2)
+    # At t = 0 logsnr would be infinite. expm1(b) is b for a small b, so the bound is LOGSNR_MAX.
     return -np.log(np.expm1(np.maximum(total, np.exp(-LOGSNR_MAX))))
 
 
@@ -61,6 +64,7 @@ def linear_steps(num_steps: int, betas: tuple[float, float] = DDPM_BETAS) -> np.
 
     alpha_k^2 = (1 - b_1) ... (1 - b_k) (Ho et al., arXiv 2006.11239).
     """
+    # log alpha^2. log1p and expm1 keep the digits of small betas.
     log_signal = np.cumsum(np.log1p(-np.linspace(*betas, num_steps)))
     return log_signal - np.log(-np.expm1(log_signal))
 
@@ -90,10 +94,12 @@ class ScheduleConfig:
                 f"timesteps: {self.timesteps} is less than 2; DDPM has 1000, leave it out for "
                 "continuous time"
             )
+
         if not 0 < self.betas[0] <= self.betas[1] < 1:
             raise ConfigError(
                 f"betas: {list(self.betas)} do not rise within (0, 1); DDPM has [1.0e-4, 0.02]"
             )
+
         if self.schedule != "linear" and self.betas != DDPM_BETAS:
             raise ConfigError(
                 f"betas: {list(self.betas)} belong to the linear schedule, and schedule is "

@@ -49,18 +49,22 @@ class SamplerConfig:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ConfigError(f"batch_size: {self.batch_size} is not positive; give 1 or more")
+
         if self.steps < 1:
             raise ConfigError(
                 f"steps: {self.steps} is not positive; DPM-Solver++ needs 20 to 25, ancestral "
                 "sampling about 250"
             )
+
         if self.extra_steps < 0:
             raise ConfigError(f"extra_steps: {self.extra_steps} is negative; give 0 or more")
+
         if self.repaint_steps < 1:
             raise ConfigError(
                 f"repaint_steps: {self.repaint_steps} is not positive; 1 is once, imagen-pytorch "
                 "has 5"
             )
+
         if not 0 < self.quantile <= 1:
             raise ConfigError(f"quantile: {self.quantile} is not in (0, 1]; Imagen has 0.995")
 
@@ -87,6 +91,7 @@ def ddpm(logsnr_prev: float | None, logsnr: float, logsnr_next: float) -> Coeffi
     """
     alpha, _ = _alpha_sigma(logsnr)
     alpha_next, sigma_next = _alpha_sigma(logsnr_next)
+    # 0 in the final step, where `logsnr_next` is infinite: then z' = x.
     ratio = math.exp(logsnr - logsnr_next)
     return Coefficients(
         z=ratio * alpha_next / alpha,
@@ -101,6 +106,7 @@ def ddim(logsnr_prev: float | None, logsnr: float, logsnr_next: float) -> Coeffi
     """
     alpha, sigma = _alpha_sigma(logsnr)
     alpha_next, sigma_next = _alpha_sigma(logsnr_next)
+    # z' = alpha' x + sigma' eps with eps = (z - alpha x) / sigma.
     return Coefficients(z=sigma_next / sigma, x=alpha_next - alpha * sigma_next / sigma)
 
 
@@ -117,6 +123,8 @@ def dpm_solver_pp(logsnr_prev: float | None, logsnr: float, logsnr_next: float) 
 
     # 1 / (2 r), where r is the ratio of the previous step's length to this one's
     half_r = (logsnr_next - logsnr) / (logsnr - logsnr_prev) / 2
+
+    # DDIM with x + half_r (x - x_prev) in place of x.
     return Coefficients(
         z=first_order.z,
         x=first_order.x * (1 + half_r),
@@ -164,9 +172,13 @@ def logsnr_steps(
         raise ConfigError(
             f"steps: {steps} are more than the {schedule.timesteps} of this stage's discrete time"
         )
+
+    # Less a little, as rounding may put a whole product just above its value.
     steps_left = math.ceil(steps * strength - 1e-9)
     times = np.linspace(strength, 0, steps_left + 1)
+    # Without t = 0, which is the image. The extra levels lie between it and the last one.
     times = np.append(times[:-1], np.linspace(times[-2], 0, extra + 2)[1:-1])
+    # Sorted by logsnr, and once where discrete time rounds two times to one step.
     return np.append(np.unique(schedule.logsnr(times)), np.inf)
 
 
@@ -188,4 +200,5 @@ def renoise(z: Tensor, noise: Tensor, logsnr_to: float, logsnr_from: float) -> T
     alpha, sigma = _alpha_sigma(logsnr_to)
     alpha_from, sigma_from = _alpha_sigma(logsnr_from)
     ratio = alpha / alpha_from
+    # Rounding may put the variance just below 0 where both levels are nearly equal.
     return ratio * z + math.sqrt(max(sigma**2 - (ratio * sigma_from) ** 2, 0.0)) * noise

@@ -68,9 +68,12 @@ class Cascade:
         """
         folder = Path(folder)
         manifests, expected = read_cascade(folder)
+
         text_encoder = None
         if expected:
             encoder_folder, tokenizer_folder = folder / ENCODER_FOLDER, folder / TOKENIZER_FOLDER
+            # Embeddings of another encoder have the same shape: nothing else would show the
+            # mistake.
             found = fingerprint(encoder_folder, tokenizer_folder)
             if found != expected.fingerprint:
                 raise UserError(
@@ -78,11 +81,13 @@ class Cascade:
                     f"stages were trained with {expected.fingerprint[:12]}; export the cascade "
                     "again with the encoder of the training"
                 )
+
             text_encoder = TextEncoder.load(encoder_folder, tokenizer_folder, expected.length)
 
         stages: dict[str, Stage] = {}
         for name, manifest in manifests.items():
             stage = stage_class(manifest.kind).from_config(manifest.config)
+            # The folder of a single stage is a cascade without subfolders.
             place = folder / name if (folder / name).exists() else folder
             weights = read_weights(place, manifest)
             assign(stage.network, weights, str(place / "unet.safetensors"))
@@ -131,8 +136,11 @@ class Cascade:
         check_options(self.manifests, options)
         names = stages_between(list(self.stages), start, stop)
         self.check_generates(names[0])
+
         num_images = len(prompts)
         ids = range(num_images) if image_ids is None else image_ids
+        # An edit has the size of the whole cascade's output, even where `stop` comes before its
+        # end.
         size = list(self.manifests.values())[-1].size_out
         edits = edits_of(image, mask, strength, num_images=num_images, size=size, stage_names=names)
         images = self.first_low_res(names[0], num_images, low_res, edits.get(names[0]))
@@ -142,6 +150,7 @@ class Cascade:
         with tqdm(total=total, unit="step", disable=not progress) as bar:
             for name in names:
                 bar.set_description(name)
+                # uint8 between stages, as if read from a file: `generate` gives the same images.
                 images = self.sample_stage(
                     name,
                     prompts,
@@ -182,6 +191,7 @@ class Cascade:
             low_res=low_res,
             edit=None if edit is None else scale_edit(edit, size, low_res),
         )
+
         images = sample(self.stages[name], self.sampling(name, options), request, on_step)
         return images if edit is None else composite_edit(edit, images)
 
@@ -192,13 +202,17 @@ class Cascade:
             num_classes = classes if isinstance(classes, int) else len(classes)
             class_ids = [class_id(classes, prompt) for prompt in prompts]
             return {"label": one_hot(class_ids, num_classes)}
+
+        # A tuple, which the cache can hash.
         return self.encode(tuple(prompts)) if self.manifests[name].text else {}
 
     def encode_prompts(self, prompts: tuple[str, ...]) -> Arrays:
         """The text of `prompts`, cleaned as captions were in training."""
         _, info = text_encoder_of(self.manifests)
+        # Only stages with text need this, and for them `load` has the encoder.
         assert self.text_encoder
         assert info
+
         captions = [clean(prompt) for prompt in prompts] if info.clean else prompts
         return encode_text(self.text_encoder, captions)
 
@@ -236,16 +250,19 @@ class Cascade:
         size = self.manifests[name].size_in
         if low_res is None and edit and size:
             return shrink(edit.images, size)
+
         if low_res is None and size is not None:
             raise UserError(f"low_res: missing; {name} starts from images of {size} x {size}")
         if low_res is None:
             return None
         if size is None:
             raise UserError(f"low_res: {name} starts from noise and takes no image; leave it out")
+
         if len(low_res) != num_images:
             raise UserError(
                 f"low_res: {len(low_res)} images for {num_images} prompts; give one each"
             )
+
         return np.stack([self.check_low_res(name, image) for image in low_res])
 
     def check_low_res(self, name: str, image: Image.Image) -> np.ndarray:
@@ -256,6 +273,7 @@ class Cascade:
             raise UserError(
                 f"low_res: {name} takes images of {size} x {size} and one is {width} x {height}"
             )
+
         return np.asarray(image.convert("RGB"))
 
 
@@ -273,6 +291,7 @@ def stages_between(names: Sequence[str], start: str | None, stop: str | None) ->
     for name in (start, stop):
         if name is not None and name not in names:
             raise UserError(f"{name}: no such stage; this cascade has {', '.join(names)}")
+
     first = names.index(start) if start else 0
     last = names.index(stop) if stop else len(names) - 1
     if first > last:
@@ -321,7 +340,9 @@ def check_prompts(
 
     if classes is not None:
         for prompt in prompts:
+            # Raises for a name that is no class, before anything is sampled.
             class_id(classes, prompt)
+
         if num_images is None:
             return list(prompts)
         names = [str(i) for i in range(classes)] if isinstance(classes, int) else classes

@@ -83,6 +83,7 @@ def read_cascade(folder: Path) -> tuple[dict[str, Manifest], TextEncoderInfo | N
             "version"
         )
 
+    # All manifests before any weights, which may be gigabytes.
     manifests = {name: read_manifest(folder / name) for name in raw["stages"]}
     check_chain(manifests)
     _, encoder = text_encoder_of(manifests)
@@ -93,16 +94,19 @@ def check_replaceable(folder: Path) -> None:
     """UserError unless `folder` is not there, is empty, or holds a cascade that `export` wrote and
     nothing else.
     """
+    # The root of the file system, beside which nothing can be built.
     if not folder.name:
         raise UserError(f"folder: {folder} cannot be replaced by a cascade; name one of its own")
     if not folder.exists():
         return
 
     try:
+        # Names with a dot are what an interrupted write left; they are never read.
         names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
         if not names:
             return
         stages = json.loads((folder / "cascade.json").read_text())["stages"]
+        # A name in cascade.json counts only if its folder holds a stage: nothing else is replaced.
         written = {name for name in stages if (folder / name / "stage.json").exists()}
     except NotADirectoryError:
         raise UserError(f"folder: {folder} is a file; name a folder of its own") from None
@@ -131,6 +135,7 @@ def export(stages: Mapping[str, Path], encoder: Path | None, folder: Path) -> No
     manifests = {name: read_manifest(path) for name, path in stages.items()}
     check_chain(manifests)
     _, expected = text_encoder_of(manifests)
+
     if expected and encoder:
         found = fingerprint(encoder, encoder)
         if found != expected.fingerprint:
@@ -139,18 +144,25 @@ def export(stages: Mapping[str, Path], encoder: Path | None, folder: Path) -> No
                 f"{expected.fingerprint[:12]}; give the encoder of the training"
             )
 
+    # A symbolic link is followed: the rename would replace the link itself.
     folder = folder.resolve()
     check_replaceable(folder)
+
+    # Built beside the target and renamed when it is complete.
     side = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(side, ignore_errors=True)
+
     for name, path in stages.items():
+        # For its check of the digest: a damaged file is not passed on.
         read_weights(path, manifests[name])
         shutil.copytree(path, side / name)
     if encoder:
         copy_files(encoder, ENCODER_FILES, side / ENCODER_FOLDER)
         copy_files(encoder, TOKENIZER_FILES, side / TOKENIZER_FOLDER)
+
     content = {"format": FORMAT, "stages": list(stages)}
     (side / "cascade.json").write_text(json.dumps(content, indent=2) + "\n")
+
     replace_folder(side, folder)
 
 

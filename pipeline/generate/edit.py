@@ -48,16 +48,22 @@ def scale_edit(edit: Edit, size: int, low_res: np.ndarray | None) -> Edit:
     """
     images = shrink(edit.images, size)
     mask = None if edit.mask is None else pool_mask(edit.mask, size)
+
+    # From pure noise the start has no weight, and the images give only the known pixels.
     if low_res is not None and edit.strength < 1:
         start = add_detail(low_res, images)
+        # Only the hole starts from the low resolution's colours: around it the image is known.
         images = start if mask is None else np.where(np.moveaxis(mask, 1, -1), start, images)
+
     return Edit(images=images, mask=mask, strength=edit.strength)
 
 
 def composite_edit(edit: Edit, sampled: np.ndarray) -> np.ndarray:
     """A stage's samples, uint8 (N, S, S, 3), within what is known, if of the image's size."""
+    # At a smaller size the correction at the border would grow from stage to stage.
     if edit.mask is None or sampled.shape != edit.images.shape:
         return sampled
+
     holes = edit.mask[:, 0] > 0
     return np.stack([composite(*each) for each in zip(edit.images, sampled, holes, strict=True)])
 
@@ -72,6 +78,7 @@ def shrink(images: np.ndarray, size: int) -> np.ndarray:
 def pool_mask(mask: np.ndarray, size: int) -> np.ndarray:
     """(N, 1, S, S) to bool (N, 1, size, size): whether any of the pixels that one covers is set."""
     factor = mask.shape[-1] // size
+    # Any: a pixel that covers an unknown one is not known itself.
     return mask.reshape(*mask.shape[:2], size, factor, size, factor).any(axis=(-3, -1))
 
 
@@ -81,6 +88,7 @@ def add_detail(low_res: np.ndarray, images: np.ndarray) -> np.ndarray:
     detailed = []
     for low, image in zip(low_res, images, strict=True):
         x = to_float(image)
+        # up(low_res) + x - up(down(x)) with one enlargement, as `upsample` is linear.
         detailed.append(to_uint8(x + upsample(to_float(low) - downsample(x, low.shape[0]), size)))
     return np.stack(detailed)
 
@@ -108,9 +116,12 @@ def strengths(
         given = strength
     else:
         given = dict.fromkeys(stage_names, strength)
+
     for value in given.values():
         if not 0 < value <= 1:
             raise UserError(f"strength: {value} is not in (0, 1]; 1 keeps nothing of the image")
+
+    # A hole is sampled from noise; without a mask, 1 would keep nothing of the image.
     default = 1.0 if masked else DEFAULT_STRENGTH
     return {name: given.get(name, default) for name in stage_names}
 
@@ -142,6 +153,7 @@ def edits_of(
     masks = [] if mask is None else _one_each("mask", mask, num_images)
     for i, pixels in enumerate(images):
         check_square(pixels.shape, size, f"image {i}")
+
     holes = [
         mask_from_image(pixels, (size, size), f"mask {i}", f"image {i}")
         for i, pixels in enumerate(masks)
@@ -198,6 +210,7 @@ class EditFiles:
         """What an edited image depends on beside what a generated one does."""
         paths = self.paths(image_id)
         digests = {f"{key}_sha256": self.digests[path] for key, path in paths.items()}
+        # The stages before the first one have not run, which changes the result.
         first_stage = next(iter(self.strengths))
         return {**digests, "strength": self.strengths[stage], "edited_from": first_stage}
 
@@ -229,12 +242,16 @@ def open_edit_files(
         UserError: a file cannot be read or has another size.
     """
     mask_paths = {image: mask_path(image, masks) for image in images} if masks else {}
+
+    # Each file once, however often it is listed. Its pixels are not kept: those of a whole folder
+    # may exceed the memory.
     for image in dict.fromkeys(images):
         pixels = read_image(image)
         check_square(pixels.shape, size, image)
         if masks:
             path = mask_paths[image]
             mask_from_image(read_image(path), pixels.shape, path, image)
+
     chosen = [mask_paths[image] for image in images] if masks else []
     digests = {path: sha256_file(path) for path in {*images, *chosen}}
     return EditFiles(images=images, masks=chosen, strengths=strengths, digests=digests)

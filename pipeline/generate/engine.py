@@ -68,6 +68,8 @@ def sample(
     batches = []
     for rows in batch_rows(request.num_images, config.batch_size):
         batches.append(sample_batch(stage, config, request.take(rows), on_step))
+
+    # Without the rows that fill the last batch.
     return np.concatenate(batches)[: request.num_images]
 
 
@@ -90,6 +92,7 @@ def num_calls(
     logsnrs = logsnr_steps(schedule, config.steps, config.extra_steps, strength)
     num_steps = len(logsnrs) - 1
     repaints = config.repaint_steps if masked else 1
+    # The step to the image is taken once: nothing is left to renoise.
     num_batches = -(-num_images // config.batch_size)
     return num_batches * (1 + (num_steps - 1) * repaints)
 
@@ -106,9 +109,12 @@ def sample_batch(
     def draw_noise() -> Tensor:
         return Tensor(sampling_noise(request.seed, request.image_ids, shape, next(draws)))
 
+    # Drawn even if it is replaced, so that later draws have the same numbers.
     z = draw_noise()
     if request.initial_noise is not None:
         z = Tensor(request.initial_noise)
+
+    # SDEdit: the image at the noise level of the first step.
     if request.edit is not None and request.strength < 1:
         start_B = Tensor(np.full(request.num_images, logsnrs[0], np.float32))
         z = add_noise(Tensor(stage.from_images(request.edit.images)), z, start_B)
@@ -176,12 +182,16 @@ def denoise_step(stage: Stage, config: SamplerConfig, request: SampleRequest) ->
     if request.edit is not None and request.edit.mask is not None:
         known = stage.from_images(request.edit.images)
         arrays = {**arrays, "known": known, "known_mask": request.edit.mask}
+
+    # Made once, as they are the same at every step.
     fixed = {name: Tensor(np.asarray(array, np.float32)) for name, array in arrays.items()}
+    # A tensor and not a constant, so that another weight needs no other graph.
     guidance = Tensor(np.float32(config.guidance))
 
     def step(
         logsnr: float, coefficients: Coefficients, z: Tensor, terms: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
+        # In the order of `linear_step`: z, x, then the solver's terms.
         values = [coefficients.z, coefficients.x]
         values += [getattr(coefficients, term) for term in solver.terms]
         logsnr_B = Tensor(np.full(request.num_images, logsnr, np.float32))
@@ -208,8 +218,10 @@ def compiled_step(
     z there stays the known image with the noise it began with. Compiled once for whatever agrees in
     all that shapes it.
     """
+    # At weight 1 the unconditional output cancels, and is not computed.
     guided = config.guidance != 1.0
     terms = SOLVERS[config.sampler].terms
+    # What is constant in this graph. All else that shapes it is the stage's, which holds the cache.
     shaped_by = (guided, terms, config.threshold, config.quantile, masked)
     if shaped_by in stage.compiled_steps:
         return stage.compiled_steps[shaped_by]
@@ -226,6 +238,7 @@ def compiled_step(
         x = clip(x_from_prediction(prediction, output, z, logsnr_B))
         if masked:
             x = inputs["known"] + inputs["known_mask"] * (x - inputs["known"])
+
         used: tuple[Tensor, ...] = ()
         for term in terms:
             used = (*used, inputs[term])
@@ -260,8 +273,11 @@ def predictor(stage: Stage, network: Network, *, guided: bool) -> Callable[..., 
         doubled = {}
         for name in stage.inputs.names:
             tensor = inputs[name]
+            # Zeros, as training drops a prompt.
             without = ops.zeros_like(tensor) if name in stage.inputs.prompt else tensor
             doubled[name] = ops.cat((tensor, without))
+
+        # One call of twice the batch: conditional rows, then unconditional ones.
         output = stage.predict(network, ops.cat((z, z)), ops.cat((logsnr_B, logsnr_B)), doubled)
         conditional, unconditional = ops.chunk(output, 2)
         return guide(conditional, unconditional, guidance)
@@ -280,6 +296,7 @@ def clipper(stage: Stage, config: SamplerConfig) -> Callable[[Tensor], Tensor]:
         return threshold(x, kind, quantile)
 
     def clip_normalized(x: Tensor) -> Tensor:
+        # Thresholds are for pixels in [-1, 1]; this x is in standard deviations of the data set.
         return (threshold(x * std + mean, kind, quantile) - mean) / std
 
     return clip_normalized if stage.config.pixels else clip

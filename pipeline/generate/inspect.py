@@ -67,6 +67,7 @@ def mix_prompts(one: Arrays, other: Arrays, shares: Sequence[float]) -> Arrays:
     for name, array in one.items():
         w = np.array(shares, np.float32).reshape((-1,) + (1,) * (array.ndim - 1))
         mixed[name] = (1 - w) * array + w * other[name]
+    # A mask has no values in between: a token of either text is attended to at every share.
     if "text_mask" in mixed:
         mixed["text_mask"] = (mixed["text_mask"] > 0).astype(np.float32)
     return mixed
@@ -113,6 +114,7 @@ class Inspector:
 
     def total_calls(self, num_images: int) -> int:
         """Calls of the network for all contact sheets together."""
+        # Rows of samples: those of grid.png, one for path.png, and those of interpolation.png.
         rows = -(-num_images // COLUMNS) + 1 + NUM_PAIRS + self.mixes_prompts
         own = num_calls(self.stage, self.config, COLUMNS)
         compared = [
@@ -153,6 +155,7 @@ class Inspector:
 
     def path(self) -> list[Row]:
         """For some images a row of z and one of x."""
+        # Without infinity at the end, where the network is not called.
         logsnrs = logsnr_steps(self.schedule, self.config.steps, self.config.extra_steps)[:-1]
         places = np.unique(np.linspace(0, len(logsnrs) - 1, COLUMNS).round().astype(int))
         shown = logsnrs[places].tolist()
@@ -160,6 +163,7 @@ class Inspector:
 
         def on_step(step: SampleStep) -> None:
             self.on_step(step)
+            # Equal to the bit: the engine takes its levels from the same function.
             if step.logsnr in shown:
                 images["z"].append(self.stage.to_images(step.z.asnumpy()))
                 images["x"].append(self.stage.to_images(step.x.asnumpy()))
@@ -189,11 +193,13 @@ class Inspector:
         """From noise to noise under the first prompt, and from the first prompt to the second under
         one noise.
         """
+        # Ancestral sampling would draw further noise, another for each image.
         config = replace(self.config, sampler="ddim")
         shares = np.linspace(0, 1, COLUMNS).tolist()
         image_ids = range(COLUMNS)
         size = self.stage.config.size
         noises = sampling_noise(self.seed, range(2 * NUM_PAIRS), (3, size, size), 0)
+        # Of a single prompt the second part is empty, and not used.
         one, other = (
             {name: array[i : i + 1] for name, array in self.arrays.items()} for i in range(2)
         )
@@ -204,6 +210,7 @@ class Inspector:
             noise = slerp(noises[i], noises[i + 1], shares)
             images = self.row(config, same_prompt, image_ids, initial_noise=noise)
             rows.append(Row(f"noise {i} to {i + 1}", (), images))
+
         if self.mixes_prompts:
             noise = np.repeat(noises[:1], COLUMNS, axis=0)
             prompt = mix_prompts(one, other, shares)
@@ -219,6 +226,7 @@ class Inspector:
             name: ScheduleConfig(schedule=name) for name in SCHEDULES
         }
         schedules["the stage's own"] = self.stage.config.diffusion
+
         x = np.repeat(self.stage.from_images(image[None]), COLUMNS, axis=0)
         eps = np.repeat(sampling_noise(self.seed, [0], x.shape[1:], 0), COLUMNS, axis=0)
 
@@ -274,8 +282,11 @@ def inspect(
             on_step=advance(bar),
         )
         bar.total = inspector.total_calls(num_images)
+
+        # First, as without an image noising.png shows one of its samples.
         grid = inspector.grid(num_images)
         first = grid[0].images[0] if image is None else image
+
         sheets = {
             "grid": lambda: grid,
             "path": inspector.path,
@@ -283,6 +294,7 @@ def inspect(
             "interpolation": inspector.interpolation,
             "noising": lambda: inspector.noising(first),
         }
+
         for title, rows in sheets.items():
             bar.set_description(title)
             buffer = io.BytesIO()

@@ -44,6 +44,7 @@ class OutputFolder:
         whole = text[: text.rfind("\n") + 1]
         if whole != text:  # a line that a kill cut short; its image is generated again
             write_atomically(self.path, whole.encode())
+
         for line in whole.splitlines():
             entry = json.loads(line)
             self.entries[entry["file"]] = entry
@@ -57,6 +58,8 @@ class OutputFolder:
         entry = self.entries.get(file)
         if entry is None or not (self.folder / file).exists():
             return False
+
+        # Only the recipe is compared: an entry also names files, on which no pixel depends.
         for key, value in recipe.items():
             if entry.get(key) != value:
                 raise UserError(
@@ -70,12 +73,15 @@ class OutputFolder:
         entry = {**fields, "file": file}
         info = PngInfo()
         for key, value in entry.items():
+            # iTXt is UTF-8; a plain tEXt chunk holds Latin-1 only.
             info.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
+
         buffer = io.BytesIO()
         Image.fromarray(image).save(buffer, "PNG", pnginfo=info)
 
         path = self.folder / file
         path.parent.mkdir(exist_ok=True)
+        # Before its line: an image that a kill leaves without one is generated again.
         write_atomically(path, buffer.getvalue())
         with self.path.open("a") as manifest:
             manifest.write(json.dumps(entry) + "\n")
@@ -170,8 +176,11 @@ class Generation:
         """
         if first and edit is not None:
             return self.cascade.first_low_res(stage, len(image_ids), None, edit)
+
         if self.cascade.manifests[stage].size_in is None:
             return None
+
+        # From the folder, as an earlier command may have generated them.
         order = list(self.cascade.stages)
         before = order[order.index(stage) - 1]
         images = [self.output.read(self.file(before, i), before) for i in image_ids]
@@ -192,6 +201,7 @@ class Generation:
             edit=edit,
             on_step=advance(bar),
         )
+
         for image_id, image in zip(image_ids, images, strict=True):
             fields = {"number": image_id, "stage": stage, **self.recipe(stage, image_id)}
             if self.edit_files:
@@ -220,6 +230,7 @@ def generate(
     """
     names = stages_between(list(cascade.stages), start, stop)
     cascade.check_generates(names[0])
+
     with lock(folder):
         generation = Generation(
             cascade=cascade,
@@ -229,6 +240,8 @@ def generate(
             options=options,
             edit_files=edit_files,
         )
+
+        # Of all stages before any of them runs: images of another recipe are found at once.
         work = generation.work(names)
         total = sum(generation.num_calls(stage, len(image_ids)) for stage, image_ids in work)
 

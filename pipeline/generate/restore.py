@@ -81,6 +81,7 @@ class RestoreOptions:
             raise UserError(
                 f"weights: {len(self.weights)} for {self.samples} samples; give each sample one"
             )
+
         if not 0 <= self.repaint_share <= 1:
             raise UserError(
                 f"repaint_share: {self.repaint_share} is not in [0, 1]; 0.25 is the quarter of the "
@@ -111,12 +112,14 @@ def read_images(
     if task not in HOLE_TASKS and (masks or extend):
         name = "mask" if masks else "extend"
         raise UserError(f"{name}: {task} samples every pixel; leave it out")
+
     if task in HOLE_TASKS and (masks is None) == (extend is None):
         raise UserError(f"{task}: give the hole, either by a mask or by pixels to extend")
 
     damaged = []
     for path in list_images(images):
         image = read_image(path)
+        # Without a hole every pixel is sampled.
         mask = np.ones(image.shape[:2], bool)
         if extend:
             image, mask = extend_image(image, extend)
@@ -133,9 +136,12 @@ def extend_image(image: np.ndarray, extend: Extend) -> tuple[np.ndarray, np.ndar
         raise UserError(
             f"extend: {' '.join(map(str, extend))}; give pixels of at least 0, some above"
         )
+
     left, top, right, bottom = extend
     sides = ((top, bottom), (left, right))
     mask = np.pad(np.zeros(image.shape[:2], bool), sides, constant_values=True)
+
+    # The values have no influence: the network's input has noise there.
     return np.pad(image, (*sides, (0, 0)), "edge"), mask
 
 
@@ -172,6 +178,7 @@ def chunks(
     image_ids: Sequence[int], shape: Callable[[int], tuple[int, ...]], size: int
 ) -> list[list[int]]:
     """Images of one shape together, at most `size` at once."""
+    # `groupby` joins neighbours only, hence the sort; it is stable, so ids stay in order.
     alike = [list(group) for _, group in groupby(sorted(image_ids, key=shape), shape)]
     return [group[begin : begin + size] for group in alike for begin in range(0, len(group), size)]
 
@@ -211,12 +218,15 @@ def restore(
     config = stage.config.sample if steps is None else replace(stage.config.sample, steps=steps)
     recipe = {"stage": name, "prompt": prompt, **asdict(options), **sampling_recipe(config)}
     recipe = json.loads(json.dumps(recipe))  # as the manifest returns it
+
+    # All sizes before the first image is sampled, which may take long.
     for image in images:
         check_size(image, stage.network.stride)
 
     with lock(folder):
         output = OutputFolder(folder)
         missing = [i for i, each in enumerate(images) if not output.has(f"{each.name}.png", recipe)]
+        # CHUNK counts samples, of which each image has several.
         size = max(1, CHUNK // options.samples)
         groups = chunks(missing, lambda i: images[i].image.shape, size)
         total = sum(total_calls(stage, config, options, len(group)) for group in groups)
@@ -225,6 +235,7 @@ def restore(
             arrays = cascade.prompt(name, [prompt])
             if not prompt:  # as training drops a caption
                 arrays = {key: np.zeros_like(array) for key, array in arrays.items()}
+
             restorer = Restorer(stage, config, options, arrays, advance(bar))
             for group in groups:
                 restored = restorer({i: images[i] for i in group})
@@ -237,6 +248,7 @@ def total_calls(
     stage: Stage, config: SamplerConfig, options: RestoreOptions, num_images: int
 ) -> int:
     """Calls of the network for so many images of one size."""
+    # `masked`, as a restoration always has an edit with a mask, which is all ones without a hole.
     calls = num_calls(stage, config, num_images * options.samples, masked=True)
     if options.repaint_share:
         calls += num_calls(stage, config, num_images, masked=True)
@@ -286,10 +298,12 @@ class Restorer:
             composites = np.stack(
                 [self.composite(each, one) for one in self.crop(each, samples[i])]
             )
+
             result = composites[0]
             if self.options.weights:
                 result = blend(composites, self.options.weights)
             restored[i] = Restored(image=result, samples=composites)
+
         if self.options.repaint_share:
             return self.repaint(images, degraded, restored)
         return restored
@@ -306,12 +320,14 @@ class Restorer:
         edits = {}
         for i, each in images.items():
             std = sample_std(restored[i].samples)
+            # All but this part counts as known from now on.
             parts[i] = most_uncertain(std, each.mask, self.options.repaint_share)
             edits[i] = Edit(
                 images=pad_to_multiple(restored[i].image, stride)[None],
                 mask=pad_to_multiple(parts[i], stride)[None, None].astype(np.float32),
             )
 
+        # The id after the samples', so that its noise is new.
         again = self.sample(degraded, [self.options.samples], edits)
         results = {}
         for i, each in images.items():
@@ -325,8 +341,11 @@ class Restorer:
         stride = self.stage.network.stride
         image = pad_to_multiple(each.image, stride)
         if self.options.task in HOLE_TASKS:
+            # Named by the image, so that the others in the folder have no influence.
             noise = generator(self.options.seed, "damage", image_id)
             return with_hole(image, pad_to_multiple(each.mask, stride), noise)
+
+        # A user's image may have colours, a source of training has none.
         return without_hole(to_grayscale(image) if self.options.task == "colorization" else image)
 
     def sample(
@@ -344,11 +363,13 @@ class Restorer:
         request = SampleRequest(
             prompt={name: array.repeat(len(pairs), 0) for name, array in self.prompt.items()},
             seed=self.options.seed,
+            # Below 2^64, as a word of the noise's counter has to be.
             image_ids=[i << 32 | sample_id for i, sample_id in pairs],
             degraded=[degraded[i] for i in rows],
             task=self.options.task,
             edit=None if edits is None else Edit.join([edits[i] for i in rows]),
         )
+
         images = sample(self.stage, self.config, request, self.on_step)
         split = images.reshape(len(degraded), len(sample_ids), *images.shape[1:])
         return dict(zip(degraded, split, strict=True))
@@ -376,6 +397,8 @@ def write_restored(
             output.add(f"{each.name}.sample_{i}.png", image, {**recipe, "sample": i})
         output.add(f"{each.name}.std.png", heatmap(std), recipe)
         fields["mean_std"] = float(std[each.mask].mean())
+
+    # Without a known pixel there is no seam.
     if not each.mask.all():
         fields["seam"] = seam(restored.image, each.mask)._asdict()
     output.add(f"{each.name}.png", restored.image, fields)

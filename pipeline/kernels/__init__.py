@@ -39,6 +39,7 @@ def convolution(stride: int) -> ops.Custom | None:
     if library() is None:
         return None
 
+    # `Custom` takes functions that infer shape and type of the outputs from those of the inputs.
     input_gradient = ops.Custom(
         f"{library()}:convolve_input", lambda dy, x, w: x, lambda dy, x, w: dy, "aot"
     )
@@ -92,6 +93,7 @@ def softmax() -> ops.Custom | None:
     gradient = ops.Custom(f"{library()}:softmax_gradient", lambda dy, y: y, lambda dy, y: y, "aot")
 
     def bprop(x: Tensor, b: Tensor, y: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+        # MindSpore expects a gradient for each input.
         return gradient(dy, y), ops.zeros_like(b)
 
     return ops.Custom(f"{library()}:softmax", lambda x, b: x, lambda x, b: x, "aot", bprop=bprop)

@@ -46,8 +46,11 @@ def build_library(onednn: Path, version: tuple[int, int] = ONEDNN_VERSION) -> Pa
     Where it cannot be built, a warning says why and the result is None.
     """
     sources = sorted(Path(__file__).parent.glob("*.cc"))
+    # The digest is of sources and processor too, so a library for others is never loaded.
     name = f"kernels-{digest(sources, onednn)}.so"
+    # rpath: MindSpore's oneDNN is not on the loader's path.
     inputs = [*map(str, sources), str(onednn), f"-Wl,-rpath,{onednn.parent}"]
+
     try:
         check_version(onednn, version)
         try:
@@ -84,6 +87,7 @@ def check_version(onednn: Path, version: tuple[int, int]) -> None:
 def compile_once(path: Path, inputs: list[str]) -> Path:
     """`path`, loaded; compiled from `inputs` first if it is missing or is not a library."""
     if path.exists():
+        # One that is damaged does not load, and is compiled again.
         with suppress(OSError):
             ctypes.CDLL(str(path))
             return path
@@ -93,6 +97,7 @@ def compile_once(path: Path, inputs: list[str]) -> Path:
     with atomic_replace(path) as temporary:
         argv = ["g++", *FLAGS, *inputs, "-o", str(temporary)]
         subprocess.run(argv, check=True, capture_output=True, text=True, timeout=COMPILE_SECONDS)
+    # Fails here if it cannot be loaded, rather than in a compiled graph.
     ctypes.CDLL(str(path))
     return path
 

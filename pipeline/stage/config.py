@@ -55,6 +55,7 @@ class StageConfig:
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed: {self.seed} is not in [0, 2**63)")
 
+        # In both directions: a section that nothing reads would hide a mistake.
         for name, conditioning in (("text", "text"), ("classes", "class")):
             section = getattr(self, name)
             if (section is not None) != (self.conditioning == conditioning):
@@ -63,11 +64,13 @@ class StageConfig:
                     f"conditioning: {self.conditioning} and there is {there} section {name}; "
                     f"conditioning is {conditioning} if and only if there is one"
                 )
+
         if self.conditioning != "text" and "cross" in self.unet.attention:
             raise ConfigError(
                 "unet.attention: cross attends to the text, and conditioning is "
                 f"{self.conditioning}; take self"
             )
+
         if self.conditioning == "none" and self.sample.guidance != 1:
             raise ConfigError(
                 f"sample.guidance: {self.sample.guidance}, but conditioning none leaves nothing to "
@@ -81,6 +84,7 @@ class StageConfig:
         """Samples then need no caption, but a class where there are classes."""
         classes = self.classes.filter if self.classes else {}
         filters = replace(self.data.filter, fields=self.data.filter.fields | classes)
+        # Frozen, but within `__post_init__` nobody has seen the old value.
         object.__setattr__(self, "data", replace(self.data, captions={}, filter=filters))
 
     @property

@@ -52,6 +52,7 @@ class Inputs:
                 f"inputs: {', '.join(missing)} missing; this stage takes {', '.join(self.names)} "
                 f"and was given {', '.join(arrays) or 'nothing'}"
             )
+
         return tuple(arrays[name] for name in self.names)
 
     def unpack(self, tensors: "Sequence[Tensor]") -> "dict[str, Tensor]":

@@ -84,12 +84,17 @@ def manifest_of(stage: "Stage", prompt_fields: Mapping[str, Any], step: int) -> 
 
 def write_stage(folder: Path, manifest: dict[str, Any], weights: dict[str, np.ndarray]) -> None:
     """The stage folder, whole or not at all; adds `format` and `sha256` to the manifest."""
+    # Beside the target, as a rename does not cross file systems.
     side = folder.with_name(f".tmp-{folder.name}")
+    # A killed process may have left it.
     shutil.rmtree(side, ignore_errors=True)
     side.mkdir(parents=True)
     write_tensors(side / "unet.safetensors", weights)
+
+    # The digest ties the manifest to these weights: a mixture of two folders is detected.
     full = {"format": FORMAT, **manifest, "sha256": sha256_file(side / "unet.safetensors")}
     (side / "stage.json").write_text(json.dumps(full, indent=2) + "\n")
+
     replace_folder(side, folder)
 
 
@@ -109,12 +114,14 @@ def read_manifest(folder: Path) -> Manifest:
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); export the stage again") from None
 
+    # Before the fields: an older manifest is reported as one, and not by its first unknown field.
     found = raw.get("format") if isinstance(raw, dict) else None
     if found != FORMAT:
         raise UserError(
             f"{path}: format is {found}, not {FORMAT}: another version of cascade wrote it; sample "
             "with that version, or train the stage with this one"
         )
+
     try:
         return build(Manifest, raw)
     except ConfigError as error:
@@ -132,6 +139,7 @@ def read_weights(folder: Path, manifest: Manifest) -> dict[str, np.ndarray]:
         raise UserError(
             f"{path}: its SHA-256 is not the one in stage.json; copy or export the stage again"
         )
+
     return load_file(path)
 
 
@@ -141,6 +149,7 @@ def check_chain(stages: Mapping[str, Manifest]) -> None:
     """
     names = list(stages)
     for name in names:
+        # Alone it is a cascade of one stage, which `cascade restore` loads.
         if len(names) > 1 and stages[name].tasks:
             raise UserError(
                 f"{name} restores images by itself (`cascade restore`); leave it out of the chain"
@@ -156,11 +165,14 @@ def check_chain(stages: Mapping[str, Manifest]) -> None:
                 "sizes agree"
             )
 
+    # The cascade encodes the prompts once for all its stages.
     first, encoder = text_encoder_of(stages)
     for name in names:
         other = stages[name].text
         if encoder is None or other is None:
             continue
+
+        # Not the fingerprint alone: length and cleaning change the embeddings of a prompt too.
         for field in fields(encoder):
             expected = getattr(encoder, field.name)
             value = getattr(other, field.name)

@@ -29,6 +29,8 @@ def stage_class(kind: str) -> "type[Stage]":
     if kind not in list(points.names):
         known = ", ".join(sorted(points.names))
         raise UserError(f"kind: {kind!r} is no kind of stage; there are {known}")
+
+    # Loaded only now: this imports the recipe, and MindSpore with it.
     return cast("type[Stage]", points[kind].load())
 
 
@@ -39,7 +41,9 @@ def read_stage_config(
     launcher's to read.
     """
     raw = apply_overrides(read_yaml(path), overrides)
+    # Taken out, as `build` refuses fields that the configuration does not have.
     launch = raw.pop("launch", None) or {}
+
     if "kind" not in raw:
         raise ConfigError(f"{path}: kind: missing; name a kind of stage, as base")
     try:

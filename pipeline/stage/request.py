@@ -34,6 +34,7 @@ class Edit:
         """Keeps what is known of degraded images; their holes are sampled."""
         sources = np.stack([each.source for each in degraded])
         masks = np.stack([each.mask for each in degraded])
+        # The noise in the holes is clipped, but the mask leaves none of their pixels in use.
         return cls(images=to_uint8(sources), mask=masks)
 
     @classmethod

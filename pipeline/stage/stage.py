@@ -51,12 +51,14 @@ class Stage(ABC):
     def __init__(self, config: StageConfig) -> None:
         self.config = config
         self.inputs = Inputs(prompt=self.prompt_inputs, others=self.extra_inputs)
+
         seeds = ("dropout_seeds",) if config.unet.dropout else ()
         self.loss_inputs = Inputs(
             leading=("x", "eps", "logsnr"),
             prompt=self.inputs.prompt,
             others=(*seeds, *self.inputs.others),
         )
+
         self.network = UNet(
             config.unet,
             channels_in=self.channels_in,
@@ -67,6 +69,7 @@ class Stage(ABC):
         self.tile_limit = LIMIT
         self.compiled_steps: dict[tuple[Any, ...], Callable[..., tuple[Tensor, Tensor]]] = {}
 
+        # The identity where nothing is configured, so that both conversions have one form.
         pixels = config.pixels or PixelConfig(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
         self.mean = np.array(pixels.mean, np.float32).reshape(3, 1, 1)
         self.std = np.array(pixels.std, np.float32).reshape(3, 1, 1)
@@ -117,6 +120,8 @@ class Stage(ABC):
             draws: of the batch's positions.
         """
         x = self.from_images(images)
+
+        # Every draw is named by purpose and position: the order of these lines has no influence.
         logsnr = self.config.diffusion.logsnr(draws.uniform("time")).astype(np.float32)
         eps = draws.noise("noise", x.shape[1:])
 
@@ -126,6 +131,7 @@ class Stage(ABC):
         if "dropout_seeds" in self.loss_inputs.names:
             seeds = [stream.integers(2**31) for stream in draws.streams("dropout")]
             arrays["dropout_seeds"] = np.array(seeds, np.int32)
+
         return {"x": x, "eps": eps, "logsnr": logsnr, **arrays}
 
     def loss(self, *tensors: Tensor) -> Tensor:
@@ -156,6 +162,7 @@ class Stage(ABC):
         label: Tensor | None = None,
     ) -> Tensor:
         """The network's output, conditioned on the prompt among `inputs`, or on another label."""
+        # By position, None for what this stage does not have: its graph has no such input.
         return network(
             x_BCHW,
             logsnr_BT,

@@ -47,15 +47,21 @@ def choose_caption(
     """
     shard, row = shards.location(sample_id)
     weights = shards.config.captions
+
+    # The usual case: KEY.txt is one caption, so no text has to be read from the index.
     if list(weights) == ["txt"]:
         return CaptionChoice(shard=shard, row=row, field="txt", caption=0)
 
     (captions,) = shards.captions(shard, np.array([row]))
+    # A field without captions leaves its share to the others.
     fields = [field for field in weights if captions[field]]
     cumulative = np.cumsum([weights[field] for field in fields])
     u, v = generator(seed, "caption", step, position).random(2)
+
+    # The inverse of the cumulative distribution at u.
     place = int(np.searchsorted(cumulative, u * cumulative[-1], side="right"))
     field = fields[min(place, len(fields) - 1)]  # rounding may put u beyond the last
+
     caption = int(v * len(captions[field]))
     return CaptionChoice(shard=shard, row=row, field=field, caption=caption)
 
@@ -74,8 +80,10 @@ class StoredText:
         self, sample_ids: Sequence[int], seed: int, step: int, positions: Sequence[int]
     ) -> Arrays:
         recipe = self.recipe
+        # The store has no padding: beyond a caption's tokens, text is zero and the mask False.
         text = np.zeros((len(sample_ids), recipe.length, recipe.width), np.float32)
         mask = np.zeros((len(sample_ids), recipe.length), bool)
+
         for i, (sample_id, position) in enumerate(zip(sample_ids, positions, strict=True)):
             choice = choose_caption(
                 self.store.shards, sample_id, seed=seed, step=step, position=position
@@ -104,9 +112,11 @@ class LiveText:
     ) -> Arrays:
         captions = []
         for sample_id, position in zip(sample_ids, positions, strict=True):
+            # The same draw as in `StoredText`: a position gets the same caption either way.
             choice = choose_caption(self.shards, sample_id, seed=seed, step=step, position=position)
             (fields,) = self.shards.captions(choice.shard, np.array([choice.row]))
             captions.append(self.recipe.text(fields[choice.field][choice.caption]))
+
         return encode_text(self.encoder, captions)
 
 
@@ -127,6 +137,8 @@ def open_caption_embeddings(config: "TextConfig", shards: Shards) -> StoredText 
     if not faults:
         return StoredText(store)
 
+    # Only a store that was never begun is replaced by live encoding: a part of one, or another
+    # recipe's, is more likely a mistake.
     num_files = len(shards.indexes) * len(store.fields)
     if len(faults) < num_files or any(reason != "is missing" for *_, reason in faults):
         path, *_, reason = faults[0]
@@ -150,11 +162,13 @@ def recipe(config: "TextConfig") -> Recipe:
     from pipeline.text.fingerprint import fingerprint
     from pipeline.text.t5_folder import T5Config
 
+    # What config.json shows comes first: the fingerprint reads all weights.
     width = T5Config.read(config.encoder).d_model
     if width != config.width:
         raise UserError(
             f"text.width: {config.width}, but the encoder in {config.encoder} has {width}; set that"
         )
+
     return Recipe(
         encoder=fingerprint(config.encoder, config.encoder),
         width=width,

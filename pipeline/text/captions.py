@@ -131,6 +131,7 @@ def clean(text: str) -> str:
 
     for _ in range(MAX_ROUNDS):
         before = text
+        # Twice, as text from the web is often escaped twice: &amp;quot;.
         text = html.unescape(html.unescape(ftfy.fix_text(text))).lower().strip()
         for pattern, replacement in RULES:
             text = pattern.sub(replacement, text)

@@ -50,6 +50,7 @@ class TextConfig:
             value = getattr(self, name)
             if value < 1:
                 raise ConfigError(f"{name}: {value} is not positive; give 1 or more")
+
         if not 0 <= self.cond_drop_prob < 1:
             raise ConfigError(
                 f"cond_drop_prob: {self.cond_drop_prob} is not in [0, 1); Imagen has 0.1"

@@ -53,6 +53,7 @@ class StoredTensor(NamedTuple):
 def as_float32(values: np.ndarray) -> np.ndarray:
     """The result of `StoredTensor.read` as float32, exactly."""
     if values.dtype == np.uint16:
+        # bfloat16 is the upper half of a float32.
         return (values.astype(np.uint32) << 16).view(np.float32)
     return values.astype(np.float32, copy=False)
 

@@ -45,10 +45,12 @@ class ClassConfig:
             raise ConfigError(
                 f"names: {self.names} leaves no class; give names, or how many there are"
             )
+
         if isinstance(self.names, tuple) and len(set(self.names)) < self.num:
             raise ConfigError(
                 f"names: {list(self.names)} has a name twice; give each class a name of its own"
             )
+
         if not 0 <= self.cond_drop_prob < 1:
             raise ConfigError(
                 f"cond_drop_prob: {self.cond_drop_prob} is not in [0, 1); 0.1 is usual"
@@ -65,6 +67,8 @@ class ClassConfig:
         class_ids = list(range(self.num))
         if isinstance(self.names, int):
             return {self.field: class_ids}
+
+        # A data set may name its classes or number them; `class_id` takes both.
         return {self.field: [*self.names, *class_ids]}
 
 
@@ -105,6 +109,7 @@ class ClassPrompts:
     def embed(
         self, sample_ids: Sequence[int], seed: int, step: int, positions: Sequence[int]
     ) -> Arrays:
+        # Every sample has the field: `ClassConfig.filter` has left out the others.
         fields = [self.shards.meta(sample_id)[self.config.field] for sample_id in sample_ids]
         class_ids = [class_id(self.config.names, field) for field in fields]
         return {"label": one_hot(class_ids, self.config.num)}
@@ -125,8 +130,10 @@ def class_id(names: Sequence[str] | int, name_or_id: str | int) -> int:
     num_classes = names if isinstance(names, int) else len(names)
     text = str(name_or_id)
 
+    # Names first, as a class may be called by a number.
     if name_or_id in known:
         return known.index(text)
+    # `isdigit` alone is true of superscripts, which `int` refuses.
     if text.isascii() and text.isdigit() and int(text) < num_classes:
         return int(text)
 
@@ -140,4 +147,5 @@ def open_prompts(text: "TextConfig | None", classes: ClassConfig | None, shards:
     """The prompts of `shards`, by whichever of the two is configured."""
     if text is not None:
         return open_caption_embeddings(text, shards)
+
     return NoPrompts() if classes is None else ClassPrompts(classes, shards)

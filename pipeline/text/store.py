@@ -186,6 +186,7 @@ class TextStore:
         pending = [(fault.shard, fault.field) for fault in self.faults()]
         if not pending:
             return 0
+
         encoder = load_encoder()
         num_written = 0
 
@@ -228,12 +229,14 @@ class TextStore:
 
         # `build` has counted one caption a sample.
         bar.total = (bar.total or 0) + len(texts) - len(rows)
+
         embeddings, lengths = encoder.encode_ragged(texts, bar.update)
         offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         checksums = [
             zlib.crc32(embeddings[start:stop].tobytes())
             for start, stop in pairwise(offsets.tolist())
         ]
+
         arrays = {
             "embeddings": embeddings,
             "offsets": offsets,

@@ -96,6 +96,7 @@ def attention(x_TD: Tensor, bias_BKLL: Tensor, weights: tuple[Tensor, ...], eps:
     k_BKLc = split_heads(ops.matmul(h_TD, k), batch, heads)
     v_BKLc = split_heads(ops.matmul(h_TD, v), batch, heads)
 
+    # Without 1 / sqrt(c), which T5 has in the initial weights of q.
     scores_BKLL = ops.matmul(q_BKLc, k_BKLc.swapaxes(-1, -2)) + bias_BKLL
     mixed_BLKc = ops.matmul(ops.softmax(scores_BKLL, axis=-1), v_BKLc).transpose((0, 2, 1, 3))
     return x_TD + ops.matmul(mixed_BLKc.reshape((x_TD.shape[0], o.shape[0])), o)
@@ -122,6 +123,7 @@ def compiled_score_bias(num_buckets: int, max_distance: int) -> Callable[..., Te
 
     def score_bias(mask_BL: Tensor, bias_NK: Tensor) -> Tensor:
         position = ops.arange(mask_BL.shape[1])
+        # All distances from `max_distance` on share a bucket, so the table ends there.
         distance_LL = ops.clamp(
             position.reshape((1, -1)) - position.reshape((-1, 1)), -max_distance, max_distance
         )

@@ -60,6 +60,7 @@ class T5Config:
 def layer_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
     """The weights of one layer as stored, in the order of the layer's arguments."""
     width = config.d_model
+    # All heads side by side; their width together need not be d_model.
     inner = config.num_heads * config.d_kv
     hidden = config.d_ff
     wi = ("wi",) if config.feed_forward_proj == "relu" else ("wi_0", "wi_1")
@@ -92,8 +93,10 @@ def hugging_face_names(name: str) -> tuple[str, ...]:
     first.
     """
     if name == "embedding":
+        # One tensor under two names, of which a file may hold either.
         return "shared.weight", "encoder.embed_tokens.weight"
     if name == "position_bias":
+        # Block 0 alone stores the table that all blocks use.
         return ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",)
     if name == "norm":
         return ("encoder.final_layer_norm.weight",)
@@ -119,6 +122,7 @@ def encoder_tensors(folder: str | Path, config: T5Config) -> dict[str, StoredTen
                 f"{folder}: parameter {' or '.join(names)} is not among the {len(stored)} tensors; "
                 "config.json requires it, so take config.json and weights from the same model"
             )
+
         if stored[name].shape != shape:
             raise UserError(
                 f"{folder}: parameter {name} has shape {stored[name].shape} where config.json "

@@ -32,6 +32,8 @@ class Bucket:
 
         # (start, stop) of each parameter in the vector
         self.spans = list(pairwise(ends))
+
+        # The fewest zeros that make the shards equally long, as an all-gather requires.
         self.padding = -ends[-1] % num_shards
         self.size = ends[-1] + self.padding
 

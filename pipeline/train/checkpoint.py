@@ -65,6 +65,7 @@ def save(
     temporary = folder / f".tmp-{target.name}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # A killed attempt may have left this temporary folder, and others that take up room.
         _remove_leftovers(folder)
         _write(temporary, tensors, state)
         replace_folder(temporary, target)
@@ -106,7 +107,10 @@ class Writer:
         self, step: int, tensors: Mapping[str, Mapping[str, np.ndarray]], state: dict[str, Any]
     ) -> None:
         """Copies the arrays and starts to write them; see `checkpoint.save`."""
+        # The save before: its error is raised here, and memory holds one copy of the arrays at a
+        # time.
         self.join()
+
         copies = {
             file: {name: array.copy() for name, array in arrays.items()}
             for file, arrays in tensors.items()
@@ -122,6 +126,7 @@ class Writer:
 
     def join(self) -> None:
         """Waits until the save that was started is on the disk."""
+        # Forgotten before it is awaited, so that its error is raised once.
         pending = self.pending
         self.pending = None
         if pending is not None:
@@ -172,12 +177,15 @@ def verify(path: Path) -> None:
     as it was written.
     """
     try:
+        # COMPLETE vouches for the manifest, and the manifest for all other files.
         manifest = (path / "manifest.json").read_bytes()
         if (path / "COMPLETE").read_text(errors="replace") != hashlib.sha256(manifest).hexdigest():
             raise CheckpointError(
                 f"{path / 'manifest.json'}: its sha256 is not the one in COMPLETE"
             )
+
         for name, expected in json.loads(manifest).items():
+            # The size first: that tells a truncated file without reading it.
             size = (path / name).stat().st_size
             if size != expected["size"]:
                 raise CheckpointError(
@@ -207,6 +215,7 @@ def load(path: Path) -> tuple[Tensors, dict[str, Any]]:
             for name in json.loads((path / "manifest.json").read_bytes())
             if name.endswith(".safetensors")
         ]
+
         tensors = {name.removesuffix(".safetensors"): load_file(path / name) for name in files}
         return tensors, json.loads((path / "state.json").read_bytes())
     except (OSError, ValueError, SafetensorError) as error:
@@ -233,12 +242,14 @@ def _write(
         for path in sorted(folder.iterdir())
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    # Nothing is synced yet: `replace_folder` does that for all files before it renames.
     (folder / "COMPLETE").write_text(sha256_file(folder / "manifest.json"))
 
 
 def _step_folders(folder: Path) -> list[Path]:
     """By step, ascending."""
     matches = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{7,}", path.name)]
+    # By number: from step 10,000,000 on names are longer, and would sort before shorter ones.
     return sorted(matches, key=lambda path: int(path.name.removeprefix("step_")))
 
 

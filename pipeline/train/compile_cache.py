@@ -43,6 +43,8 @@ class CompiledFunction(nn.Cell):
     ) -> None:
         super().__init__()
         self.function = function
+
+        # In the cell, where MindSpore looks for the parameters of a graph that it loads.
         self.used_parameters = ParameterTuple(parameters)
         self.folder = folder
         self.graph = runtime.jit(type(self).construct)
@@ -97,6 +99,7 @@ class CompileCache:
         else:
             self.folder = target.with_name(f".new-{target.name}")
             self.target = target
+            # What an attempt left that was stopped before `commit`.
             remove_folder(self.folder)
 
     @property
@@ -120,6 +123,7 @@ class CompileCache:
         try:
             replace_folder(self.folder, target)
         except OSError as error:
+            # The next start has to compile again, which is no reason to end this training.
             log.warning("%s: compiled graphs cannot be stored: %s", target, error.strerror)
 
 
@@ -128,6 +132,7 @@ def graph_key(stage: object, shaped_by: str, tools: Sequence[str]) -> str:
     digest = blake2b(shaped_by.encode(), digest_size=8)
     for path in source_files(stage):
         digest.update(path.read_bytes())
+
     for tool in tools:
         digest.update(tool.encode())
     return digest.hexdigest()
@@ -139,7 +144,9 @@ def source_files(stage: object) -> list[Path]:
     files = (str(getattr(module, "__file__", "")) for module in modules)
     own, *bases = (Path(file) for file in files if file.endswith(".py"))
 
+    # All of it, as any module may shape a graph.
     library = sorted(Path(runtime.__file__).parent.rglob("*.py"))
+    # Beside a module without a package lie files that are not its own.
     in_package = "." in type(stage).__module__
     package = sorted(own.parent.rglob("*.py")) if in_package else [own]
     return [*library, *package, *bases]
@@ -148,6 +155,7 @@ def source_files(stage: object) -> list[Path]:
 def toolchain() -> tuple[str, ...]:
     """The versions of what compiles, and the kind of device or the library of CPU kernels."""
     library = kernels.library()
+    # The name of the kernels is a digest of their sources, the compiler's flags and the processor.
     target = library.name if library else "CPU"
     if device.on_ascend():
         target = "Ascend"

@@ -40,14 +40,17 @@ class TrainConfig:
             "num_samples",
             "max_skipped",
         )
+
         for name in positive:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: {getattr(self, name)} is not positive; give 1 or more")
+
         for name in ("sample_every", "check_every"):
             if getattr(self, name) < 0:
                 raise ConfigError(
                     f"{name}: {getattr(self, name)} is negative; give a number of steps, or 0 for "
                     "never"
                 )
+
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay: {self.ema_decay} is not in [0, 1); 0.9999 is usual")

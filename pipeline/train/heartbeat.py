@@ -54,6 +54,8 @@ class Heartbeat:
             self.step = step
         if self.path is None:
             return
+
+        # A change of phase is written at once: how long a rank may be silent depends on the phase.
         if phase == self.phase and self.clock() - self.last_write < INTERVAL:
             return
 

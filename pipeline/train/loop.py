@@ -59,6 +59,7 @@ def train(stage: Stage, should_stop: Callable[[], bool] = never) -> bool:
         is_finished = train_in_group(
             stage, ProcessGroup(job.rank, job.world_size), heartbeat, should_stop
         )
+    # Of any kind: the supervisor has to learn of an interrupt or an exit too.
     except BaseException as error:
         heartbeat.beat("failed", error=error)
         raise
@@ -74,7 +75,8 @@ def train_in_group(
     config = stage.config
     folder = Path(config.run)
 
-    # What may be wrong in configuration or data is found here.
+    # What may be wrong in configuration or data is found here: first the division of the batch, as
+    # indexing the shards may take long.
     share = positions_of_rank(config, group.rank, group.world)
     shards = Shards.open(config.data, progress=group.is_main)
     prompts = open_prompts(config.text, config.classes, shards)
@@ -89,7 +91,9 @@ def train_in_group(
         loader = open_loader(stage, shards, prompts, share)
         trainer = Trainer(stage, loader, group, heartbeat)
         trainer.resume(newest)
+
         is_finished = trainer.is_finished or trainer.train(should_stop)
+        # Also where the last step was done by an attempt that did not get to the stage folder.
         if is_finished:
             trainer.write_stage(prompts)
         return is_finished
@@ -135,6 +139,7 @@ class Trainer:
     def resume(self, newest: Path | None) -> None:
         """Restores the checkpoint `newest`, which only rank 0 needs to know."""
         self.progress = resume(newest, self.train_step, self.loader.shards)
+
         shards = self.loader.shards
         log.info(
             "%s: %.2fM parameters, %d samples in %d shards, %s, %d ranks, step %d of %d",
@@ -160,11 +165,13 @@ class Trainer:
             checkpoint.Writer(self.folder / "checkpoints", config.keep_checkpoints) as writer,
         ):
             timer = StepTimer(done)
+
             arrays = self.loader.batches(done, config.steps)
             batches = map(self.stage.loss_inputs.flatten, arrays)
             for micro_batches in prefetch(batches, self.train_step.micro_batches):
                 result = self.next_step(micro_batches, should_stop)
                 is_stopping = result.num_stop_requests > 0
+                # A save that failed in the background ends the training now, not at the next save.
                 writer.check()
 
                 run_log.advance(self.progress.step)
@@ -180,6 +187,7 @@ class Trainer:
                     self.sample(run_log)
 
                 if is_stopping and not self.is_finished:
+                    # The save has only begun: the message must not come before it is on the disk.
                     writer.join()
                     log.info("%s: stopped and saved; the same command resumes the run", self.where)
                     return False
@@ -303,11 +311,14 @@ def positions_of_rank(config: StageConfig, rank: int = 0, world: int = 1) -> ran
             f"with {world} ranks and train.grad_accum_steps={accumulated}; give "
             f"{-(-batch // parts) * parts}"
         )
+
+    # Exact, as the batch is a multiple of the number of ranks.
     return range(rank * batch // world, (rank + 1) * batch // world)
 
 
 def check_ranks_agree(group: ProcessGroup, config: StageConfig, shards: Shards) -> None:
     """Waits for all ranks. UserError unless they have the same configuration and samples."""
+    # Digests, as an all-gather takes equally long inputs.
     text = f"{shards.digest} {dump(config)}"
     mismatching = group.mismatching_ranks(blake2b(text.encode(), digest_size=8).digest())
     if mismatching:

@@ -34,9 +34,11 @@ class OptimizerConfig:
                 raise ConfigError(
                     f"{name}: {getattr(self, name)} is not positive; give a positive number"
                 )
+
         for name in ("weight_decay", "warmup_steps"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}: {getattr(self, name)} is negative; give 0 or more")
+
         if not all(0 < beta < 1 for beta in self.betas):
             raise ConfigError(
                 f"betas: {list(self.betas)} are not between 0 and 1; usual are [0.9, 0.999]"
@@ -79,6 +81,7 @@ def optimizer(
     (Shazeer & Stern, arXiv 1804.04235) without a first moment.
     """
     if config.kind == "adafactor":
+        # The schedule alone sets the rate: Adafactor scales it neither by step nor by parameter.
         adafactor = nn.AdaFactor(
             parameters,
             learning_rate=schedule,
@@ -113,11 +116,13 @@ class SequentialAdamW(nn.Cell):
     """
 
     def __init__(self, adamw: nn.Optimizer) -> None:
+        # Without a prefix, so that moments have the names that `TrainState.entries` takes apart.
         super().__init__(auto_prefix=False)
         self.adamw = adamw
 
     def construct(self, gradients: tuple[Tensor, ...]) -> Tensor:
         adamw = self.adamw
+        # The rate first: the schedule counts steps from 0 and the bias correction from 1.
         rate = adamw.get_lr()
         weight_decay = adamw.get_weight_decay()
         adamw.assignadd(adamw.global_step, adamw.global_step_increase_tensor)
@@ -125,8 +130,10 @@ class SequentialAdamW(nn.Cell):
         beta1 = adamw.beta1
         beta2 = adamw.beta2
         step = adamw.global_step.astype(mstype.float32)
+        # The bias corrections of m and v are scalars: no vector is divided by them.
         step_size = rate / (1.0 - ops.pow(beta1, step))
         correction = 1.0 / (1.0 - ops.pow(beta2, step))
+        # Decoupled: the decay acts on the weight and does not pass through the moments.
         decay = 1.0 - rate * weight_decay
 
         # `depend` orders the parameters: each waits for the assignment of the one before it.
@@ -137,7 +144,9 @@ class SequentialAdamW(nn.Cell):
             g = ops.depend(gradient, done)
             m = ops.depend(first, done) * beta1 + g * (1.0 - beta1)
             v = ops.depend(second, done) * beta2 + g * g * (1.0 - beta2)
+            # rate m^ / (sqrt(v^) + eps), where m^ and v^ are m and v after bias correction.
             update = m * step_size * ops.reciprocal(ops.sqrt(v * correction) + adamw.eps)
+
             new = ops.depend(weight, done) * decay - update
             ops.assign(first, m)
             ops.assign(second, v)

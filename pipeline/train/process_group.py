@@ -41,6 +41,7 @@ def requires_all_ranks(method: Callable[P, T]) -> Callable[P, T]:
         try:
             return method(*args, **kwargs)
         except RuntimeError as error:
+            # Further lines are MindSpore's stack of C++ calls.
             reason = str(error).strip().splitlines()[0]
             raise JobError(
                 f"{args[0]} has lost the other ranks ({reason}): look in their logs for the one "

@@ -116,6 +116,7 @@ def prepare_run_dir(run: Path, config: StageConfig) -> Path | None:
                 f"is {change.now} now; take the old value, or another run folder"
             )
 
+    # After the comparison, which needs the configuration of the attempts before.
     write_atomically(run / "config.yaml", dump(config).encode())
     return newest
 
@@ -136,6 +137,7 @@ def resume(newest: Path | None, train_step: TrainStep, shards: Shards) -> Progre
                 "them back, or take another run folder"
             )
 
+    # The other ranks learn from rank 0 whether there is a checkpoint: at step 0 there is none.
     counts = (state.get(name, 0) for name in COUNTS)
     step, num_skipped, scale, good_steps = train_step.state.group.broadcast_ints(*counts)
     if step:
@@ -152,6 +154,7 @@ def resumable_state(progress: Progress, loss_scale: LossScale, shards: Shards) -
     counts = (
         progress.step,
         progress.num_skipped,
+        # A power of two from 1 to MAX_SCALE, hence an integer without loss.
         int(loss_scale.value),
         loss_scale.good_steps,
     )

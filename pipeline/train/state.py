@@ -115,6 +115,8 @@ class TrainState:
 
         self.schedule = learning_rate(optimizer_config, train_config.steps)
         self.optimizer = optimizer(optimizer_config, list(self.weights), self.schedule)
+
+        # Laid out as the weights are: the update is elementwise, so a shard suffices for a shard.
         self.ema = self.weights.clone("ema", init="same")
         self.ema_step = Parameter(Tensor(0.0, mstype.float32), name="ema_step", requires_grad=False)
         # All that the optimizer keeps besides the weights it updates: moments, its step, schedules.
@@ -136,6 +138,7 @@ class TrainState:
 
     def update(self, gradient_sums: Sequence[Tensor], factor: float) -> None:
         """One optimizer step along `factor` times `gradient_sums`, one vector a bucket."""
+        # `asnumpy` waits until the graph has run.
         self._apply_update(Tensor(factor, mstype.float32), *gradient_sums).asnumpy()
         if self.uses_buckets:
             self.sync_weights(self.weights)
@@ -161,6 +164,7 @@ class TrainState:
         for entry in self.entries():
             if entry.file not in files:
                 continue
+            # A collective where there are shards: every rank has to take part.
             whole = self.gathered(entry.parameter, entry.bucket).asnumpy()
             if self.group.is_main:
                 files[entry.file] |= entry.split(whole)
@@ -289,6 +293,8 @@ class TrainState:
             self.gathered(weight, bucket)
             for weight, bucket in zip(weights, self.buckets, strict=True)
         ]
+
+        # A CPU shares its memory with the host, which then copies without a graph.
         if device.on_ascend():
             self._scatter(*vectors).asnumpy()
             return
@@ -323,6 +329,7 @@ class TrainState:
                 now = ops.depend(weight, done)
                 done = ops.assign(mean, before * decay + now * (1.0 - decay))
             ops.assign(ema_step, ema_step + 1.0)
+            # The caller waits for the decay, and so for the last weight's average.
             return ops.depend(decay, done)
 
         return apply

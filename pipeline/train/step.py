@@ -80,6 +80,7 @@ class TrainStep:
         lengths = [(len(bucket.parameters), bucket.padding) for bucket in self.state.buckets]
 
         def scaled_loss(scale: Tensor, *micro_batch: Tensor) -> Tensor:
+            # Scaled before the gradient is computed, whose small values float16 would lose.
             return loss(*micro_batch).mean() * scale
 
         gradient = value_and_grad(scaled_loss, None, self.state.parameters)
@@ -122,7 +123,9 @@ class TrainStep:
         sums, (loss_sum, num_stop_requests) = group.all_reduce_sum(
             vectors, (scaled_loss / scale, should_stop())
         )
+
         num_micro_batches = self.grad_accum_steps * group.world
+        # Turns the sum over micro-batches of scaled gradients into the gradient of the mean loss.
         factor = 1 / (num_micro_batches * scale)
 
         # Padding is left out of the norm, as its length depends on the number of ranks.
@@ -133,6 +136,7 @@ class TrainStep:
         # All ranks see the same sums, so all of them apply the step or none does.
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if finite:
+            # Clipping is a part of the factor, so that no vector is scaled twice.
             clip = min(1.0, self.max_grad_norm / max(grad_norm, 1e-12))
             self.state.update(sums, factor * clip)
         return StepResult(
@@ -151,6 +155,7 @@ class TrainStep:
         scale = Tensor(loss_scale, mstype.float32)
         sums: list[Tensor] = []
         loss_sum = 0.0
+
         for micro_batch in micro_batches:
             loss, *vectors = self.gradient(scale, *micro_batch)
             loss_sum += float(loss.asnumpy())
