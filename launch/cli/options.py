@@ -105,6 +105,7 @@ def add_sampling(
         help="noise augmentation of the low-resolution input, one for each super-resolution stage "
         "that runs or one for all (default: the stage's own)",
     )
+    # `arguments.from` would be a syntax error.
     parser.add_argument("--from", dest="start", metavar="STAGE", help=start_help)
     parser.add_argument(
         "--to", dest="stop", metavar="STAGE", help="last stage to run (default: the last of all)"
@@ -126,6 +127,7 @@ def read_prompts(arguments: argparse.Namespace, *, required: bool = True) -> lis
             ) from None
         prompts = [line.strip() for line in lines if line.strip()]
 
+    # A blank line of a file is layout, a blank --prompt a mistake.
     if required and not (prompts and all(prompt.strip() for prompt in prompts)):
         raise UserError(
             "no prompt; give --prompt TEXT, --prompts FILE with one a line, or --num N for a stage "
@@ -143,7 +145,9 @@ def sampling_options(
     if any(steps < 1 for steps in arguments.steps):
         raise UserError(f"--steps: {arguments.steps} holds a number below 1; give positive numbers")
 
+    # Values are counted over the stages that run, not over all of the cascade.
     names = stages_between(list(manifests), arguments.start, arguments.stop)
+    # Only these have a low-resolution input to augment.
     super_resolution = [name for name in names if manifests[name].size_in is not None]
     options: dict[str, dict[str, Any]] = {name: {} for name in names}
     for option, flag, stages in (
@@ -155,6 +159,7 @@ def sampling_options(
             options[name][option] = value
 
     for name in super_resolution:
+        # A stage that was trained without augmentation knows only level 0.
         low, high = manifests[name].aug_range or (0.0, 0.0)
         aug_level = options[name].get("aug_level", low)
         if not low <= aug_level <= high:

@@ -34,6 +34,7 @@ def add_parser(commands: Subparsers) -> None:
         required=True,
         help="an image, or a folder of images",
     )
+    # Either says where to generate: within the image, or around it.
     region = parser.add_mutually_exclusive_group()
     region.add_argument(
         "--mask",
@@ -106,6 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
         weights=tuple(arguments.weights) if arguments.weights else None,
         repaint_share=arguments.repaint_share,
     )
+    # From the manifest, before images are read and weights are loaded.
     check_task(read_cascade(folder)[0], options.task)
     images = read_damaged(
         options.task,
