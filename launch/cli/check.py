@@ -87,8 +87,7 @@ def fit_as_lines(fit: dict[str, Any]) -> list[str]:
     ending = "; with" if fit["instead"] else ", and no change of a setting helps"
     lines = [f"no, {device / GIB:.2f} GiB are not enough{ending}"]
     for proposal in fit["instead"]:
-        # As on the command line, where YAML writes true; the number of ranks is no key but the
-        # product of launch.workers and launch.nodes.
+        # As on the command line; ranks are no key but launch.workers times launch.nodes.
         settings = " ".join(
             f"{value} ranks" if key == "ranks" else f"{key}={str(value).lower()}"
             for key, value in proposal["set"].items()

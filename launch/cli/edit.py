@@ -108,6 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
         stop=arguments.stop,
         edit_files=edit_files,
     )
+
     print(
         f"{arguments.out}: {num_written} images written for {num} edits, listed in manifest.jsonl"
     )

@@ -86,5 +86,6 @@ def run(arguments: argparse.Namespace) -> int:
         num_images=arguments.num,
         image=image,
     )
+
     print(f"{arguments.out}: {', '.join(sheets)}")
     return 0

@@ -54,6 +54,7 @@ def add_sampling(
         metavar="CASCADE|STAGE",
         help="a cascade folder, or the folder of a stage without text",
     )
+
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument(
         "--prompt",
@@ -68,6 +69,7 @@ def add_sampling(
         type=Path,
         help="a file of one prompt a line; blank lines are skipped",
     )
+
     if num_help is not None:
         prompts.add_argument("--num", metavar="N", type=positive, help=num_help)
     parser.add_argument(
@@ -77,6 +79,7 @@ def add_sampling(
         required=True,
         help="output folder: 00000.png, STAGE/00000.png, manifest.jsonl",
     )
+
     add_seed(parser)
     parser.add_argument(
         "--steps",
@@ -149,6 +152,7 @@ def sampling_options(
     names = stages_between(list(manifests), arguments.start, arguments.stop)
     # Only these have a low-resolution input to augment.
     super_resolution = [name for name in names if manifests[name].size_in is not None]
+
     options: dict[str, dict[str, Any]] = {name: {} for name in names}
     for option, flag, stages in (
         ("steps", "--steps", names),

@@ -21,6 +21,7 @@ def add_parser(commands: Subparsers) -> None:
         metavar="STAGE",
         help="a stage folder, or a cascade folder of that stage and its text encoder",
     )
+
     parser.add_argument(
         "--task",
         metavar="TASK",
@@ -56,6 +57,7 @@ def add_parser(commands: Subparsers) -> None:
         required=True,
         help="output folder: NAME.png, its samples and their spread, manifest.jsonl",
     )
+
     add_seed(parser)
     parser.add_argument(
         "--steps", metavar="S", type=positive, help="sampling steps (default: the stage's own)"
@@ -100,6 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     setup_logging()
     folder = Path(arguments.path)
+
     options = RestoreOptions(
         task=arguments.task,
         seed=arguments.seed,
@@ -124,6 +127,7 @@ def run(arguments: argparse.Namespace) -> int:
         prompt=arguments.prompt,
         steps=arguments.steps,
     )
+
     print(
         f"{arguments.out}: {num_restored} of {len(images)} images restored now, listed in "
         "manifest.jsonl"

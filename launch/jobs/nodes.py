@@ -71,12 +71,13 @@ def open_attempt(
     first_beats: dict[int, Any] = {}
     while time.monotonic() < deadline and not stopping():
         number, folder = max(attempts(run_dir).items(), default=(-1, run_dir))
+
         note = read_json(folder / "node_0.json") or {}
         # The beat of a job that was killed stays as it was when it was first read.
         alive = "beat" in note and first_beats.setdefault(number, note["beat"]) != note["beat"]
 
-        # A job that ended long ago has left such a note too: it counts only if the beat changes, or if
-        # this node has run the attempt.
+        # An earlier job has left such a note too: it counts only if the beat changes, or if this
+        # node has run the attempt.
         if note.get("over") and (alive or number == previous):
             return Outcome(**note["outcome"])
         # One that has failed already is not joined: another may follow it.

@@ -75,6 +75,7 @@ class LaunchConfig:
             raise ConfigError(
                 f"node_rank: {self.node_rank} is not in [0, {self.nodes}); count the nodes from 0"
             )
+
         if self.restarts < 0:
             raise ConfigError(f"restarts: {self.restarts} is negative; give 0 for none")
 
@@ -264,4 +265,5 @@ def find_port(config: LaunchConfig) -> int:
                 f"launch.port: {config.port} is not available on this node ({error.strerror}); "
                 "give another, or leave it out for a free one"
             ) from None
+
         return int(probe.getsockname()[1])

@@ -64,6 +64,7 @@ def supervise(
         # Before any process is started, as what its children leave behind has to come here.
         processes.adopt_orphans()
         (run_dir / "logs").mkdir(exist_ok=True)
+
         nodes = Children(run_dir / "logs", job_id, "launch.hosts")
         for process in remotes:
             nodes.start(process)
@@ -233,6 +234,7 @@ class Supervisor:
     def pause(self) -> None:
         """Waits before a restart, longer each time; a signal ends it."""
         job = self.job
+
         seconds = min(MAX_BACKOFF, job.limits.backoff * 2**self.restarts)
         self.restarts += 1
         say(

@@ -100,6 +100,7 @@ class ResBlock(nn.Cell):
             self.conv2 = zero_init(Conv(4 * width, width, size=1))
         else:
             self.conv2 = zero_init(Conv(width, width, size=3))
+
         self.skip = Conv(width_in, width, size=1) if width_in != width else None
 
     def construct(
@@ -126,6 +127,7 @@ class ResBlock(nn.Cell):
             h = ops.silu(self.widen(h))
         if self.dropout is not None and dropout_seeds_B is not None:
             h = self.dropout(h, dropout_seeds_B)
+
         h = self.conv2(h)
 
         if self.skip is not None:
