@@ -310,6 +310,7 @@ def differences(a: dict[str, Any], b: dict[str, Any], path: str = "") -> list[Di
     """The keys in which two trees of `to_dict` differ; `path` is their own dotted path."""
     result: list[Difference] = []
 
+    # Both sides' keys in a fixed order, which a set would not have.
     for key in {**a, **b}:
         key_path = _join(path, key)
         value_a = a.get(key, ABSENT)
@@ -356,6 +357,7 @@ def _fix(hint: type, raw: Any) -> str:
         return "put it in quotes" + reason
 
     number = re.fullmatch(r"([-+]?\d+)(\.\d*)?(?:e([-+]?)(\d+))?", str(raw).lower())
+    # What is no number, or no whole one, has no other spelling to offer.
     if hint in (bool, dict) or not number or (hint is int and not float(raw).is_integer()):
         return f"give {_TYPE_NAMES[hint]}" + (" without quotes" if isinstance(raw, str) else "")
 

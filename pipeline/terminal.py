@@ -23,6 +23,7 @@ class Parser(argparse.ArgumentParser):
 
 def positive(text: str) -> int:
     """An argparse type: an integer of at least 1."""
+    # argparse itself reports a ValueError, as an invalid value.
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is less than 1")
@@ -44,6 +45,7 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
     """
     try:
         code = main(sys.argv[1:] if argv is None else argv) or 0
+        # Here, and not at exit, a closed pipe can still be handled.
         sys.stdout.flush()
     except (JobError, UserError) as error:
         print(error, file=sys.stderr)

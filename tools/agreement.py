@@ -55,6 +55,7 @@ CHANCES = {
 
 def read_scene(image: np.ndarray) -> Reading:
     """The scene in a uint8 (H, W, 3) image."""
+    # At one size, as the constants in pixels and the smoothing are of SIDE.
     resized = Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BOX)
     pixels = _smooth(np.asarray(resized, np.float64))
 
@@ -83,6 +84,7 @@ def read_scene(image: np.ndarray) -> Reading:
 def _shape(mask: np.ndarray) -> str | None:
     cropped = _crop(mask)
     shorter, longer = sorted(cropped.shape)
+    # Of so few pixels, or so long, stretched to the box anything resembles some shape.
     if shorter < MIN_SIDE or longer > MAX_ASPECT * shorter:
         return None
 
@@ -114,6 +116,7 @@ def _outlines() -> dict[str, np.ndarray]:
     scenes = {
         name: Scene(size="large", colour="red", shape=name, background="black") for name in SHAPES
     }
+    # On black, a red shape is where the red channel is high.
     red = 110  # half of the colour's red channel
     return {
         name: _stretch(_crop(np.asarray(draw(scene, 4 * SIDE))[..., 0] > red))
@@ -140,12 +143,15 @@ def _nearest(rgb: np.ndarray, names: Mapping[str, tuple[int, int, int]]) -> str:
 def _lab(rgb: np.ndarray) -> np.ndarray:
     """sRGB (3,) in 0 to 255 as CIELAB (CIE 15, white D65)."""
     s = np.asarray(rgb) / 255
+    # sRGB to linear light (IEC 61966-2-1).
     linear = np.where(s <= 0.04045, s / 12.92, ((s + 0.055) / 1.055) ** 2.4)
 
     to_xyz = np.array(
         [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
     )
+    # Relative to white, whose X, Y and Z are the sums of the rows.
     xyz = to_xyz @ linear / to_xyz.sum(1)
+    # A cube root, continued as a line near black, where its slope would be infinite.
     x, y, z = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz * (29 / 6) ** 2 / 3 + 4 / 29)
     return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
@@ -161,6 +167,7 @@ def agreement(pairs: Iterable[tuple[str, np.ndarray]]) -> dict[str, object]:
     """
     matches = []
     for prompt, image in pairs:
+        # Size and position are not judged.
         scene = parse(prompt)
         expected = Reading(scene.colour, scene.shape, scene.background)
         matches.append([a == b for a, b in zip(read_scene(image), expected, strict=True)])
@@ -206,6 +213,7 @@ def read_manifest(folder: Path, manifest: Path) -> Iterator[tuple[str, np.ndarra
 def _parse_line(line: str, *, tabs: bool) -> tuple[str, str]:
     """Prompt and file. ValueError, KeyError or TypeError if they are not there."""
     if tabs:
+        # ValueError unless there are exactly two fields.
         prompt, file = line.split("\t")
         return prompt, file
 

@@ -31,6 +31,7 @@ def baseline(task: str, degraded: Degraded, chroma: np.ndarray | None = None) ->
     mask = degraded.mask[0] == 1
 
     if task == "jpeg_restoration":
+        # Not across the channels.
         sigma = (BLUR_SIGMA, BLUR_SIGMA, 0)
         return np.rint(ndimage.gaussian_filter(image.astype(np.float64), sigma)).astype(np.uint8)
 
@@ -38,6 +39,7 @@ def baseline(task: str, degraded: Degraded, chroma: np.ndarray | None = None) ->
         offset = np.zeros(3) if chroma is None else chroma
         return np.rint(np.clip(image + offset, 0, 255)).astype(np.uint8)
 
+    # A known pixel is its own nearest one, and so is not changed.
     nearest = ndimage.distance_transform_edt(mask, return_distances=False, return_indices=True)
     return image[tuple(nearest)]
 

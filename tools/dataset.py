@@ -187,6 +187,7 @@ def write_once(
 
 def holds_dataset(out: Path, info_name: str, arguments: Mapping[str, Any]) -> bool:
     """Whether `out` is the data set of these arguments. UserError if it holds anything else."""
+    # An empty folder is replaced by the rename at the end.
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
 
@@ -209,6 +210,7 @@ def new_dataset(out: Path, info_name: str, arguments: Mapping[str, Any]) -> Iter
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        # Beside `out`, as only within a file system a rename is atomic.
         temporary = tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent)
     except OSError as error:
         raise UserError(

@@ -32,6 +32,7 @@ def overview(folder: Path) -> Image.Image:
         raise UserError(f"{path}: no such file; give the --out of `cascade sample`")
 
     rows = read_rows(path)
+    # In order of appearance: an image runs through the stages one after the other.
     stages = list(dict.fromkeys(stage for row in rows.values() for stage in row))
     titles = [*stages, f"{stages[-1]}, 1/{DETAIL} of it"]
 
@@ -50,6 +51,7 @@ def overview(folder: Path) -> Image.Image:
             tile = image.resize((TILE, TILE), Image.Resampling.BOX)
             sheet.paste(tile, (left, top + LINE))
 
+            # The headings, with the sizes that the first row shows.
             if row == 0:
                 size_text = f": {image.width} px" if column < len(stages) else ""
                 draw.text((left, 4), titles[column] + size_text, "black", font)
@@ -62,6 +64,7 @@ def read_rows(manifest: Path) -> dict[int, Row]:
     rows: dict[int, Row] = {}
     for line in manifest.read_text().splitlines():
         entry = json.loads(line)
+        # An image that was written again is listed again: the last entry counts.
         rows.setdefault(entry["number"], {})[entry["stage"]] = entry
     return rows
 
@@ -80,6 +83,7 @@ def read_images(
         images.append(Image.open(folder / row[stage]["file"]).convert("RGB"))
 
     side = images[-1].width
+    # The middle 1 / DETAIL of the side.
     begin = side * (DETAIL - 1) // (2 * DETAIL)
     end = side * (DETAIL + 1) // (2 * DETAIL)
     return [*images, images[-1].crop((begin, begin, end, end))]

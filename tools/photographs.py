@@ -62,6 +62,7 @@ class Region(NamedTuple):
 
 def read(name: str) -> np.ndarray:
     """The pixels of a file of scikit-image, uint8 (H, W, 3)."""
+    # Only located: of scikit-image nothing but the files is used.
     package = find_spec("skimage")
     if package is None or package.origin is None:
         raise UserError(
@@ -70,6 +71,7 @@ def read(name: str) -> np.ndarray:
         )
 
     path = Path(package.origin).parent / "data" / name
+    # For a smaller size a JPEG would be decoded at a fraction of its own.
     return decode(path.read_bytes(), size=MAX_SIDE).pixels
 
 
@@ -90,10 +92,13 @@ def crop_square(
     orientations.
     """
     longest = min(pixels.shape[:2])
+    # At least the size of the output, so that no square is enlarged.
     shortest = max(size, longest * SMALLEST)
+    # Log-uniform: a doubling of the side is as likely at any scale.
     side = round(np.exp(rng.uniform(np.log(shortest), np.log(longest))))
 
     square = crop(pixels, side, *rng.random(2))
+    # The place has been drawn: of a square, 0.5 and 0.5 are all of it.
     return crop_resize(DecodedImage(square, side, side, orientation), size, 0.5, 0.5)
 
 
@@ -102,8 +107,10 @@ def samples(
 ) -> Iterator[CaptionedImage]:
     """Squares of these regions, without end; the two folders draw from separate streams."""
     for index in count():
+        # A stream for each square, which so does not depend on those before it.
         rng = generator(seed, "photographs", FOLDERS.index(folder), index)
         region = regions[rng.integers(len(regions))]
+        # Only training is augmented; held-out squares stay upright.
         orientation = int(rng.integers(1, NUM_ORIENTATIONS + 1)) if folder == "train" else 1
 
         yield CaptionedImage(
@@ -144,6 +151,7 @@ def write_squares(
     with tqdm(total=sum(counts.values()), unit=" images") as bar:
         for folder, num in counts.items():
             (target / folder).mkdir()
+            # One iterator for the whole folder: each tar takes the next squares from it.
             squares = samples(regions[folder], size, seed, folder)
 
             for shard, first in enumerate(range(0, num, shard_size)):

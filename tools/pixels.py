@@ -54,6 +54,7 @@ def histogram(shards: "Shards") -> Histogram:
 
 def moments(counts_CL: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation, float64 (3,) each, in [-1, 1]."""
+    # As `pipeline.data.image.to_float` maps levels.
     values_L = np.arange(LEVELS) / 127.5 - 1
     num_C = counts_CL.sum(axis=1)
 
@@ -76,6 +77,7 @@ def main(argv: Sequence[str]) -> None:
     from pipeline.log import setup_logging
 
     setup_logging()
+    # Without captions, and whatever is damaged: it is counted, not refused.
     shards = Shards.open(DataConfig(shards=tuple(arguments.shards), captions={}, max_damage=1.0))
     result = histogram(shards)
     if not result.counts_CL.any():
@@ -85,6 +87,7 @@ def main(argv: Sequence[str]) -> None:
 
     mean, std = ([round(value, 4) for value in each.tolist()] for each in moments(result.counts_CL))
     for reason, num in result.skipped.most_common():
+        # As comments, so that the whole output is YAML.
         print(f"# skipped {num:,}: {reason}")
     print(f"pixels: {{mean: {mean}, std: {std}}}")
 

@@ -38,6 +38,7 @@ def t5_model(kind: Literal["v1_0", "v1_1"], whole: bool = False, **changes: Any)
     sizes = {**T5_SIZES, "feed_forward_proj": "relu" if kind == "v1_0" else "gated-gelu", **changes}
     model_class = T5ForConditionalGeneration if whole else T5EncoderModel
     model = model_class(T5Config(**sizes)).eval()
+    # As initialized, gains are 1 and biases of positions small: errors in them would not show.
     for name, parameter in model.named_parameters():
         if "layer_norm" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
@@ -53,6 +54,7 @@ def t5_inputs(
 
     The default length reaches the last bucket of relative positions.
     """
+    # From 2 on: id 0 pads, and 1 ends a text.
     ids = np.random.default_rng(0).integers(2, vocab, (2, length), dtype=np.int32)
     mask = np.arange(length)[None] < np.array([[length], [length // 3]])
     return np.where(mask, ids, 0).astype(np.int32), mask.astype(np.int32)
@@ -153,6 +155,7 @@ def random_weights(shapes: Mapping[str, Sequence[int]], seed: int) -> dict[str, 
         if len(shape) > 1:
             values /= np.sqrt(np.prod(shape[1:]))
         else:
+            # True adds 1: gains lie near 1, biases near 0.
             values = 0.2 * values + name.endswith(("gain", "gamma"))
         weights[name] = values.astype(np.float32)
     return weights
@@ -181,11 +184,13 @@ def differentiate(
     """
     import torch
 
+    # In float64, so that only the tested side rounds.
     tensors = [torch.tensor(value).double() for value in inputs.values()]
     tensors[0].requires_grad_()
     module.double()
     output = module(*tensors)
 
+    # Rounded to float32 before its use, as the tests read it from the file.
     cotangent = torch.tensor(
         np.random.default_rng(seed).standard_normal(output.shape).astype(np.float32)
     )
@@ -213,6 +218,7 @@ def layer_reference(name: str) -> Reference:
     weights = random_weights({key: value.shape for key, value in layer.named_parameters()}, seed=0)
     layer.load_state_dict({key: torch.tensor(value) for key, value in weights.items()}, strict=True)
 
+    # Another seed than the weights', whose draws the inputs would repeat.
     stream = np.random.default_rng(1)
     width_in = arguments.get("width_in", arguments["width"])
     shapes = {
@@ -223,6 +229,7 @@ def layer_reference(name: str) -> Reference:
     inputs = {
         key: stream.standard_normal(shape).astype(np.float32) for key, shape in shapes.items()
     }
+    # As the networks get it: 0 at tokens, a large negative score at padding.
     inputs["bias"] = np.where(np.arange(5) < [[5], [3]], 0, -1e4).astype(np.float32)
     arrays = {f"inputs.{key}": value for key, value in inputs.items()} | differentiate(
         layer, inputs, seed=2
@@ -246,6 +253,7 @@ def unet_reference(name: str) -> Reference:
     arrays = {f"inputs.{key}": value for key, value in inputs.items()} | differentiate(
         network, inputs, seed=2
     )
+    # The files are part of the repository, so that they have to stay small.
     stored = {
         key: value
         for key, value in arrays.items()
@@ -271,6 +279,7 @@ def main(argv: Sequence[str]) -> None:
         "names", nargs="*", metavar="NAME", help=f"of {', '.join(REFERENCES)} (default: all)"
     )
     names = parser.parse_args(argv).names or list(REFERENCES)
+    # All names before the first file is written.
     for name in names:
         if name not in REFERENCES:
             raise UserError(f"{name}: no such reference; give one of {', '.join(REFERENCES)}")
@@ -290,6 +299,7 @@ def write(name: str) -> None:
         ) from error
 
     path = FOLDER / f"{name}.safetensors"
+    # save_file writes an array's memory as it lies, which is wrong for a view.
     arrays = {key: np.ascontiguousarray(value) for key, value in arrays.items()}
     save_file(arrays, path, metadata={"config": json.dumps(config)})
     path.chmod(0o644)  # safetensors lets only the owner read it

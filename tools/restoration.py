@@ -62,6 +62,7 @@ def main(argv: Sequence[str]) -> None:
 
     from pipeline.generate.cascade import Cascade
 
+    # Before anything is loaded or sampled.
     check_stages(arguments.stages)
     lines = [f"| {' | '.join(HEADINGS)} |", "|---" * len(HEADINGS) + "|"]
     rows: list[Row] = []
@@ -136,6 +137,7 @@ def check_stages(stages: Sequence[str]) -> None:
     stage_of: dict[str, str] = {}
     for folder in stages:
         for task in stage_tasks(read_cascade(Path(folder))[0]):
+            # Both stages would write into the folder of the task.
             if task in stage_of:
                 raise UserError(
                     f"{folder}: was trained for {task}, as {stage_of[task]} was; "
@@ -154,6 +156,7 @@ def read_images(shards: tuple[str, ...], size: int, num: int) -> list[NamedImage
     from pipeline.data.image import crop_resize
     from pipeline.data.shards import DataConfig, Shards
 
+    # Without captions: images that have none count too.
     dataset = Shards.open(DataConfig(shards=shards, captions={}))
     return [
         NamedImage(f"{i:05d}", crop_resize(decode(dataset.image(i), size), size, 0.5, 0.5))
@@ -177,6 +180,7 @@ def cases_of(task: str, images: Sequence[NamedImage], seed: int) -> dict[str, li
     """
     from pipeline.imaging.degradations import center_mask, degrade, with_hole
 
+    # Of an image's number alone: with another --num the same images are degraded alike.
     def rng(i: int) -> np.random.Generator:
         return generator(seed, "damage", 0, i)
 
@@ -207,6 +211,7 @@ def restore_cases(
     inputs = [
         ImageToRestore(
             name=case.name,
+            # In 8 bits, as a user's file would hold it.
             image=to_uint8(case.degraded.source),
             mask=case.degraded.mask[0] == 1,
         )
@@ -224,6 +229,7 @@ def table_row(task: str, title: str, cases: Sequence[Case], settings: Settings) 
 
     scores = []
     for case in cases:
+        # From the files: what is scored is what a user gets.
         samples = np.stack(read_samples(settings.out / title, case, settings.samples))
         images = (
             shown(case),
@@ -244,6 +250,7 @@ def shown(case: Case) -> np.ndarray:
 
     source = to_uint8(case.degraded.source)
     mask = case.degraded.mask[0] == 1
+    # A mask that is all ones is no hole: the task generates every pixel.
     return source if mask.all() else np.where(mask[..., None], np.uint8(HOLE_GREY), source)
 
 
@@ -252,6 +259,7 @@ def score(image: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
     from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
     psnr = MAX_PSNR
+    # Of equal images it is infinite, and so would be the mean over images.
     if (image != truth).any():
         psnr = min(float(peak_signal_noise_ratio(truth, image, data_range=255)), MAX_PSNR)
 
@@ -264,6 +272,7 @@ def score(image: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
 
 def read_samples(folder: Path, case: Case, num: int) -> list[np.ndarray]:
     """The samples of an image, as `cascade restore` names them."""
+    # A single sample is the result itself.
     if num == 1:
         return [read_pixels(folder / f"{case.name}.png")]
     return [read_pixels(folder / f"{case.name}.sample_{i}.png") for i in range(num)]
@@ -278,6 +287,7 @@ def overview_row(title: str, case: Case, settings: Settings) -> Row:
     """Input, samples, their standard deviation and the ground truth of an image."""
     folder = settings.out / title
     samples = read_samples(folder, case, settings.samples)[:NUM_SHOWN]
+    # `restore` writes it only for several samples.
     std = [read_pixels(folder / f"{case.name}.std.png")] if settings.samples > 1 else []
 
     captions = [

@@ -81,6 +81,7 @@ class Scene:
 def random_scene(seed: int, index: int) -> Scene:
     """Scene `index` of the data set `seed`; its choices are uniform and independent."""
     rng = generator(seed, "shapes", index)
+    # The order of these draws, and of the words, is part of what a seed means.
     size, colour, shape, background, position = (
         list(names)[rng.integers(len(names))]
         for names in (SIZES, COLOURS, SHAPES, BACKGROUNDS, POSITIONS)
@@ -149,6 +150,7 @@ def _fill(canvas: ImageDraw.ImageDraw, shape: str, *, x: float, y: float, r: flo
     elif shape == "triangle":
         canvas.polygon([(x, y - r), (x + r, y + r), (x - r, y + r)], fill=255)
     else:
+        # Two bars, a third of the width thick.
         canvas.rectangle((x - r, y - r / 3, x + r, y + r / 3), fill=255)
         canvas.rectangle((x - r / 3, y - r, x + r / 3, y + r), fill=255)
 

@@ -98,6 +98,7 @@ def make(
         (folder / "spiece.model").write_bytes(spiece_model)
 
         weights = folder / "model.safetensors"
+        # `transformers` reads from the metadata which framework wrote the file.
         save_file(random_weights(config, seed), weights, metadata={"format": "pt"})
         weights.chmod(0o644)  # save_file lets only the owner read
 
@@ -132,6 +133,7 @@ def tokenizer_config() -> dict[str, Any]:
     """tokenizer_config.json."""
     return {
         "tokenizer_class": "T5Tokenizer",
+        # None of the sentinels of T5's pre-training, which no caption has.
         "extra_ids": 0,
         "legacy": True,
         "model_max_length": 512,
@@ -151,6 +153,7 @@ def _new_folder(out: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
+        # The last step: an interruption before it leaves no part of `out`.
         temporary.rename(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -164,6 +167,7 @@ def read_captions(path: Path) -> Iterator[str]:
             yield from (line for line in lines if line)
             return
 
+        # As a stream, since each member is read once and in order.
         with tarfile.open(path, "r|") as tar:
             for member in tar:
                 if member.name.endswith(".txt") and (file := tar.extractfile(member)):
@@ -200,7 +204,9 @@ def train_tokenizer(captions: list[str], vocab: int) -> tuple[bytes, int]:
                 model_writer=model,
                 model_type="unigram",
                 vocab_size=vocab,
+                # Captions of few words give fewer tokens, which is no error.
                 hard_vocab_limit=False,
+                # T5's numbers; it has no token that begins a text.
                 pad_id=0,
                 eos_id=1,
                 unk_id=2,
@@ -222,6 +228,7 @@ def count_substrings(captions: list[str]) -> Counter[str]:
 
     A word starts with SentencePiece's mark for a space, U+2581.
     """
+    # Each distinct word once, with its count: captions repeat few words.
     words = Counter(f"\u2581{word}" for caption in captions for word in caption.split())
     if not words:
         raise UserError("captions: all files are empty; give tars with .txt members or a text file")
@@ -248,6 +255,7 @@ def random_weights(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
     inner = heads * head_width
 
     def dense(rows: int, columns: int, gain: float = 1.0) -> np.ndarray:
+        # Variance gain^2 / fan-in.
         return (gain * columns**-0.5 * rng.standard_normal((rows, columns))).astype(np.float32)
 
     embeddings = rng.standard_normal((config["vocab_size"], width)).astype(np.float32)
@@ -256,6 +264,7 @@ def random_weights(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
     for block in range(config["num_layers"]):
         attention, ff = (f"encoder.block.{block}.layer.{layer}" for layer in (0, 1))
         weights |= {
+            # T5 does not divide scores by sqrt(d): the factor is in the weights of q.
             f"{attention}.SelfAttention.q.weight": dense(inner, width, head_width**-0.5),
             f"{attention}.SelfAttention.k.weight": dense(inner, width),
             f"{attention}.SelfAttention.v.weight": dense(inner, width),
@@ -268,6 +277,7 @@ def random_weights(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
         }
 
     bias = rng.standard_normal((config["relative_attention_num_buckets"], heads)).astype(np.float32)
+    # All blocks share this table, which T5 stores in the first.
     weights["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = bias
     weights["encoder.final_layer_norm.weight"] = np.ones(width, np.float32)
     return weights

@@ -41,6 +41,7 @@ def conv(width_in: int, width: int, size: int = 3, stride: int = 1) -> nn.Conv2d
 class Norm(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
+        # As in pipeline/nn/layers.py: at most 32 groups, of at least 4 channels.
         self.groups = max(n for n in range(1, 33) if width % n == 0 and width >= 4 * n)
         self.gain = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width))
@@ -56,6 +57,7 @@ class LayerNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
+        # MindSpore's default eps; PyTorch's is 1e-5.
         return F.layer_norm(x, self.gamma.shape, self.gamma, self.beta, eps=1e-7)
 
 
@@ -79,6 +81,7 @@ class ResBlock(nn.Module):
         h = self.norm2(self.conv1(self.resize(F.silu(self.norm1(x)))))
         if self.emb is not None:
             scale, shift = self.emb(emb)[:, :, None, None].chunk(2, dim=1)
+            # shift + h (1 + scale)
             h = torch.addcmul(shift, h, 1 + scale)
 
         x = self.resize(x)
@@ -104,6 +107,7 @@ class Attention(nn.Module):
         kv = self.text_kv(text).unflatten(2, (2, -1))
         if not self.cross:
             kv = torch.cat((image_kv, kv), 1)
+            # Zeros for the positions of the image, which come first and are never padding.
             bias = F.pad(bias, (image_kv.shape[1], 0))
 
         k, v = kv.unbind(2)
@@ -142,6 +146,7 @@ class NoiseLevelEmbedding(nn.Module):
         self.dense2 = nn.Linear(emb, emb)
 
     def forward(self, logsnr: Tensor) -> Tensor:
+        # atan(exp(-logsnr / 2)), by two factors of which neither overflows.
         time = torch.atan2((-logsnr / 4).exp(), (logsnr / 4).exp()) * 2000 / torch.pi
         angles = torch.outer(
             time, torch.logspace(0, -4, self.dense1.in_features // 2, dtype=time.dtype)
@@ -159,6 +164,7 @@ class AttentionPool(nn.Module):
     def forward(self, text: Tensor, bias: Tensor) -> Tensor:
         mean = (text * bias.softmax(1)[:, :, None]).sum(1, keepdim=True)
         k, v = self.kv(text).chunk(2, 2)
+        # HEADS in pipeline/nn/embeddings.py.
         q, k, v = (x.unflatten(2, (8, -1)).transpose(1, 2) for x in (self.q(mean), k, v))
         return self.out(
             F.scaled_dot_product_attention(q, k, v, attn_mask=bias[:, None, None]).flatten(1)
@@ -181,6 +187,7 @@ class UNet(nn.Module):
         self.levels = nn.ModuleList(
             NoiseLevelEmbedding(config.channels, emb) for _ in range(num_levels)
         )
+
         self.stem = conv(channels_in * patch**2, first)
 
         build = adm if config.kind == "adm" else efficient
@@ -208,10 +215,12 @@ class UNet(nn.Module):
             skips.append(h)
         h = self.middle(h, emb, text, bias)
         for stack in self.up:
+            # An Efficient U-Net scales its skip connections by 1 / sqrt(2).
             skip = skips.pop() if self.config.kind == "adm" else skips.pop() / 2**0.5
             h = stack(torch.cat((h, skip), 1), emb, text, bias)
 
         h = F.silu(self.norm(h))
+        # The one that is left is the stem's.
         if self.config.kind == "efficient":
             h = torch.cat((h, skips.pop() / 2**0.5), 1)
         return F.pixel_shuffle(self.head(h), self.config.patch)
@@ -249,7 +258,9 @@ def adm(config: "UNetConfig", emb: int) -> Stacks:
 
     up = []
     for i, width in reversed(list(enumerate(widths))):
+        # One more than on the way down, for the skip connection of the stem or of down-sampling.
         for block in range(config.num_blocks[i] + 1):
+            # A level's first block gets the image of the level below.
             width_in = width if block else widths[min(i + 1, depth - 1)]
             layers = [ResBlock(width_in + skips.pop(), width, emb), *attend(config, i)]
             if i > 0 and block == config.num_blocks[i]:
@@ -270,6 +281,7 @@ def efficient(config: "UNetConfig", emb: int) -> Stacks:
         count = config.num_blocks[level]
         layers: list[nn.Module] = []
         for n in range(count):
+            # Only the first block of a level has the embedding.
             layers.append(ResBlock(width if n else width_in, width, 0 if n else emb))
             if n == count - 1 or config.attention[level] == "self":
                 layers += attend(config, level)
@@ -288,4 +300,5 @@ def efficient(config: "UNetConfig", emb: int) -> Stacks:
     for i in upper:
         down.append(Stack(Resample(outer[i], widths[i], up=False), *blocks(i, widths[i])))
         up.append(Stack(*blocks(i, 2 * widths[i]), Resample(widths[i], outer[i], up=True)))
+    # From the lowest level upwards.
     return down, middle, up[::-1]

@@ -37,6 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     shards = Shards.open(config.data)
     store = TextStore(shards, recipe(config.text))
+    # Given as a function: the encoder is loaded only if a shard has to be encoded.
     num_written = store.build(partial(load_encoder, config.text))
 
     # What cannot be read back right after it was written is a fault of the disk.

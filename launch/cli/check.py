@@ -48,6 +48,7 @@ def as_text(report: dict[str, Any]) -> str:
     if "parameters" not in report:  # of a cascade
         parts = []
         for name, stage in report["stages"].items():
+            # The stages of a cascade's file have reports, those of a cascade folder manifests.
             text = as_text(stage) if "parameters" in stage else dump(stage).rstrip()
             parts.append(f"== {name}\n{text}")
         return "\n".join(parts)
@@ -66,6 +67,7 @@ def as_text(report: dict[str, Any]) -> str:
         f"runs        {' '.join(report['argv'])}",
     ]
 
+    # Only a job with a launcher has nodes.
     for node, processes in enumerate(report.get("nodes", ())):
         for process in processes:
             variables = " ".join(
@@ -85,6 +87,7 @@ def fit_as_lines(fit: dict[str, Any]) -> list[str]:
     ending = "; with" if fit["instead"] else ", and no change of a setting helps"
     lines = [f"no, {device / GIB:.2f} GiB are not enough{ending}"]
     for proposal in fit["instead"]:
+        # As on the command line; ranks are no key but launch.workers times launch.nodes.
         settings = " ".join(
             f"{value} ranks" if key == "ranks" else f"{key}={str(value).lower()}"
             for key, value in proposal["set"].items()

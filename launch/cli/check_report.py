@@ -71,6 +71,7 @@ def check_stage(path: str, overrides: Sequence[str], memory: float | None = None
     # Parameters without memory: the base of 2B parameters can be checked on a laptop.
     with no_init_parameters():
         stage = stage_class(config.kind)(config)
+    # Training on windows holds the activations of a window only.
     size = stage.train_window or config.size
 
     report: dict[str, Any] = {
@@ -141,6 +142,7 @@ def check_cascade_config(path: str, memory: float | None) -> dict[str, Any]:
     reports = {entry.name: check_stage(entry.config, (), memory) for entry in config.stages}
 
     size_before = None
+    # The first stage takes no image; each later one takes what the stage before gives.
     for name, report in reports.items():
         size_in = report["config"].get("low_res", {}).get("size")
         if size_in != size_before:
@@ -184,6 +186,7 @@ def fit(network: Any, config: Any, size: int, world: int, device: int) -> dict[s
             instead.append({"set": best, "total": total(best)})
 
     if all(proposal["total"] > device for proposal in instead):
+        # Greedy, in the order of `changes`: the cheapest kinds first, until it fits.
         combined: Change = {}
         for choices in changes(config, world):
             before = total(combined)
@@ -194,6 +197,7 @@ def fit(network: Any, config: Any, size: int, world: int, device: int) -> dict[s
             )
             if allowed(combined | best) and total(combined | best) < before:
                 combined |= best
+        # A single change is in the list already.
         if len(combined) > 1:
             instead.append({"set": combined, "total": total(combined)})
 
@@ -213,6 +217,7 @@ def changes(config: Any, world: int) -> Iterator[Sequence[Change]]:
     adamw = config.optimizer.kind == "adamw"
 
     accumulation = range(train.grad_accum_steps + 1, rank_batch + 1)
+    # Micro-batches have equal sizes, so only divisors of a rank's batch.
     if parts := [steps for steps in accumulation if rank_batch % steps == 0]:
         yield [{"train.grad_accum_steps": steps} for steps in parts]
 
@@ -220,6 +225,7 @@ def changes(config: Any, world: int) -> Iterator[Sequence[Change]]:
         yield [{"unet.recompute": True}]
 
     if train.precision == "float32":
+        # The first that the device has: bfloat16, which needs no loss scale, before float16.
         half = [name for name in device.supported_precisions() if name != "float32"]
         yield [{"train.precision": name} for name in half[:1]]
 
@@ -229,6 +235,7 @@ def changes(config: Any, world: int) -> Iterator[Sequence[Change]]:
         yield [{"optimizer.kind": "adafactor"}]
 
     multiples = range(2 * world, MAX_RANKS + 1, world)
+    # Each rank's batch has to remain a multiple of the accumulated steps.
     if ranks := [n for n in multiples if global_batch % (n * train.grad_accum_steps) == 0]:
         yield [{"ranks": n} for n in ranks]
 

@@ -74,6 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     setup_logging()
     images = list_images(arguments.image)
+    # One image may have several prompts, and one prompt several images.
     num = max(len(images), len(prompts))
     if not {len(images), len(prompts)} <= {1, num}:
         raise UserError(
@@ -87,8 +88,10 @@ def run(arguments: argparse.Namespace) -> int:
         for stage_options in options.values():
             stage_options["repaint_steps"] = arguments.repaint_steps
 
+    # The stages that run, in order; only for these are strengths expected.
     names = list(options)
     strength = strengths(by_stage("--strength", arguments.strength, names), has_mask, names)
+    # Images have the size with which the cascade ends, even if --to names an earlier stage.
     size = list(manifests.values())[-1].size_out
     edit_files = open_edit_files(
         images * (num // len(images)), arguments.mask, size=size, strengths=strength
@@ -105,6 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
         stop=arguments.stop,
         edit_files=edit_files,
     )
+
     print(
         f"{arguments.out}: {num_written} images written for {num} edits, listed in manifest.jsonl"
     )

@@ -61,6 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     from pipeline.log import setup_logging
 
     setup_logging()
+    # Manifests and the user's image before any weight is loaded.
     manifests, _ = read_cascade(Path(arguments.path))
     name, first = next(iter(manifests.items()))
     if first.size_in is not None or first.tasks:
@@ -69,12 +70,14 @@ def run(arguments: argparse.Namespace) -> int:
             "none"
         )
 
+    # Only the first stage samples, so its conditioning alone decides what a prompt is.
     prompts = check_prompts(
         {name: first}, arguments.prompt, None if arguments.prompt else arguments.num
     )
     image = read_square(arguments.image, first.size_out) if arguments.image else None
 
     cascade = Cascade.load(arguments.path)
+
     sheets = inspect(
         cascade,
         prompts,
@@ -83,5 +86,6 @@ def run(arguments: argparse.Namespace) -> int:
         num_images=arguments.num,
         image=image,
     )
+
     print(f"{arguments.out}: {', '.join(sheets)}")
     return 0

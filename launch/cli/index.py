@@ -71,7 +71,9 @@ def run(arguments: argparse.Namespace) -> int:
     from pipeline.log import setup_logging
 
     setup_logging()
+
     config = DataConfig(
+        # With weights each pattern is a data set of its own; without, all are one.
         shards=dict(zip(patterns, weights, strict=True)) if weights else tuple(patterns),
         cache=arguments.cache,
         workers=arguments.workers,
@@ -92,8 +94,10 @@ def describe(shards: "Shards") -> dict[str, Any]:
     caption_lengths = []
     for index in shards.indexes:
         shorter_side = index.column("pixels").min(axis=1)
+        # side="right" counts a side that equals an edge in the bin that begins there, from 1 on.
         sides.update(np.searchsorted(EDGES, shorter_side, side="right").tolist())
         caption_lengths.append(index.column("caption_length"))
+    # Of all shards at once, as quantiles cannot be computed from those of parts.
     lengths = np.concatenate(caption_lengths)
 
     total_weight = sum(shards.weights)
@@ -112,6 +116,7 @@ def describe(shards: "Shards") -> dict[str, Any]:
         f"{low}-{high - 1}" if high < EDGES[-1] else f"{low}-": sides[bin]
         for bin, (low, high) in enumerate(pairwise(EDGES), 1)
     }
+    # An empty array has none.
     quantiles = {"min": 0.0, "median": 0.5, "max": 1.0} if len(lengths) else {}
 
     return {
@@ -142,6 +147,7 @@ def as_text(report: dict[str, Any]) -> str:
     lines.append("shorter side, px")
     most = max(report["shorter_side"].values(), default=0)
     for name, count in report["shorter_side"].items():
+        # Rounded up, so that a single image shows.
         bar = "#" * -(-BAR_WIDTH * count // most) if count else ""
         lines.append(f"  {name:>10} {count:>12,} {bar}")
 

@@ -61,6 +61,7 @@ def dispatch(argv: Sequence[str]) -> int:
     try:
         exit_code: int = COMMANDS[arguments.command].run(arguments)
     except UserError as error:
+        # The library names its argument; who typed the command knows the flag.
         raise UserError(with_flag(str(error), arguments)) from error
     return exit_code
 

@@ -54,6 +54,7 @@ def add_sampling(
         metavar="CASCADE|STAGE",
         help="a cascade folder, or the folder of a stage without text",
     )
+
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument(
         "--prompt",
@@ -68,6 +69,7 @@ def add_sampling(
         type=Path,
         help="a file of one prompt a line; blank lines are skipped",
     )
+
     if num_help is not None:
         prompts.add_argument("--num", metavar="N", type=positive, help=num_help)
     parser.add_argument(
@@ -77,6 +79,7 @@ def add_sampling(
         required=True,
         help="output folder: 00000.png, STAGE/00000.png, manifest.jsonl",
     )
+
     add_seed(parser)
     parser.add_argument(
         "--steps",
@@ -105,6 +108,7 @@ def add_sampling(
         help="noise augmentation of the low-resolution input, one for each super-resolution stage "
         "that runs or one for all (default: the stage's own)",
     )
+    # `arguments.from` would be a syntax error.
     parser.add_argument("--from", dest="start", metavar="STAGE", help=start_help)
     parser.add_argument(
         "--to", dest="stop", metavar="STAGE", help="last stage to run (default: the last of all)"
@@ -126,6 +130,7 @@ def read_prompts(arguments: argparse.Namespace, *, required: bool = True) -> lis
             ) from None
         prompts = [line.strip() for line in lines if line.strip()]
 
+    # A blank line of a file is layout, a blank --prompt a mistake.
     if required and not (prompts and all(prompt.strip() for prompt in prompts)):
         raise UserError(
             "no prompt; give --prompt TEXT, --prompts FILE with one a line, or --num N for a stage "
@@ -143,8 +148,11 @@ def sampling_options(
     if any(steps < 1 for steps in arguments.steps):
         raise UserError(f"--steps: {arguments.steps} holds a number below 1; give positive numbers")
 
+    # Values are counted over the stages that run, not over all of the cascade.
     names = stages_between(list(manifests), arguments.start, arguments.stop)
+    # Only these have a low-resolution input to augment.
     super_resolution = [name for name in names if manifests[name].size_in is not None]
+
     options: dict[str, dict[str, Any]] = {name: {} for name in names}
     for option, flag, stages in (
         ("steps", "--steps", names),

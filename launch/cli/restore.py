@@ -21,6 +21,7 @@ def add_parser(commands: Subparsers) -> None:
         metavar="STAGE",
         help="a stage folder, or a cascade folder of that stage and its text encoder",
     )
+
     parser.add_argument(
         "--task",
         metavar="TASK",
@@ -34,6 +35,7 @@ def add_parser(commands: Subparsers) -> None:
         required=True,
         help="an image, or a folder of images",
     )
+    # Either says where to generate: within the image, or around it.
     region = parser.add_mutually_exclusive_group()
     region.add_argument(
         "--mask",
@@ -55,6 +57,7 @@ def add_parser(commands: Subparsers) -> None:
         required=True,
         help="output folder: NAME.png, its samples and their spread, manifest.jsonl",
     )
+
     add_seed(parser)
     parser.add_argument(
         "--steps", metavar="S", type=positive, help="sampling steps (default: the stage's own)"
@@ -99,6 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     setup_logging()
     folder = Path(arguments.path)
+
     options = RestoreOptions(
         task=arguments.task,
         seed=arguments.seed,
@@ -106,6 +110,7 @@ def run(arguments: argparse.Namespace) -> int:
         weights=tuple(arguments.weights) if arguments.weights else None,
         repaint_share=arguments.repaint_share,
     )
+    # From the manifest, before images are read and weights are loaded.
     check_task(read_cascade(folder)[0], options.task)
     images = read_images(
         options.task,
@@ -122,6 +127,7 @@ def run(arguments: argparse.Namespace) -> int:
         prompt=arguments.prompt,
         steps=arguments.steps,
     )
+
     print(
         f"{arguments.out}: {num_restored} of {len(images)} images restored now, listed in "
         "manifest.jsonl"

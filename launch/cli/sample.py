@@ -27,6 +27,7 @@ def add_parser(commands: Subparsers) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    # What the command line alone decides, before MindSpore is imported.
     texts = read_prompts(arguments, required=arguments.num is None)
     check_seed(arguments.seed)
 
@@ -36,6 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     from pipeline.log import setup_logging
 
     setup_logging()
+    # Manifests take no time to read; weights are loaded once nothing can be wrong any more.
     manifests, _ = read_cascade(Path(arguments.path))
     prompts = check_prompts(manifests, texts, arguments.num)
     options = sampling_options(arguments, manifests)
@@ -51,6 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
         stop=arguments.stop,
     )
 
+    # An unconditional stage has empty prompts, of which only the number counts.
     suffix = f" for {len(prompts)} prompts" if any(prompts) else ""
     print(f"{arguments.out}: {num_written} images written{suffix}, listed in manifest.jsonl")
     return 0

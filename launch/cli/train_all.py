@@ -16,6 +16,7 @@ def add_parser(commands: Subparsers) -> None:
     parser.add_argument(
         "path", metavar="CASCADE", help="a cascade's YAML file, for example configs/cascade.yaml"
     )
+
     add_overrides(parser, "replaces a value of every stage's file")
     parser.add_argument(
         "--at-once",

@@ -97,10 +97,12 @@ class Attempt:
         Processes may then still run; the supervisor ends them.
         """
         if self.config.node_rank == 0 and self.config.launcher != "none":
+            # In each attempt anew, as a port that was free may be taken by now.
             self.peers.port = find_port(self.config)
         if (outcome := self.wait_for_nodes()) is not None:
             return outcome
 
+        # No note of node 0 is missing: all have been waited for.
         port = self.peers.port if self.config.node_rank == 0 else self.peers.notes[0]["port"]
         for process in self.job.plan(self.folder, port):
             self.launchers.start(process)
@@ -174,6 +176,7 @@ class Attempt:
         if self.signals and (outcome := self.stop(now)):
             return outcome
 
+        # What was seen first stays: a later look at the same failure would date it later.
         self.failures = self.find_failures(now) | self.failures
         return self.conclude(now) if self.failures else self.peers.failure()
 

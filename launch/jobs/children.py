@@ -32,11 +32,14 @@ class Children:
         UserError if the program is not installed.
         """
         environment = child_environment({**process.environment, JOB_VARIABLE: self.job_id})
+
+        # The process has a copy of the descriptor, so that it is closed here at once.
         with self.log(process.name).open("ab") as log:
             try:
                 self.started[process.name] = subprocess.Popen(
                     process.argv,
                     env=environment,
+                    # A program that asks for input fails instead of waiting for it.
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
@@ -56,6 +59,8 @@ class Children:
         """The exit codes of those that have ended, as subprocess gives them."""
         polled = {name: process.poll() for name, process in self.started.items()}
         codes = {name: code for name, code in polled.items() if code is not None}
+
+        # The first call that sees the end sets its time: `settle` is counted from there.
         for name in codes:
             self.ended_at.setdefault(name, time.monotonic())
         return codes

@@ -48,6 +48,7 @@ def rank_failure(
     if rank.finished:
         return None
 
+    # From the most precise source to the least: exit report, heartbeat, process, silence.
     if rank.end:
         message, _, detail = (rank.end.error or f"exit code {rank.end.code}").partition("\n")
         return Failure(rank=rank.number, time=rank.end.time, message=message, detail=detail)
@@ -70,11 +71,13 @@ def rank_failure(
             silent=True,
         )
 
+    # While one rank saves or samples, the others wait for it in their next collective.
     waits_for_another = excused and rank.pulse.phase == "training"
     if waits_for_another or silence <= rank.pulse.limit(hang):
         return None
     return Failure(
         rank=rank.number,
+        # Dated at its last progress, as the failure of another rank may have followed from it.
         time=unix_now - silence,
         message=f"hangs: {rank.pulse.phase}, nothing new for {silence:.0f} s",
         logs=logs,
@@ -89,6 +92,7 @@ def died_before_heartbeat(
     `exit_codes` are those by pid that msrun's log has (`parse_msrun_exits`). msrun only logs the
     end of a rank and goes on waiting for its scheduler.
     """
+    # msrun reports pids; which rank a pid is, only its heartbeat says.
     pid = next(iter(exit_codes), None)
     silent_ranks = [rank for rank in ranks if not rank.beat]
     known_pids = [rank.beat.pid for rank in ranks if rank.beat]
@@ -114,6 +118,7 @@ def launcher_failure(
     if code >= 0 and ended_for <= settle:
         return None
     return Failure(
+        # A killed launcher is dated back, before the ends of the ranks that follow from it.
         time=unix_now - (CAUSE_LEAD if code < 0 else 0),
         message=f"{name} ended ({describe_exit_code(code)})",
         logs=(name,),
@@ -147,12 +152,14 @@ def first_failure(failures: Iterable[Failure], exits: Mapping[int, float]) -> Fa
 
     error = reported[0]
     death = silent[0]
+    # Ends are noticed late, by NOTICE_DELAY at most; a rank without a known end is alive.
     alive = error.rank is None or death.time < exits.get(error.rank, float("inf"))
     return death if alive and death.time - NOTICE_DELAY < error.time else error
 
 
 def parse_msrun_exits(log: str) -> dict[int, int]:
     """Exit codes by pid of the workers that msrun's log reports as failed."""
+    # The wording of mindspore/parallel/cluster/process_entity/_api.py.
     matches = re.findall(r"Worker process (\d+) exit with exception. Error code: (-?\d+)", log)
     return {int(pid): int(code) for pid, code in matches}
 
@@ -179,6 +186,7 @@ def describe(failure: Failure, ranks: Sequence[Rank], now: float) -> str:
     for rank in ranks:
         beat = rank.beat
         silence = now - rank.pulse.since
+        # A rank that has been silent for long may be the one that all others wait for.
         other = rank.number != failure.rank and rank.exited is None
         if other and beat and silence > NOTABLE_SILENCE:
             state = f"{beat.phase}, step {beat.step}, nothing new for {silence:.0f} s"
@@ -194,4 +202,5 @@ def describe_exit_code(code: int) -> str:
     try:
         return f"killed by {signal.Signals(-code).name}"
     except ValueError:
+        # A real-time signal: most of them have no name.
         return f"killed by signal {-code}"

@@ -108,12 +108,15 @@ class Pulse:
 
         previous = self.beat
         if previous is not None:
+            # Not by the time in the heartbeat, which is of the rank's own clock.
             if (beat.phase, beat.step) == (previous.phase, previous.step):
                 return
 
             if beat.step > previous.step:
                 both_training = previous.phase == beat.phase == "training"
                 if self.step_changed is not None and both_training:
+                    # A mean: heartbeats come once a second at most, in which many steps may be
+                    # made.
                     seconds = (now - self.step_changed) / (beat.step - previous.step)
                     self.step_seconds.append(seconds)
                 self.step_changed = now
@@ -122,6 +125,7 @@ class Pulse:
 
         self.beat = beat
         self.since = now
+        # The first heartbeat in training may be replaced before it is read.
         self.trained = self.trained or beat.phase in ("training", *PAUSES)
 
     @property
@@ -140,5 +144,6 @@ class Pulse:
     def limit(self, hang: float = HANG) -> float:
         """Seconds for which the heartbeat may stay the same."""
         if self.phase == "training":
+            # In units of the rank's own steps, as a step takes milliseconds or minutes.
             return max(hang, HANG_STEPS * self.median_step)
         return PATIENCE.get(self.phase, hang)

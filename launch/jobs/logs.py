@@ -22,6 +22,7 @@ class Tail:
         """Shows the new whole lines; if `final`, a last line without its end too."""
         with contextlib.suppress(OSError), self.path.open("rb") as file:
             file.seek(self.offset)
+            # At the end a newline stands in for the one that a last line lacks.
             while data := file.read(CHUNK) or (b"\n" if final and self.partial else b""):
                 self.offset += len(data)
                 *lines, self.partial = (self.partial + data).split(b"\n")

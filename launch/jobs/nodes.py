@@ -62,6 +62,7 @@ def open_attempt(
     Node 0 creates its folder; the other nodes wait for it, `timeout` seconds at most.
     """
     if config.node_rank == 0:
+        # Always a new folder: in an old one, old notes and heartbeats would be read as new.
         number = max(attempts(run_dir), default=-1) + 1
         (run_dir / "logs" / f"attempt-{number}").mkdir(parents=True)
         return number
@@ -70,11 +71,16 @@ def open_attempt(
     first_beats: dict[int, Any] = {}
     while time.monotonic() < deadline and not stopping():
         number, folder = max(attempts(run_dir).items(), default=(-1, run_dir))
+
         note = read_json(folder / "node_0.json") or {}
         # The beat of a job that was killed stays as it was when it was first read.
         alive = "beat" in note and first_beats.setdefault(number, note["beat"]) != note["beat"]
+
+        # An earlier job has left such a note too: it counts only if the beat changes, or if this
+        # node has run the attempt.
         if note.get("over") and (alive or number == previous):
             return Outcome(**note["outcome"])
+        # One that has failed already is not joined: another may follow it.
         if number != previous and alive and not note["outcome"]:
             return number
         time.sleep(POLL)
@@ -135,6 +141,7 @@ class Peers:
         """Reads the notes of the other nodes."""
         for node in self.others:
             note = read_json(self.folder / f"node_{node}.json")
+            # By this node's clock: the clocks of nodes may differ.
             if note and note.get("beat") != self.notes.get(node, {}).get("beat"):
                 self.notes[node] = note
                 self.changed[node] = time.monotonic()
@@ -163,6 +170,7 @@ class Peers:
                 prefix = "" if outcome["code"] == 2 else f"node {node}: "
                 return Outcome(code=outcome["code"], message=prefix + outcome["message"])
 
+            # A node with an outcome may have ended, and then its beat stands still.
             if not outcome and time.monotonic() - self.changed[node] > self.silence:
                 return Outcome(
                     code=1,

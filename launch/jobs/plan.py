@@ -75,6 +75,7 @@ class LaunchConfig:
             raise ConfigError(
                 f"node_rank: {self.node_rank} is not in [0, {self.nodes}); count the nodes from 0"
             )
+
         if self.restarts < 0:
             raise ConfigError(f"restarts: {self.restarts} is negative; give 0 for none")
 
@@ -118,6 +119,7 @@ class LaunchConfig:
 
 def read_launch(raw: dict[str, Any]) -> LaunchConfig:
     """The `launch` section; the cluster's scheduler supplies what it leaves out."""
+    # Without a launcher it is one process, whatever cluster the environment describes.
     from_cluster = detect_cluster() if raw.get("launcher", "none") != "none" else {}
     return build(LaunchConfig, {**from_cluster, **raw}, "launch")
 
@@ -167,6 +169,7 @@ def node_processes(
         argv = msrun_argv(config, program, attempt=attempt, port=port)
         return [Process(name=f"msrun_{config.node_rank}", argv=argv, environment=environment)]
 
+    # msrun sets these itself; Open MPI knows nothing of MindSpore's rendezvous.
     network = {
         "MS_SCHED_HOST": config.master,
         "MS_SCHED_PORT": str(port),
@@ -233,12 +236,14 @@ def remote_processes(config: LaunchConfig, path: str, overrides: Sequence[str]) 
 
     remotes = []
     for node_rank, host in enumerate(config.hosts, 1):
+        # Later overrides win. A node that is started by ssh starts no others.
         command = [
             *train_command(path, overrides),
             f"launch.node_rank={node_rank}",
             "launch.hosts=[]",
         ]
         line = f"cd {shlex.quote(str(Path.cwd()))} && exec {shlex.join(command)}"
+        # BatchMode: ssh fails where it would ask for a password, which nobody would answer.
         argv = ["ssh", "-o", "BatchMode=yes", "--", host, line]
         remotes.append(Process(name=f"ssh_{node_rank}", argv=argv, environment={}))
 
@@ -260,4 +265,5 @@ def find_port(config: LaunchConfig) -> int:
                 f"launch.port: {config.port} is not available on this node ({error.strerror}); "
                 "give another, or leave it out for a free one"
             ) from None
+
         return int(probe.getsockname()[1])

@@ -56,6 +56,7 @@ def stat(pid: int) -> ProcessStat | None:
 
     # The second field, in parentheses, is the name, which may hold spaces and parentheses.
     fields = text.rpartition(")")[2].split()
+    # Fields 3, 4, 22 and 52 of proc_pid_stat(5); the first two are cut off.
     return ProcessStat(
         state=fields[0],
         parent=int(fields[1]),
@@ -79,6 +80,7 @@ def job_processes(job_id: str, exclude: Collection[int] = ()) -> list[int]:
 
     for pid in [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]:
         process = stat(pid)
+        # Processes come and go while /proc is read.
         if process is None or process.state in "ZX" or pid == own_pid:
             continue
         parents[pid] = process.parent
@@ -88,6 +90,7 @@ def job_processes(job_id: str, exclude: Collection[int] = ()) -> list[int]:
     # Ancestors of each process, up to one that is not listed: this process, or one of another user.
     for pid in parents:
         line = {pid}
+        # A process that is not listed stands for its own parent, which ends the walk.
         while (parent := parents.get(pid, pid)) not in line:
             pid = parent
             line.add(pid)
@@ -99,6 +102,7 @@ def job_processes(job_id: str, exclude: Collection[int] = ()) -> list[int]:
 
 def send_signal(pids: Collection[int], number: int) -> None:
     for pid in pids:
+        # It may have ended since it was listed.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, number)
 

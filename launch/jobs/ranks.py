@@ -64,6 +64,7 @@ class Watch:
         for rank in self.ranks:
             previous_pid = rank.beat.pid if rank.beat else None
             rank.pulse.update(read_beat(self.folder, rank.number), now)
+            # The heartbeat has the pid: before the first one there is no process to follow.
             if rank.beat and rank.beat.pid != previous_pid:
                 self.follow(rank, rank.beat.pid)
 
@@ -76,6 +77,7 @@ class Watch:
     def follow(self, rank: Rank, pid: int) -> None:
         """From now on `wait` notices the end of the rank's process."""
         try:
+            # A descriptor stands for this process alone; a pid may be given to another one.
             descriptor = os.pidfd_open(pid)
         except OSError:  # it has ended already
             self.note_exit(rank)
@@ -85,6 +87,7 @@ class Watch:
 
     def wait(self, seconds: float) -> None:
         """Returns after `seconds`, or as soon as a rank's process ends."""
+        # In milliseconds. A pidfd is readable once its process has ended.
         for descriptor, _ in self.poller.poll(seconds * 1000):
             rank = self.by_descriptor.pop(descriptor)
             self.poller.unregister(descriptor)
@@ -94,6 +97,7 @@ class Watch:
     def note_exit(self, rank: Rank) -> None:
         rank.exited = rank.exited or time.time()
         process = processes.stat(rank.beat.pid) if rank.beat else None
+        # A zombie: once its parent has collected the status, the entry in /proc is gone.
         if process and process.state == "Z":
             rank.exit_code = os.waitstatus_to_exitcode(process.wait_status)
 
@@ -103,6 +107,7 @@ class Watch:
         for rank in self.ranks:
             if rank.exited is None and rank.beat:
                 process = processes.stat(rank.beat.pid)
+                # T: stopped by a signal. t: by a debugger.
                 if process and process.state in "Tt":
                     suspended.append(rank)
         return suspended

@@ -38,6 +38,7 @@ def status(run_dir: Path) -> dict[str, Any]:
     reports = last_reports(run_dir / "metrics.jsonl")
     newest = reports[-1] if reports else {}
     step = newest.get("step", 0)
+    # A median, as steps in which a checkpoint is written or images are sampled take longer.
     seconds = median(report["seconds"] for report in reports[-RECENT:]) if reports else None
 
     checkpoints = checkpoint.steps(run_dir / "checkpoints")
@@ -46,9 +47,11 @@ def status(run_dir: Path) -> dict[str, Any]:
         checkpoint_age = age(run_dir / "checkpoints" / f"step_{checkpoints[-1]:07d}")
 
     attempt_folders = list(attempts(run_dir).values())
+    # A job under a supervisor has this lock between two attempts too.
     pid = lock_holder(run_dir, NODE_LOCK.format(0)) or lock_holder(run_dir)
     if pid:
         state = "running"
+    # The stage may be of an earlier end: a run goes on when train.steps is raised.
     elif (run_dir / "stage" / "stage.json").exists() and step >= total_steps:
         state = "finished"
     else:
@@ -66,6 +69,7 @@ def status(run_dir: Path) -> dict[str, Any]:
         "reported": age(run_dir / "metrics.jsonl"),
         "checkpoint": checkpoints[-1] if checkpoints else None,
         "saved": checkpoint_age,
+        # Those by the user too: each start under a supervisor opens an attempt.
         "restarts": max(0, len(attempt_folders) - 1),
         "quarantined": sum(1 for _ in lines(run_dir / "quarantine.jsonl")),
         "ranks": rank_states(attempt_folders[-1]) if attempt_folders else [],
@@ -79,6 +83,7 @@ def last_reports(path: Path) -> list[dict[str, Any]]:
 
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+        # What follows the last newline is empty, or a line that is being written.
         whole_lines = file.read().split(b"\n")[:-1]
 
     reports = []
@@ -109,6 +114,7 @@ def rank_states(attempt: Path) -> list[dict[str, Any]]:
 
 def age(path: Path) -> float | None:
     """Seconds since `path` was written."""
+    # A file server's clock may be ahead of this one.
     return max(0.0, time.time() - path.stat().st_mtime) if path.exists() else None
 
 
@@ -168,6 +174,7 @@ def duration(seconds: float) -> str:
     parts: list[str] = []
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
         count, remaining = divmod(remaining, size)
+        # A duration of 0 is `0 s`, not an empty text.
         if count or (unit == "s" and not parts):
             parts.append(f"{count} {unit}")
     return " ".join(parts[:2])

@@ -54,13 +54,17 @@ def supervise(
     job_id = secrets.token_hex(8)
     signals: list[int] = []
     limits = limits or Limits()
+
+    # The lock comes first: a second supervisor of this node must not start anything.
     with (
         lock(run_dir, NODE_LOCK.format(config.node_rank)),
         recording_signals(signals),
         guarded(job_id, limits.guard) as guard_pid,
     ):
+        # Before any process is started, as what its children leave behind has to come here.
         processes.adopt_orphans()
         (run_dir / "logs").mkdir(exist_ok=True)
+
         nodes = Children(run_dir / "logs", job_id, "launch.hosts")
         for process in remotes:
             nodes.start(process)
@@ -109,9 +113,11 @@ def guarded(job_id: str, grace: float) -> Iterator[int]:
     processes: SIGTERM, and SIGKILL after `grace` seconds.
     """
     argv = [sys.executable, "-m", "launch.jobs.processes", job_id, str(grace)]
+    # In a session of its own: Ctrl-C and the end of the terminal must not end the guard.
     with subprocess.Popen(
         argv, stdin=subprocess.PIPE, env=child_environment({}), start_new_session=True
     ) as guard:
+        # Leaving the block closes the guard's input and waits for its end.
         yield guard.pid
 
 
@@ -154,6 +160,7 @@ class Supervisor:
             say(end.outcome.message)
             self.pause()
             if job.signals:
+                # The other nodes may wait for the next attempt: they are told that there is none.
                 message = f"{job.run_dir}: stopped between attempts; the same command resumes"
                 outcome = Outcome(code=STOPPED, message=message)
                 self.release_nodes(attempt.peers, outcome, job.limits.leave)
@@ -173,10 +180,12 @@ class Supervisor:
         job = self.job
         step_before = self.newest_step()
         grace = job.limits.end
+        # What the other nodes learn if an exception leaves this method.
         outcome = Outcome(code=1, message="interrupted")
         last = True
         try:
             outcome = attempt.run()
+            # A new checkpoint is progress, after which restarts are counted from 0.
             if self.newest_step() > step_before:
                 self.restarts = 0
             last = outcome.code != 1 or bool(job.signals) or not self.may_restart()
@@ -184,9 +193,11 @@ class Supervisor:
         except UserError as error:
             outcome = Outcome(code=2, message=str(error))
         except KeyboardInterrupt:
+            # A second Ctrl-C: the ranks get no time to save.
             grace = 0.0
             raise
         finally:
+            # The guard and the ssh connections belong to the job, not to the attempt.
             exclude = [self.guard_pid, *job.remotes.pids]
             remaining = processes.end_processes(
                 job.job_id,
@@ -208,6 +219,7 @@ class Supervisor:
 
     def newest_step(self) -> int:
         """The step of the newest complete checkpoint; -1 if there is none."""
+        # By their names: to verify gigabytes would delay each attempt.
         return max(checkpoint.steps(self.job.run_dir / "checkpoints"), default=-1)
 
     def may_restart(self) -> bool:
@@ -215,11 +227,14 @@ class Supervisor:
         config = self.job.config
         if config.node_rank == 0:
             return self.restarts < config.restarts
+        # How many are left only node 0 knows; `open_attempt` waits for its next attempt, or for its
+        # note that there is none.
         return config.restarts > 0
 
     def pause(self) -> None:
         """Waits before a restart, longer each time; a signal ends it."""
         job = self.job
+
         seconds = min(MAX_BACKOFF, job.limits.backoff * 2**self.restarts)
         self.restarts += 1
         say(

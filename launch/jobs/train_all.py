@@ -53,10 +53,13 @@ def plan_jobs(path: str, overrides: Sequence[str]) -> list[StageJob]:
 
     jobs = []
     for entry in build(CascadeConfig, read_yaml(path)).stages:
+        # From plain values: to build the configuration takes the stage's class, which imports
+        # MindSpore.
         run_dir = Path(str(apply_overrides(read_yaml(entry.config), overrides).get("run")))
         argv = train_command(entry.config, overrides)
         jobs.append(StageJob(name=entry.name, argv=argv, run_dir=run_dir))
 
+    # Each job locks its run folder, and refuses one that has another stage's configuration.
     run_dirs = [job.run_dir for job in jobs]
     for job in jobs:
         if run_dirs.count(job.run_dir) > 1:
@@ -88,6 +91,7 @@ def train_all(jobs: Sequence[StageJob], at_once: int) -> int:
         run_jobs(jobs, at_once, signals)
     finally:
         for job in jobs:
+            # No job outlives this command, even if it fails.
             close(job)
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -95,6 +99,8 @@ def train_all(jobs: Sequence[StageJob], at_once: int) -> int:
     print(summary(jobs, time.monotonic() - started), file=sys.stderr)
     if signals:
         return STOPPED
+
+    # From here on each job has ended by itself.
     exit_codes = {job.exit_code for job in jobs}
     if exit_codes == {0}:
         return 0
@@ -113,6 +119,7 @@ def run_jobs(jobs: Sequence[StageJob], at_once: int, signals: Sequence[int]) -> 
         if signals:
             waiting.clear()
         elif waiting and num_running < at_once:
+            # One only, and then the jobs that run are counted anew.
             start(waiting.pop(0), prefixed=at_once > 1)
             continue
 
@@ -169,6 +176,7 @@ def summary(jobs: Sequence[StageJob], seconds: float) -> str:
             state = EXIT_STATES.get(code, f"failed (exit code {code})")
 
         where = "no run folder"
+        # A job that was refused has not made its run folder.
         if (job.run_dir / "config.yaml").exists():
             report = status(job.run_dir)
             where = f"step {report['step']:,} of {report['steps']:,}"

@@ -44,6 +44,7 @@ def train(path: str, overrides: Sequence[str]) -> int:
 
     from pipeline.train import loop
 
+    # Until here a signal ends the process at once: there is nothing to save yet.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, record)
 
@@ -68,17 +69,21 @@ def run_rank(folder: Path, argv: Sequence[str]) -> NoReturn:
         error = str(mistake)
     except JobError as problem:
         error = str(problem)
+    # KeyboardInterrupt too: without a report the supervisor could only say that the rank ended.
     except BaseException as bug:
         error = f"{describe(bug)}\n{traceback.format_exc()}"
         print(error, file=sys.stderr, flush=True)
 
     report = {"code": code, "error": error, "time": time.time()}
     write_atomically(folder / f"rank_{rank}.end.json", json.dumps(report).encode())
+
+    # Not 75, at which msrun and mpirun would kill the ranks that are still saving.
     sys.exit(0 if code == STOPPED else code)
 
 
 def redirect_output(log: Path) -> None:
     """Sends stdout and stderr to `log` by their descriptors, as MindSpore's C++ prints too."""
+    # Appended to: under msrun the same file is this process's output already.
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     for standard in (1, 2):
         os.dup2(descriptor, standard)

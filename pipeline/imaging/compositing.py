@@ -131,8 +131,10 @@ def membrane(values_HWC: np.ndarray, border_HW: np.ndarray) -> np.ndarray:
 
     # Large enough that the circular convolution does not wrap around.
     shape = [fft.next_fast_len(2 * side - 1, real=True) for side in border_HW.shape]
+    # Distances on a circle, as the transform is periodic: the kernel's centre is index 0.
     y, x = (np.minimum(np.arange(side), side - np.arange(side)) for side in shape)
     distance = np.hypot(y[:, None], x)
+    # At distance 0 the weight would be infinite: a border pixel counts as its neighbour does.
     distance[0, 0] = 1
     kernel = fft.rfft2(distance**-3.0)
 
@@ -213,6 +215,7 @@ def seam(image: np.ndarray, mask_HW: np.ndarray) -> Seam:
             np.rot90(array, quarter_turns) for array in (image, mask_HW, near_known, near_hole)
         )
         gradient = np.abs(np.diff(pixels.astype(np.float64), axis=0)).mean(-1)
+        # One pixel in the hole and the other outside of it.
         across.append(gradient[hole[1:] != hole[:-1]])
         known.append(gradient[outer[1:] & outer[:-1]])
         painted.append(gradient[inner[1:] & inner[:-1]])

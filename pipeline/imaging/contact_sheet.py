@@ -26,6 +26,7 @@ class Row(NamedTuple):
 def contact_sheet(rows: Sequence[Row]) -> Image.Image:
     """The rows below one another. Images are enlarged without interpolation."""
     image_side = rows[0].images.shape[1]
+    # A whole factor, so that all pixels of an image are squares of one size.
     side = image_side * -(-MIN_SIDE // image_side)
     font = ImageFont.load_default(size=FONT_SIZE)
 
@@ -39,6 +40,7 @@ def contact_sheet(rows: Sequence[Row]) -> Image.Image:
 
     top = GAP
     for row, height in zip(rows, heights, strict=True):
+        # Captions, if the row has any, stand above its images.
         images_top = top + height - side - GAP
         draw.text((GAP, images_top + side // 2), row.label, "black", font, anchor="lm")
 

@@ -148,6 +148,7 @@ def half_mask(side: int, edge: Edge) -> np.ndarray:
     square in the middle.
     """
     if edge == "around":
+        # A square of half the area.
         known_side = round(side / 2**0.5)
         begin = (side - known_side) // 2
         middle = slice(begin, begin + known_side)
@@ -225,7 +226,9 @@ def rectangle_mask(
         mask = np.zeros((side, side), bool)
         weights = rng.uniform(1, 3, num_rectangles)
 
+        # One draw for all rectangles, divided among them; where they overlap it becomes less.
         for share in rng.uniform(*area) * weights / weights.sum():
+            # Height over width is stretch^2, from 1/2 to 2.
             stretch = 2 ** rng.uniform(-0.5, 0.5)
             height = max(1, round(side * share**0.5 * stretch))
             width = max(1, round(side * share**0.5 * (1 / stretch)))

@@ -19,6 +19,7 @@ WHITE_THRESHOLD = 128  # luma from which a pixel of a mask's file counts as whit
 def read_image(path: Path) -> np.ndarray:
     """The image in a file. UserError if it cannot be read or decoded."""
     try:
+        # At full size: for a smaller one a JPEG would be decoded at a fraction.
         return np.ascontiguousarray(decode(path.read_bytes(), MAX_SIDE).upright())
     except (OSError, BadImage) as error:
         reason = error.strerror if isinstance(error, OSError) else error

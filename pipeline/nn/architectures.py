@@ -43,6 +43,7 @@ def adm(config: "UNetConfig", emb: int) -> Stacks:
             down.append(Stack([ResBlock(width, widths[level], emb, config), *attention(level)]))
             width = widths[level]
             skips.append(width)
+        # Down-sampling is a stack of its own, and so leaves a skip connection.
         if level < lowest:
             down.append(Stack([ResBlock(width, width, emb, config, resample="down")]))
             skips.append(width)
@@ -58,6 +59,8 @@ def adm(config: "UNetConfig", emb: int) -> Stacks:
     up = []
     for level in reversed(range(len(widths))):
         last = config.num_blocks[level]
+        # One block more than on the way down: the stem, or the down-sampling into this level, has
+        # left a skip connection too.
         for block in range(last + 1):
             width_in = width + skips.pop()
             layers = [ResBlock(width_in, widths[level], emb, config), *attention(level)]
@@ -85,6 +88,7 @@ def efficient(config: "UNetConfig", emb: int) -> Stacks:
 
         layers: list[nn.Cell] = [ResBlock(width_in, width, emb, config)]
         for block in range(last + 1):
+            # Width 0: no block but the first has the embedding.
             if block > 0:
                 layers.append(ResBlock(width, width, 0, config))
             if kind in ("self", "linear") or (kind == "cross" and block == last):
@@ -112,5 +116,6 @@ def efficient(config: "UNetConfig", emb: int) -> Stacks:
     up = []
     for level in reversed(upper):
         leave = Upsample(widths[level], outer_widths[level])
+        # Twice the width: the image and the skip connection of the same level.
         up.append(Stack([*blocks(level, 2 * widths[level]), leave]))
     return Stacks(down, middle, up)

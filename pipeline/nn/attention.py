@@ -87,6 +87,7 @@ class LinearAttention(nn.Cell):
         q = ops.softmax(q_BKcN, axis=2) * q_BKcN.shape[2] ** -0.5
         bias = bias_BM.expand_dims(1).expand_dims(1)
         k = ops.softmax(k_BKcM + bias, axis=-1).astype(v_BKcM.dtype)
+        # Keys with values first, a matrix (c, c) for each head: so the cost is linear in N.
         return self.product(self.product_transposed(v_BKcM, k), q.astype(v_BKcM.dtype))
 
 
@@ -129,6 +130,7 @@ class Attention(nn.Cell):
             q, k, v = ops.chunk(q, 3, 1)
             keys = (k,)
             values = (v,)
+            # A position of the image is never padding.
             biases = (ops.zeros((B, H * W), mstype.float32),)
         if self.text_channels:
             k, v = ops.chunk(self.text_kv(text_BLD).swapaxes(1, 2), 2, 1)
@@ -136,6 +138,7 @@ class Attention(nn.Cell):
             values = (*values, v)
             biases = (*biases, text_bias_BL)
 
+        # One softmax over both, so that image and text compete for the attention.
         k = ops.cat(keys, 2)
         v = ops.cat(values, 2)
         bias = ops.cat(biases, 1)
@@ -152,6 +155,7 @@ class Attention(nn.Cell):
         weights = self.num_heads * pixels * num_keys
         return ActivationFootprint(
             input=width * pixels,
+            # Of `pixels`: the normalized image, queries and output. Of the keys: keys and values.
             inside=3 * width * pixels + 2 * width * num_keys + weights,
             largest=max(width * pixels, weights),
             pixels=pixels,

@@ -81,6 +81,7 @@ class ResBlock(nn.Cell):
         super().__init__()
         self.resample = resample
         self.convnext = config.block == "convnext"
+        # The first convolution of a ConvNeXt block keeps the width.
         middle = width_in if self.convnext else width
 
         self.norm1 = None if self.convnext else Norm(width_in, config.norm)
@@ -89,13 +90,17 @@ class ResBlock(nn.Cell):
         else:
             self.conv1 = Conv(width_in, width, size=3)
         self.emb = nn.Dense(emb, 2 * middle) if emb else None
+        # A ConvNeXt block has a single activation, after `widen`.
         self.norm2 = Norm(middle, config.norm, silu=not self.convnext)
         self.widen = Conv(width_in, 4 * width, size=1) if self.convnext else None
+
         self.dropout = Dropout(config.dropout) if config.dropout else None
+        # Zero: at first the block only passes its input on, through `skip` where widths differ.
         if self.convnext:
             self.conv2 = zero_init(Conv(4 * width, width, size=1))
         else:
             self.conv2 = zero_init(Conv(width, width, size=3))
+
         self.skip = Conv(width_in, width, size=1) if width_in != width else None
 
     def construct(
@@ -122,6 +127,7 @@ class ResBlock(nn.Cell):
             h = ops.silu(self.widen(h))
         if self.dropout is not None and dropout_seeds_B is not None:
             h = self.dropout(h, dropout_seeds_B)
+
         h = self.conv2(h)
 
         if self.skip is not None:
@@ -136,8 +142,10 @@ class ResBlock(nn.Cell):
         last = self.conv2.in_channels
 
         if self.widen is None:
+            # Inputs of conv1, norm2 and conv2.
             inside = width_in + 2 * width
         else:
+            # Inputs of norm2 and `widen`, and the widened image before and after SiLU.
             inside = width_in + width + 2 * self.widen.out_channels
         if self.dropout is not None:
             inside += last  # the mask

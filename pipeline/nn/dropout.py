@@ -39,6 +39,7 @@ class Dropout(nn.Cell):
             )
             bits = mix_bits(bits)
 
+        # 31 bits, as the highest one is the sign of int32.
         threshold = int(self.rate * 2**31)
         keep_mask = (lowest_bits(bits, 31) >= threshold).astype(x_BCHW.dtype).reshape(x_BCHW.shape)
         return x_BCHW * (keep_mask * (1.0 / (1.0 - self.rate)))
@@ -55,6 +56,7 @@ def mix_bits(bits: Tensor) -> Tensor:
 
 def shift_right(bits: Tensor, shift: int) -> Tensor:
     """int32 shifted to the right, with zeros from the left (a logical shift)."""
+    # The shift repeats the sign bit; the mask removes the copies.
     return lowest_bits(ops.bitwise_right_shift(bits, shift), 32 - shift)
 
 

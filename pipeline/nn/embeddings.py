@@ -36,6 +36,7 @@ class NoiseLevelEmbedding(nn.Cell):
         ratio = ops.pow(math.exp(-0.5), logsnr_B)
         time_B1 = ops.atan(ratio).reshape((-1, 1)) * (2000.0 / math.pi)
         angles = time_B1 * self.frequencies
+
         return self.dense2(ops.silu(self.dense1(ops.cat((ops.sin(angles), ops.cos(angles)), 1))))
 
 
@@ -54,10 +55,13 @@ class AttentionPool(nn.Cell):
     def construct(self, text_BLD: Tensor, text_bias_BL: Tensor) -> Tensor:
         share_BL = ops.softmax(text_bias_BL, axis=-1)  # equal for all tokens but padding
         q_BE1 = self.q(ops.matmul(share_BL.expand_dims(1), text_BLD)).swapaxes(1, 2)
+
+        # Channels before tokens, as `split_heads` wants them.
         k_BEL, v_BEL = ops.chunk(self.kv(text_BLD).swapaxes(1, 2), 2, 1)
 
         q = split_heads(q_BE1, HEADS)
         k = split_heads(k_BEL, HEADS)
         v = split_heads(v_BEL, HEADS)
+        # One query, so that what it returns is a vector: (B, K, c, 1).
         pooled = self.attend(q, k, v, text_bias_BL)
         return self.out(pooled.reshape((text_BLD.shape[0], -1)))

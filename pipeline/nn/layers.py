@@ -27,6 +27,7 @@ class Conv(nn.Conv2d):
     ) -> None:
         options = {"pad_mode": "pad", "padding": size // 2, "has_bias": True}
         super().__init__(width_in, width_out, size, stride, group=group, **options)
+        # The CPU kernel has no groups: a depthwise convolution is MindSpore's.
         self.kernel = kernels.convolution(stride) if group == 1 else None
 
     def construct(self, x_BCHW: Tensor) -> Tensor:
@@ -91,6 +92,7 @@ class Norm(nn.Cell):
         x = x_BCHW.astype(mstype.float32)
         per_group = (B, self.groups, C // self.groups)
 
+        # (gain z + bias) (1 + scale) + shift, as one factor and one offset of the normalized z.
         factor = self.gain
         offset = self.bias
         if scale_shift is not None:
@@ -106,6 +108,7 @@ class Norm(nn.Cell):
 
         rows = x.reshape((B * self.groups, -1))
         mean = rows.mean(axis=1, keep_dims=True)
+        # E[x^2] - E[x]^2, which needs no second pass over x - E[x].
         variance = (rows * rows).mean(axis=1, keep_dims=True) - mean * mean
         # Rounding can make the variance of equal values negative.
         rate = ops.rsqrt(ops.maximum(variance, 0.0) + kernels.EPSILON)
@@ -115,6 +118,7 @@ class Norm(nn.Cell):
         mean = ops.broadcast_to(mean.reshape(column), per_group).reshape((B, C))
         rate = ops.broadcast_to(rate.reshape(column), per_group).reshape((B, C))
 
+        # z = (x - mean) rate: the mean moves into the offset.
         factor = rate * factor
         offset = offset - mean * factor
         y = x.reshape((B * C, H * W)) * factor.reshape((-1, 1)) + offset.reshape((-1, 1))
@@ -145,6 +149,7 @@ def space_to_channels(x_BCHW: Tensor, patch: int) -> Tensor:
     """(B, C, H, W) -> (B, C p p, H / p, W / p): each p x p patch becomes one position."""
     B, C, H, W = x_BCHW.shape
     x = x_BCHW.reshape((B, C, H // patch, patch, W // patch, patch))
+    # Axes (B, C, H/p, p, W/p, p) to (B, C, p, p, H/p, W/p).
     return x.transpose((0, 1, 3, 5, 2, 4)).reshape((B, C * patch * patch, H // patch, W // patch))
 
 
@@ -152,4 +157,5 @@ def channels_to_space(x_BCHW: Tensor, patch: int) -> Tensor:
     """The inverse of `space_to_channels`."""
     B, C, H, W = x_BCHW.shape
     x = x_BCHW.reshape((B, C // (patch * patch), patch, patch, H, W))
+    # Axes (B, C, p, p, H, W) to (B, C, H, p, W, p).
     return x.transpose((0, 1, 4, 2, 5, 3)).reshape((B, C // (patch * patch), H * patch, W * patch))

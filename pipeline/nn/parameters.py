@@ -31,6 +31,7 @@ def initialize(net: nn.Cell, seed: int) -> None:
         if getattr(cell, "starts_at_zero", False):
             weight = np.zeros(shape, np.float32)
         else:
+            # A uniform variable in [-a, a] has variance a^2 / 3.
             limit = np.sqrt(3.0 / np.prod(shape[1:]))
             stream = generator(seed, "init", index)
             weight = stream.uniform(-limit, limit, shape).astype(np.float32)
@@ -38,6 +39,7 @@ def initialize(net: nn.Cell, seed: int) -> None:
         put(cell.weight, weight)
         if cell.has_bias:
             put(cell.bias, np.zeros(cell.bias.shape))
+        # Layers that start at zero count too: to mark one changes no other layer's draw.
         index += 1
 
 
@@ -53,6 +55,7 @@ def assign(net: nn.Cell, weights: Mapping[str, np.ndarray], where: str) -> None:
     exactly; then nothing has been changed.
     """
     parameters = {parameter.name: parameter for parameter in net.trainable_params()}
+    # All are checked before the first one is written.
     for name in [*parameters, *weights]:
         if name not in weights:
             raise UserError(mismatch(where, f"has no '{name}', which the network needs"))

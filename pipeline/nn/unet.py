@@ -95,6 +95,7 @@ class UNetConfig(BlockConfig):
     @property
     def stride(self) -> int:
         """The sides of an image are padded to a multiple of this, in pixels."""
+        # ADM's first level has the full resolution; an Efficient U-Net halves in every level.
         num_halvings = len(self.channel_mults) - (self.kind == "adm")
         return self.patch * 2**num_halvings
 
@@ -133,8 +134,10 @@ class UNet(nn.Cell):
             self.text_in = nn.Dense(text_width, config.text_channels)
             self.text_pool = AttentionPool(config.text_channels, emb)
         else:
+            # Else the layers would attend to a text that never comes.
             config = replace(config, text_channels=0)
         if self.has_label:
+            # No bias: a dropped label, a row of zeros, then adds nothing.
             self.label_in = nn.Dense(num_classes, emb, has_bias=False)
         levels = [NoiseLevelEmbedding(config.channels, emb) for _ in range(num_levels)]
         self.levels = nn.CellList(levels)
@@ -152,9 +155,11 @@ class UNet(nn.Cell):
         head_width = 2 * width if self.stem_to_head else width
         self.head = zero_init(Conv(head_width, 3 * config.patch**2, size=3))
 
+        # By its index a layer's mask differs from those of layers of the same shape.
         dropouts = [cell for _, cell in self.cells_and_names() if isinstance(cell, Dropout)]
         for index, cell in enumerate(dropouts):
             cell.layer_index = index
+
         if config.recompute:
             for stack in [*stacks.down, stacks.middle, *stacks.up]:
                 for layer in stack.layers:
@@ -268,6 +273,7 @@ class UNet(nn.Cell):
                 footprints.append(layer.footprint(pixels, tokens))
                 pixels = footprints[-1].pixels
 
+        # Up-sampled to the first level again, where the head runs.
         stem = self.stem.out_channels * pixels
         head = self.head.in_channels * pixels
         last = ActivationFootprint(input=stem, inside=head, largest=max(stem, head), pixels=pixels)

@@ -45,6 +45,7 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser().parse_args(argv)
 
     if arguments.bench == "all":
+        # Parsed from its name alone, a bench gets its defaults.
         reports = {name: BENCHES[name].run(parser().parse_args([name])) for name in ALL}
         tables = [f"## {name}\n{BENCHES[name].table(report)}\n" for name, report in reports.items()]
         report = merge(reports)

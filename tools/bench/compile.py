@@ -73,6 +73,7 @@ def measure_first_step(case: Mapping[str, Any]) -> dict[str, Answer]:
     answers = {}
     with TemporaryDirectory() as folder:
         file = Path(folder, "case.json")
+        # `graphs` makes the worker compile into a cache that the next one finds.
         file.write_text(json.dumps({**TEXT, **case, "steps": 1, "graphs": f"{folder}/run"}))
 
         for side in ("compiled", "ours"):

@@ -105,6 +105,7 @@ def measure(
         if not shards:
             write_shards(folder)
 
+        # Round after round: a change of the machine's load meets all implementations.
         for name, num, side in (bar := tqdm(plan * rounds, unit="process")):
             row = f"data_{name}_{num}core{'s' if num > 1 else ''}/{side}"
             bar.set_description(row)
@@ -114,6 +115,7 @@ def measure(
 
         smallest = TASKS["64px"]
         sizes = (smallest.decoded, smallest.size)
+        # At the smallest size, where samples come fastest.
         memory = run_worker("data", "memory", folder, *sizes, max(cores), memory_samples)
         kilobytes = mean_kilobytes(folder)
 
@@ -149,6 +151,7 @@ def noise_image(index: int) -> np.ndarray:
 
     rng = generator(0, "shapes", index)
     frequency = np.hypot(np.fft.fftfreq(SIDE)[:, None], np.fft.rfftfreq(SIDE)[None])
+    # The mean, which is subtracted below: any number but 0.
     frequency[0, 0] = 1
 
     spectrum = np.fft.rfft2(rng.standard_normal((3, SIDE, SIDE)), axes=(1, 2)) / frequency**1.5
@@ -178,6 +181,7 @@ def write_shards(
                 tar.write(
                     {
                         "__key__": f"{index:08d}",
+                        # Few images, repeated: a reader decodes each of them again.
                         "jpg": jpegs[index % num_distinct],
                         "txt": b"a picture",
                         "json": b'{"width": 1024, "height": 1024}',

@@ -116,9 +116,11 @@ def stage_config(network: str) -> dict[str, Any]:
 
     case = CASES[network]
     base: dict[str, Any] = {"kind": "base"}
+    # Four times in each stage, as 64 to 256 to 1024.
     super_resolution = {"kind": "super_resolution", "low_res": {"size": case["size"] // 4}}
     return {
         **(base if case["num_levels"] == 1 else super_resolution),
+        # What is empty here `overrides` fills in.
         "run": "",
         "size": case["size"],
         "text": {"encoder": "", **TEXT},
@@ -135,6 +137,7 @@ def overrides(folder: Path, run_dir: Path, *, steps: int, changes: Mapping[str, 
         "data.shards": folder / "shards" / "*.tar",
         "text.encoder": folder / "t5",
         "train.steps": steps,
+        # Within the steps that are measured, as a checkpoint copies all weights.
         "train.checkpoint_every": 3,
         "train.report_every": 1,
         "train.sample_every": 0,
@@ -154,6 +157,7 @@ def write_data(folder: Path) -> None:
     from pipeline.text.store import TextStore
     from tools import shapes, tiny_t5
 
+    # Once, at the largest size: the loader reduces them for the other stages.
     shapes.write(folder / "shards", num=32, size=1024, seed=0, shard_size=32, workers=1)
     tars = sorted((folder / "shards").glob("*.tar"))
     tiny_t5.make(folder / "t5", tars, width=TEXT["width"], layers=1, heads=2, vocab=64, seed=0)

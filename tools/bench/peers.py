@@ -68,9 +68,11 @@ def interpreter(peer: str) -> Path:
     folder = environment_folder()
     python = folder / "bin" / "python"
 
+    # Two benches must not install into one folder at once.
     with lock(folder.parent, f".{folder.name}"):
         created = folder / "created"
         if not created.exists():
+            # Cleared, as without the marker it may be half made.
             venv.create(folder, clear=True, symlinks=True, with_pip=True)
             created.touch()
 
@@ -116,6 +118,7 @@ def run_peer(
     if row in failed:
         return None
     try:
+        # -I: neither PYTHONPATH nor the user's own packages may reach the peer.
         return run_json(interpreter(peer), "-I", "-c", RUN_WORKER, worker, *arguments)
     except (
         JobError,
@@ -125,5 +128,6 @@ def run_peer(
         UserError,
         ValueError,
     ) as error:
+        # The last line of a traceback, which names the error.
         failed[row] = (str(error).strip() or type(error).__name__).splitlines()[-1]
         return None

@@ -38,6 +38,7 @@ def run_json(python: str | Path, *arguments: object) -> dict[str, Any]:
 
     if done.returncode:
         raise RuntimeError(f"{command} ended with {done.returncode}: {done.stderr}")
+    # Libraries print too: the answer is the last line.
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 

@@ -33,9 +33,11 @@ def summarize(
     """
     failed = dict(failed or {})
     measured = {name: answers for name, answers in rows.items() if name not in failed}
+
     report = environment(*packages)
 
     for answers in measured.values():
+        # Those of a peer are known in its own environment only.
         report["versions"].update(answers[0].get("versions", {}))
 
     return {
@@ -59,8 +61,10 @@ def environment(*packages: str) -> dict[str, Any]:
     """The machine, and the versions of those packages that are installed."""
     cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
     models = [line.partition(":")[2].strip() for line in cpuinfo if line.startswith("model name")]
+    # On ARM /proc/cpuinfo has no such line.
     name = models[0] if models else platform.machine()
 
+    # Of a package that is not installed there is no version to ask for.
     installed = {distribution.name.lower() for distribution in distributions()}
     return {
         "machine": f"{name}, {len(os.sched_getaffinity(0))} threads",

@@ -62,6 +62,7 @@ def measure(
         encoder = write_encoder(Path(folder), chain[0])
 
         for index, configs in enumerate(tqdm(chains, unit="process")):
+            # A process each, as the peak memory is that of a process.
             answers = run_worker("sample", batches, encoder, *configs)
             for name, answer in answers.items():
                 rows.setdefault(f"sample_{name}", []).append(answer)
@@ -106,9 +107,11 @@ def through_all(stages: Sequence[Answer]) -> Answer:
     """One image through all stages, from the answers of each."""
     seconds = [[taken / stage["batch"] for taken in stage["seconds"]] for stage in stages]
     return {
+        # Batch i of every stage together, each per image.
         "seconds": [sum(batch) for batch in zip(*seconds, strict=True)],
         "batch": 1,
         **{name: sum(stage[name] for stage in stages) for name in ("first", "steps", "parameters")},
+        # One process has run all stages, and its peak has risen from stage to stage.
         "peak": max(stage["peak"] for stage in stages),
     }
 
@@ -134,9 +137,11 @@ def table(report: dict[str, Any]) -> str:
     rows = []
     for row, answers in report["rows"].items():
         name, _, side = row.rpartition("/")
+        # The other side is in the ratio.
         if side != "ours":
             continue
 
+        # Our time over that of the network's calls alone.
         ratio = report["ratios"][f"{name}/network"]
         rows.append(
             [

@@ -117,6 +117,7 @@ def ratios(rows: Rows, tried: Sequence[Setup]) -> dict[str, float]:
         for row, rounds in rows.items()
     }
     return {
+        # A ratio of times is the inverse of that of speeds.
         f"scaling_{setup.name}/{BASELINE}": speeds[f"scaling/{BASELINE}"]
         / speeds[f"scaling/{setup.name}"]
         for setup in tried
@@ -129,6 +130,7 @@ def ratios(rows: Rows, tried: Sequence[Setup]) -> dict[str, float]:
 
 def prepare(folder: Path, config: Path) -> None:
     """Shards, a text encoder and stored embeddings, by the commands that the demo uses."""
+    # Prepared before all runs, so that none of them waits for an index or an encoder.
     shards = folder / "shards"
     run_module(folder, "tools.shapes", shards, "--num", 256, "--size", 64, "--seed", 0)
 
@@ -140,9 +142,11 @@ def prepare(folder: Path, config: Path) -> None:
 
 def run_module(folder: Path, module: str, *arguments: object) -> None:
     argv = [sys.executable, "-m", module, *map(str, arguments)]
+
     path = folder / "prepare.log"
     with path.open("ab") as log:
         code = subprocess.run(argv, stdout=log, stderr=log, timeout=TIMEOUT, check=False).returncode
+
     if code:
         raise JobError(f"{' '.join(argv)} ended with {code}: {path.read_text()[-TAIL:]}")
 
@@ -151,6 +155,7 @@ def data_overrides(folder: Path, *, ranks: int) -> list[str]:
     """`key=value` words for a run on the data of `folder`."""
     return [
         f"data.shards={folder}/shards/*.tar",
+        # The same work for each core, whatever the number of ranks.
         f"data.global_batch={BATCH_PER_RANK * ranks}",
         f"text.encoder={folder}/t5",
         "data.workers=1",
@@ -184,6 +189,7 @@ def run_setup(setup: Setup, config: Path, *, data: Path, runs: Path, steps: int)
         f"train.steps={steps}",
         f"train.checkpoint_every={half}",
         "train.sample_every=0",
+        # `read_metrics` needs the seconds of each step.
         "train.report_every=1",
         f"launch.launcher={setup.launcher}",
         f"launch.workers={setup.ranks}",
@@ -216,6 +222,7 @@ def start_training(
 ) -> Started:
     """`cascade train` on these cores alone; its output goes to RUN.log."""
     argv = [sys.executable, "-m", "launch", "train", str(config), *words, f"run={run_dir}"]
+    # A child inherits the cores that its parent may use when it is started.
     with restricted_to(cores), log_path(run_dir).open("wb") as log:
         process = subprocess.Popen(argv, stdout=log, stderr=log)
     return Started(process, run_dir, time.time())
@@ -269,12 +276,14 @@ def read_metrics(run_dir: Path, *, half: int, started: float) -> Figures:
 
     # The first steps are slow, and the step after the checkpoint is the one that is delayed.
     usual = median(taken for step, taken in seconds.items() if step > WARM_UP and step != half + 1)
+    # The global batch, which the metrics do not name.
     batch = metrics[0]["images_per_second"] * metrics[0]["seconds"]
     after_first = sum(taken for step, taken in seconds.items() if step > 1)
 
     return Figures(
         images_per_second=batch / usual,
         checkpoint=seconds[half + 1] - usual,
+        # The file was last written at the end of the last step.
         first_step=path.stat().st_mtime - after_first - started,
     )
 
@@ -293,6 +302,7 @@ def table(report: dict[str, Any]) -> str:
         row: [figures["images_per_second"] for figures in rounds]
         for row, rounds in report["rows"].items()
     }
+    # What two cores do without any exchange.
     most = median(speeds[f"scaling/{BASELINE}"])
 
     rows = [

@@ -70,9 +70,11 @@ def measure(
 
     with tqdm(total=len(cascade.stages) * (1 + len(solvers)), unit="solver") as bar:
         for name in cascade.stages:
+            # A large image takes long, so that later stages have fewer.
             captions = prompts[: images if low_res is None else min(images, large)]
             reference_images: Any = None
 
+            # The reference comes first: the others are compared with its images.
             for solver in (reference, *solvers):
                 bar.set_description(f"{name} {solver.name}")
                 seconds, outputs = sample_images(cascade, name, solver, captions, low_res)
@@ -114,6 +116,7 @@ def compare(outputs: Any, reference: Any, captions: Sequence[str]) -> Answer:
 
     from tools.agreement import agreement
 
+    # Differences of uint8 would wrap around.
     difference = (outputs.astype(np.float64) - reference) / 255
     scores: Any = agreement(zip(captions, outputs, strict=True))
     return {

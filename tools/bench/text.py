@@ -55,6 +55,7 @@ def measure(num: int, rounds: int, *, width: int = WIDTH, layers: int = LAYERS) 
         tiny_t5.make(t5, [file], width=width, layers=layers, heads=HEADS, vocab=VOCAB)
 
         for _ in range(rounds):
+            # In turn, so that a change of the machine's load meets both.
             for side in ("transformers", "ours"):
                 bar.set_description(side)
                 arguments = (side, t5, file, LENGTH)
@@ -88,6 +89,7 @@ def random_captions(num: int) -> list[str]:
     syllables = [consonant + vowel for consonant in "bdfgklmnprst" for vowel in "aeiou"]
     words = ["".join(rng.choice(syllables, 2 + index % 2)) for index in range(400)]
 
+    # One less than tokens, as the end token follows.
     num_words = rng.integers(SHORTEST - 1, LONGEST, num)
     return [" ".join(rng.choice(words, count)) for count in num_words]
 

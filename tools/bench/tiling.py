@@ -37,6 +37,7 @@ def measure(
     plan = [(name, side) for name in guidance for side in IMPLEMENTATIONS]
     rows: Rows = {}
     for name, side in tqdm(plan * rounds, unit="process"):
+        # A process each, as the peak memory is that of a process.
         answer = run_worker("tiling", side, config, guidance[name])
         rows.setdefault(f"tiling_{name}/{side}", []).append(answer)
 

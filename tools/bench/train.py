@@ -102,6 +102,7 @@ def measure(
         for name, case in cases.items():
             files[name].write_text(json.dumps({**TEXT, **case, "steps": steps}))
 
+        # Round after round: a change of the machine's load meets all implementations.
         for name, side in (bar := tqdm(plan * rounds, unit="process")):
             row = f"train_{name}/{side}"
             bar.set_description(row)
@@ -133,6 +134,7 @@ def table(report: dict[str, Any]) -> str:
         "peak",
     )
     rows = report["rows"]
+    # The best of all processes stands for what the machine can do.
     peak_rate = max(
         (answer["matmul"] for answers in rows.values() for answer in answers if "matmul" in answer),
         default=0,
@@ -140,6 +142,7 @@ def table(report: dict[str, Any]) -> str:
 
     cells = []
     for row, answers in rows.items():
+        # PyTorch counts its own operators only, and the twin's arithmetic is ours.
         counted = rows.get(row.replace("/ours", "/twin"), [{}])[0].get("flops")
         operations = "not counted"
         share = "not counted"

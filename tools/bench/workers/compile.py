@@ -58,8 +58,10 @@ def measure(path: str, graphs: str) -> dict[str, Any]:
         path: the stage's configuration.
         graphs: an empty folder for the compiler's files.
     """
+    # Before anything is compiled: only graphs after this call are written.
     runtime.save_graphs(graphs)
     config, _ = read_stage_config(path, [])
+    # Shapes suffice for compiling.
     with no_init_parameters():
         stage = stage_class(config.kind)(config)
 

@@ -55,6 +55,7 @@ def webdataset(task: ReadTask, worker: int) -> Iterator[int]:
     import webdataset as wds
     from PIL import Image
 
+    # Repeated, so that no measurement comes to their end.
     tars = task.tars[worker :: task.cores] * MANY
     images = wds.WebDataset(tars, shardshuffle=False).decode("pilrgb").to_tuple("jpg")
 
@@ -64,6 +65,7 @@ def webdataset(task: ReadTask, worker: int) -> Iterator[int]:
             square = image.crop((left, top, left + task.size, top + task.size))
         else:
             square = image.resize((task.size, task.size), Image.Resampling.BICUBIC)
+        # A batch would need the pixels as an array.
         np.asarray(square)
         yield 1
 
@@ -76,6 +78,7 @@ def decode_only(task: ReadTask, worker: int) -> Iterator[int]:
     from PIL import Image
 
     with tarfile.open(task.tars[0]) as tar:
+        # In memory, as this is the time without any reading.
         members = [member for member in tar if member.name.endswith(".jpg")][:BATCH]
         files = [file.read() for file in map(tar.extractfile, members) if file]
 
@@ -86,6 +89,7 @@ def decode_only(task: ReadTask, worker: int) -> Iterator[int]:
             np.ascontiguousarray(image[top : top + task.size, left : left + task.size])
         elif len(image) != task.size:
             square = (task.size, task.size)
+            # With the kernel of the loader's own resizing.
             np.asarray(Image.fromarray(image).resize(square, Image.Resampling.HAMMING))
         yield 1
 
@@ -134,6 +138,8 @@ def measure_rate(reader: Iterator[int], seconds: float) -> tuple[int, float]:
     start = time.perf_counter()
     while time.perf_counter() < start + seconds:
         num_images += next(reader)
+
+    # Measured, as the last read ends later than `seconds`.
     return num_images, time.perf_counter() - start
 
 
@@ -163,6 +169,7 @@ def measure_memory(task: ReadTask, samples: int) -> dict[str, Any]:
 
     for num_images in ours(task):
         num_read += num_images
+        # The next of NUM_READINGS numbers at equal distances.
         if num_read >= (len(readings) + 1) * samples / NUM_READINGS:
             readings.append((num_read, resident_memory()))
         if len(readings) == NUM_READINGS:
@@ -172,11 +179,13 @@ def measure_memory(task: ReadTask, samples: int) -> dict[str, Any]:
 
 def resident_memory() -> int:
     """Bytes of this process that are in memory."""
+    # The second field of proc_pid_statm(5) is the resident set, in pages.
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def main(mode: str, task: ReadTask, amount: int) -> dict[str, Any]:
+    # Before the first thread or process starts, as each inherits it.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: task.cores])
     if mode == "memory":
         return measure_memory(task, amount)

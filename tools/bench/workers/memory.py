@@ -17,6 +17,7 @@ WARM_UP = 2  # steps that are not timed
 
 def measure(path: str, overrides: list[str]) -> dict[str, object]:
     """Predicted and measured peak in bytes, and the median seconds of a step."""
+    # Its parameters have no memory, so that it does not raise the peak.
     report = check_stage(path, overrides)
     code = train(path, overrides)
     if code:

@@ -91,6 +91,7 @@ def implementations(
     prompt = encode_text(encoder, prompts)
 
     def ours() -> np.ndarray:
+        # A cascade encodes the prompts once, for its first stage.
         encoded = encode_text(encoder, prompts) if low_res is None else prompt
         return sample(stage, stage.config.sample, sample_request(stage, encoded, low_res))
 
@@ -114,11 +115,13 @@ def measure(cascade: Cascade, batches: int) -> dict[str, Any]:
     for name, stage in cascade.stages.items():
         config: Any = stage.config.sample
         if low_res is not None:
+            # Any image will do, and this stage's batch may be larger than the last one's.
             low_res = low_res[:1].repeat(config.batch_size, 0)
         runs = implementations(cascade, name, low_res)
 
         for side, run in runs.items():
             answers[f"{name}/{side}"] = {
+                # The first call, with its compilation, apart from the batches below.
                 **time_calls(run, 0),
                 "steps": config.steps,
                 "batch": config.batch_size,

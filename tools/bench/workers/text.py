@@ -43,6 +43,7 @@ def transformers(folder: str, captions: list[str], length: int) -> dict[str, Any
                     return_tensors="pt",
                 )
                 model(**inputs).last_hidden_state.numpy()
+                # The mask is 0 at padding, which does not count.
                 tokens += int(inputs["attention_mask"].sum())
         return tokens
 

@@ -30,6 +30,7 @@ def peak_memory() -> int:
     """The largest resident memory of this process so far, in bytes."""
     status = Path("/proc/self/status").read_text().splitlines()
     fields = dict(line.split(":", 1) for line in status)
+    # The high-water mark of the resident set, in units of 1,024 bytes.
     return 1024 * int(fields["VmHWM"].split()[0])
 
 

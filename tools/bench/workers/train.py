@@ -39,6 +39,7 @@ def arrays(case: Case) -> dict[str, np.ndarray]:
 
 
 def is_super_resolution(case: Case) -> bool:
+    # Its own noise level, and that of the low-resolution image.
     return bool(case["num_levels"] == 2)
 
 
@@ -73,6 +74,7 @@ def ours(case: Case) -> Answer:
     batch = step.micro_batches(tuple(arrays(case).values()))
 
     timing = time_calls(lambda: step(batch), case["steps"])
+    # Only now have all graphs run, and so been compiled and written.
     cache.commit()
     return {"parameters": num_parameters(network), **timing, "versions": {}}
 
@@ -81,6 +83,7 @@ def twin(case: Case) -> Answer:
     """The same arithmetic in PyTorch's own operators."""
     from tools.twin import UNet
 
+    # A namespace, as in the peers' environment `UNetConfig` cannot be imported.
     config: Any = SimpleNamespace(**{"patch": 1, **case["unet"]})
     network = UNet(config, case["channels_in"], case["num_levels"], case["text_width"])
     return measure_torch(case, network, network)
@@ -211,9 +214,11 @@ def measure_torch(case: Case, network: Any, forward: Callable[..., Any], *packag
         torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
         optimizer.step()
         detached = [parameter.detach() for parameter in parameters]
+        # average + (1 - decay) (parameter - average), as our EMA.
         torch._foreach_lerp_(average, detached, 1 - EMA_DECAY)
 
     timing = time_calls(step, case["steps"])
+    # In a step of its own, as counting takes time.
     with FlopCounterMode(display=False) as counter:
         step()
 
@@ -234,12 +239,14 @@ def matmul_rate(torch: Any) -> float:
     side = MATMUL_SIDE
     a = torch.ones(side, side)
     b = torch.ones(side, side)
+    # 8 x 16 x side / 128 = side positions: as many operations as the matrix product.
     x_BCHW = torch.ones(8, side, 16, side // 128)
     weight = torch.ones(side, side, 1, 1)
 
     with torch.inference_mode():
         products = (lambda: a @ b, lambda: torch.nn.functional.conv2d(x_BCHW, weight))
         fastest = min(min(time_calls(product, 8)["seconds"]) for product in products)
+    # side^3 multiplications and as many additions.
     return float(2 * side**3 / fastest)
 
 
