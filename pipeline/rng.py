@@ -19,7 +19,7 @@ MAX_COUNTERS = 3
 # One number per purpose, so that no two kinds of draw share a stream. Names and numbers are part of
 # a run's identity: never change or reuse one.
 PURPOSES = {
-    "order": 1,  # permutation of samples within a shuffle window
+    "order": 1,  # permutation of the samples of some shards
     "crop": 2,  # position of a crop
     "time": 3,  # diffusion time
     "noise": 4,  # Gaussian noise of a training sample

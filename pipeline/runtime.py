@@ -322,9 +322,12 @@ def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
 
 
 def initial_environment() -> dict[str, str]:
-    """The environment that this process was started with, before `prepare_environment`."""
+    """The environment that this process was started with, before `prepare_environment`; today's
+    where a program has overwritten it to show a title.
+    """
     entries = process_environment(os.getpid())
-    return dict(entry.split("=", 1) for entry in entries if "=" in entry)
+    found = dict(entry.split("=", 1) for entry in entries if "=" in entry)
+    return found or dict(os.environ)
 
 
 def process_environment(pid: int) -> list[str]:

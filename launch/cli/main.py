@@ -40,6 +40,8 @@ COMMANDS = {
     "export": export,
 }
 
+POSITIONAL = ("command", "path", "overrides", "runs", "shards")  # which are no options
+
 
 def build_parser() -> Parser:
     """The whole command line."""
@@ -71,9 +73,11 @@ def with_flag(message: str, arguments: argparse.Namespace) -> str:
     an option of the command.
     """
     name, colon, rest = message.partition(":")
-    if colon and name in vars(arguments):
-        return f"--{name.replace('_', '-')}:{rest}"
-    return message
+    # The library knows prompts in a list; on the command line they come with --prompt.
+    name = "prompt" if name == "prompts" else name
+    if not colon or name not in vars(arguments) or name in POSITIONAL:
+        return message
+    return f"--{name.replace('_', '-')}:{rest}"
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

@@ -132,10 +132,10 @@ def read_prompts(arguments: argparse.Namespace, *, required: bool = True) -> lis
 
     # A blank line of a file is layout, a blank --prompt a mistake.
     if required and not (prompts and all(prompt.strip() for prompt in prompts)):
-        raise UserError(
-            "no prompt; give --prompt TEXT, --prompts FILE with one a line, or --num N for a stage "
-            "without text"
-        )
+        fix = "give --prompt TEXT, or --prompts FILE with one per line"
+        if "num" in vars(arguments):
+            fix += ", or --num N for a stage without text"
+        raise UserError(f"no prompt; {fix}")
     return prompts
 
 

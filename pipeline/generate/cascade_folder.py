@@ -15,6 +15,7 @@ from pipeline.config import ConfigError
 from pipeline.errors import UserError
 from pipeline.files import replace_folder
 from pipeline.stage.manifest import (
+    STAGE_FILES,
     Manifest,
     TextEncoderInfo,
     check_chain,
@@ -22,7 +23,7 @@ from pipeline.stage.manifest import (
     read_weights,
     text_encoder_of,
 )
-from pipeline.text.fingerprint import TOKENIZER_FILES, fingerprint
+from pipeline.text.fingerprint import CACHE_FILE, TOKENIZER_FILES, fingerprint
 
 FORMAT = 1  # of cascade.json
 ENCODER_FOLDER = "text_encoder"
@@ -94,29 +95,35 @@ def check_replaceable(folder: Path) -> None:
     """UserError unless `folder` is not there, is empty, or holds a cascade that `export` wrote and
     nothing else.
     """
-    # The root of the file system, beside which nothing can be built.
     if not folder.name:
         raise UserError(f"folder: {folder} cannot be replaced by a cascade; name one of its own")
     if not folder.exists():
         return
+    if not folder.is_dir():
+        raise UserError(f"folder: {folder} is a file; name a folder of its own")
+    if not any(folder.iterdir()):
+        return
 
     try:
-        # Names with a dot are what an interrupted write left; they are never read.
-        names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-        if not names:
-            return
         stages = json.loads((folder / "cascade.json").read_text())["stages"]
-        # A name in cascade.json counts only if its folder holds a stage: nothing else is replaced.
-        written = {name for name in stages if (folder / name / "stage.json").exists()}
-    except NotADirectoryError:
-        raise UserError(f"folder: {folder} is a file; name a folder of its own") from None
+        own = [folder / name for name in stages]
+        if not own or not all((path / "stage.json").exists() for path in own):
+            raise ValueError
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
             f"folder: {folder} exists and is no cascade folder (it has no cascade.json of one), so "
             "it is not replaced; name another"
         ) from None
 
-    others = names - written - {"cascade.json", ENCODER_FOLDER, TOKENIZER_FOLDER}
+    expected = {"cascade.json", *stages, ENCODER_FOLDER, TOKENIZER_FOLDER}
+    expected |= {f"{name}/{file}" for name in stages for file in STAGE_FILES}
+    for part, patterns in ((ENCODER_FOLDER, ENCODER_FILES), (TOKENIZER_FOLDER, TOKENIZER_FILES)):
+        # Loading a cascade remembers the fingerprint beside the files.
+        for pattern in (*patterns, CACHE_FILE):
+            expected |= {f"{part}/{path.name}" for path in (folder / part).glob(pattern)}
+
+    # Hidden files count too: nothing of the user's is removed.
+    others = {str(path.relative_to(folder)) for path in folder.rglob("*")} - expected
     if others:
         raise UserError(
             f"folder: {folder} holds '{min(others)}', which no export wrote, so it is not "
@@ -155,7 +162,7 @@ def export(stages: Mapping[str, Path], encoder: Path | None, folder: Path) -> No
     for name, path in stages.items():
         # For its check of the digest: a damaged file is not passed on.
         read_weights(path, manifests[name])
-        shutil.copytree(path, side / name)
+        copy_files(path, STAGE_FILES, side / name)
     if encoder:
         copy_files(encoder, ENCODER_FILES, side / ENCODER_FOLDER)
         copy_files(encoder, TOKENIZER_FILES, side / TOKENIZER_FOLDER)
@@ -168,7 +175,7 @@ def export(stages: Mapping[str, Path], encoder: Path | None, folder: Path) -> No
 
 def copy_files(source: Path, patterns: tuple[str, ...], target: Path) -> None:
     """The files of `source` that match, into the new folder `target`."""
-    target.mkdir()
+    target.mkdir(parents=True)
     for pattern in patterns:
         for path in source.glob(pattern):
             shutil.copy(path, target)

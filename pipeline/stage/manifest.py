@@ -22,6 +22,7 @@ from pipeline.files import replace_folder, sha256_file, write_tensors
 if TYPE_CHECKING:
     from pipeline.stage.stage import Stage
 
+STAGE_FILES = ("stage.json", "unet.safetensors")
 FORMAT = 2  # of stage.json; 1 had other names in its configuration
 
 

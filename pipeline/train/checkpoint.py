@@ -46,7 +46,7 @@ def save(
     """Writes `step` and removes all but the `keep` newest steps up to it; returns its folder.
 
     A step that exists undamaged is not written again: a resumed run repeats the same step, and
-    atomic_replace the only good checkpoint would put it at risk. CheckpointError if writing fails.
+    replacing the only good checkpoint would put it at risk. CheckpointError if writing fails.
 
     Args:
         folder: of all checkpoints of the run.

@@ -204,7 +204,8 @@ def test_the_export_command_writes_the_folder_that_was_loaded(
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (["base64/config.yaml"], "exists and is no cascade folder"),  # `folder: runs`, say
+        (["base64/config.yaml"], "exists and is no cascade folder"),
+        ([".git/config"], "exists and is no cascade folder"),  # `folder: runs`, say
         (["cascade.json"], "exists and is no cascade folder"),  # empty: not one of ours
         (None, "is a file"),
     ],
@@ -224,16 +225,18 @@ def test_export_replaces_nothing_but_a_cascade(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("added", ["images/00000.png", ".git/config", "base/notes.txt"])
 def test_export_replaces_its_own_cascade_unless_something_was_added(
-    trained: Path, t5_folder: Path, tmp_path: Path
+    added: str, trained: Path, t5_folder: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "cascade"
     for _ in range(2):
         export({"base": trained / "base" / "stage"}, t5_folder, folder)
-    (folder / "images").mkdir()
-    with pytest.raises(UserError, match="holds 'images', which no export wrote"):
+    (folder / added).parent.mkdir(exist_ok=True)
+    (folder / added).touch()
+    with pytest.raises(UserError, match="which no export wrote"):
         export({"base": trained / "base" / "stage"}, t5_folder, folder)
-    assert (folder / "images").exists()
+    assert (folder / added).exists()
 
 
 @pytest.mark.parametrize("name", ["../base", "", ".hidden", "tokenizer", "a/b"])

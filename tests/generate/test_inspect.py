@@ -255,7 +255,7 @@ def test_the_command_draws_five_sheets_of_a_cascades_first_stage(
         (
             "cascade",
             [],
-            "prompts: missing; these stages are conditioned on text; give one prompt per image",
+            "--prompt: missing; these stages are conditioned on text; give one prompt per image",
         ),
     ],
 )

@@ -208,6 +208,6 @@ def test_stages_that_are_conditioned_on_text_need_prompts(
     out = tmp_path / "out"
     assert sample(trained / "cascade", "--num", 2, "--out", out) == 2
     assert capsys.readouterr().err == (
-        "--prompts: missing; these stages are conditioned on text; give one prompt per image\n"
+        "--prompt: missing; these stages are conditioned on text; give one prompt per image\n"
     )
     assert not out.exists()

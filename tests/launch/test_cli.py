@@ -100,8 +100,8 @@ def test_help_imports_nothing_heavy(name: str) -> None:
 HELP = "; see cascade --help"
 SAMPLE_HELP = "; see cascade sample --help"
 NO_PROMPT = (
-    "no prompt; give --prompt TEXT, --prompts FILE with one a line, or --num N for a stage without "
-    "text"
+    "no prompt; give --prompt TEXT, or --prompts FILE with one per line, or --num N for a stage "
+    "without text"
 )
 SAMPLE = ("sample", "nowhere", "--out", "{tmp}/out")
 

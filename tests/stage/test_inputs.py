@@ -1,23 +1,25 @@
 """Named inputs: their one order, what guidance drops, and a stage that adds an input."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from mindspore import Tensor
+from mindspore import Tensor, ops
 
 from pipeline import runtime
 from pipeline.config import build
 from pipeline.diffusion.solvers import SamplerConfig
 from pipeline.generate.engine import sample
-from pipeline.nn.parameters import initialize
+from pipeline.nn.parameters import assign
 from pipeline.rng import Draws
 from pipeline.stage.inputs import Arrays, Inputs
 from pipeline.stage.request import SampleRequest
 from pipeline.stage.stage import Network
 from stages.base import Base
 from tests.conftest import LENGTH, stage_yaml
+from tools.references import random_weights
 
 INPUTS = Inputs(leading=("x",), prompt=("text", "text_mask"), others=("low_res",))
 
@@ -48,54 +50,75 @@ def test_dropping_zeroes_the_prompt_of_whole_samples_alone() -> None:
         assert (array[1] == 0).all() == (name in INPUTS.prompt)
 
 
-def compiled(stage: Base) -> Any:
-    def loss(*tensors: Tensor) -> Tensor:
-        return stage.loss(*tensors)
+class TwoLevels(Base):
+    """A base that is conditioned on a second noise level."""
 
-    return runtime.jit(loss)
-
-
-class OffsetBase(Base):
-    """A base with one input more, which is added to its prediction."""
-
-    extra_inputs = (*Base.extra_inputs, "offset")
+    num_noise_levels = 2
+    extra_inputs = ("second_logsnr",)
 
     def training_inputs(self, images: np.ndarray, prompt: Arrays, draws: Draws) -> Arrays:
         arrays = super().training_inputs(images, prompt, draws)
-        return {**arrays, "offset": np.full(len(images), 0.5, np.float32)}
+        return {**arrays, "second_logsnr": arrays["logsnr"] + 1}
 
     def sampling_inputs(self, request: SampleRequest, config: SamplerConfig) -> Arrays:
-        return {**request.prompt, "offset": np.full(request.num_images, 0.5, np.float32)}
+        level = np.array(request.image_ids, np.float32)
+        return {**request.prompt, "second_logsnr": level}
 
     def predict(
         self, network: Network, z: Tensor, logsnr_B: Tensor, inputs: dict[str, Tensor]
     ) -> Tensor:
-        return super().predict(network, z, logsnr_B, inputs) + inputs["offset"].reshape(-1, 1, 1, 1)
+        levels_BT = ops.stack((logsnr_B, inputs["second_logsnr"]), 1)
+        return self.call_network(network, z, levels_BT, inputs)
+
+
+@pytest.fixture(scope="module")
+def stage() -> TwoLevels:
+    raw: dict[str, Any] = stage_yaml("base", Path("run"), Path("shards"), Path("t5"))
+    raw |= {"diffusion": {"prediction": "x0"}}
+    stage = TwoLevels(build(TwoLevels.Config, raw))
+    weights = {p.name: p.shape for p in stage.network.trainable_params()}
+    assign(stage.network, random_weights(weights, 0), "stage")
+    return stage
+
+
+def prompt(num: int) -> Arrays:
+    return {
+        "text": np.ones((num, LENGTH, 16), np.float32),
+        "text_mask": np.ones((num, LENGTH), np.float32),
+    }
+
+
+def test_an_input_that_a_stage_adds_reaches_the_compiled_loss(stage: TwoLevels) -> None:
+    """By its name alone: nothing else of the library knows it."""
+
+    def compute(*tensors: Tensor) -> Tensor:
+        return stage.loss(*tensors)
+
+    compiled = runtime.jit(compute)
+    images = np.zeros((2, 16, 16, 3), np.uint8)
+    arrays = stage.training_inputs(images, prompt(2), Draws(seed=0, step=0, positions=range(2)))
+    assert stage.loss_inputs.names[-1] == "second_logsnr"
+
+    def loss(changed: Arrays) -> np.ndarray:
+        tensors = map(Tensor, stage.loss_inputs.flatten({**arrays, **changed}))
+        return np.asarray(compiled(*tensors).asnumpy())
+
+    same = arrays["second_logsnr"].copy()
+    same[1] += 3
+    first, second = loss({}), loss({"second_logsnr": same})
+    assert first[0] == second[0]
+    assert first[1] != second[1]
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_a_stage_adds_an_input_by_name(guidance: float) -> None:
-    """Its loss is compiled and its samples are drawn, with guidance too, without a word elsewhere.
-
-    The network starts at zero, so that the offset is the whole prediction: of x, here.
-    """
-    raw: dict[str, Any] = stage_yaml("base", Path("run"), Path("shards"), Path("t5"))
-    raw |= {"diffusion": {"prediction": "x0"}}
-    raw["sample"] |= {"guidance": guidance}
-    stage = OffsetBase(build(OffsetBase.Config, raw))
-    initialize(stage.network, 0)
-    assert stage.inputs.names == ("text", "text_mask", "offset")
-
-    prompt = {
-        "text": np.ones((4, LENGTH, 16), np.float32),
-        "text_mask": np.ones((4, LENGTH), np.float32),
-    }
-    images = np.zeros((4, 16, 16, 3), np.uint8)
-    arrays = stage.training_inputs(images, prompt, Draws(seed=0, step=0, positions=range(4)))
-    if guidance == 1:
-        loss = compiled(stage)(*map(Tensor, stage.loss_inputs.flatten(arrays)))
-        np.testing.assert_allclose(loss.asnumpy(), (-1.0 - 0.5) ** 2, rtol=1e-5)
-
-    request = SampleRequest(prompt=prompt, seed=0, image_ids=range(4))
-    generated = sample(stage, stage.config.sample, request)
-    np.testing.assert_allclose(generated, 255 * 0.75, atol=1)
+def test_an_input_that_a_stage_adds_reaches_its_samples(stage: TwoLevels, guidance: float) -> None:
+    """Images that differ in nothing else than the second level, which is their id."""
+    config = replace(stage.config.sample, steps=1, guidance=guidance)
+    noise = np.random.default_rng(0).standard_normal((1, 3, 16, 16)).astype(np.float32)
+    request = SampleRequest(
+        prompt=prompt(4), seed=0, image_ids=[0, 0, 5, 9], initial_noise=noise.repeat(4, 0)
+    )
+    images = sample(stage, config, request)
+    np.testing.assert_array_equal(images[0], images[1])
+    assert (images[0] != images[2]).any()
+    assert (images[2] != images[3]).any()

@@ -130,7 +130,7 @@ def test_the_command_refuses_prompts_of_another_kind(
     said = "circle" if run.name == "none" else "4"
     assert command(str(run / "stage"), "--out", str(tmp_path / "out"), "--prompt", said) == 2
     assert capsys.readouterr().err == (
-        "--prompts: 'circle', but these stages are unconditional; give a number of images\n"
+        "--prompt: 'circle', but these stages are unconditional; give a number of images\n"
         if run.name == "none"
         else "'4' is no class; the classes are circle, square, triangle, cross\n"
     )

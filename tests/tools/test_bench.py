@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline import kernels, runtime
+from pipeline import kernels
 from pipeline.config import build
 from pipeline.data.shards import DataConfig, Shards
 from pipeline.errors import JobError, UserError
@@ -170,14 +171,24 @@ def test_workers_are_found_where_this_project_is_not_installed(tmp_path: Path) -
         process.run_json(sys.executable, "-I", "-S", "-c", peers.RUN_WORKER, *arguments)
 
 
-def test_workers_do_not_inherit_variables_for_mindspore(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tests import `pipeline` first, as the bench does."""
-    monkeypatch.setenv("SET_LATER", "1")
-    assert "SET_LATER" not in runtime.initial_environment()
-    assert runtime.initial_environment()["PATH"]
-    code = "import json, os; print(json.dumps(dict(os.environ)))"
-    answer = process.run_json(sys.executable, "-c", code)
-    assert answer.items() >= runtime.initial_environment().items()
+def test_workers_do_not_inherit_variables_for_mindspore() -> None:
+    """A worker has the environment that the bench was started with, not what `pipeline` added."""
+    code = """
+import json, os, sys
+import pipeline
+from tools.bench import process
+os.environ["SET_LATER"] = "1"
+code = "import json, os; print(json.dumps(dict(os.environ)))"
+print(json.dumps([dict(os.environ), process.run_json(sys.executable, "-c", code)]))
+"""
+    environment = {**os.environ, "GIVEN": "1"}
+    environment.pop("GLOG_v", None)
+    argv = [sys.executable, "-c", code]
+    output = subprocess.run(argv, env=environment, capture_output=True, check=True, timeout=120)
+    mine, workers = json.loads(output.stdout)
+    assert mine["GLOG_v"]
+    assert workers["GIVEN"] == "1"
+    assert not {"GLOG_v", "SET_LATER"} & workers.keys()
 
 
 # Text.
