@@ -24,7 +24,7 @@ install: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test,parity]'
 	touch $@
 
-# The demo: from nothing to 1024-px pictures by the commands that a user would give. Each goes on where it stopped.
+# The demo: from nothing to 1024 px images by the commands that a user would give. Each goes on where it stopped.
 .PHONY: demo
 demo: .venv/installed
 	$(BIN)/python -m tools.shapes $(DEMO)/shards --num 1024 --size 1024 --seed 0

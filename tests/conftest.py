@@ -28,7 +28,7 @@ from tools import shapes, tiny_t5
 if TYPE_CHECKING:
     from pipeline import Cascade
 
-LENGTH = 12  # tokens a caption
+LENGTH = 12  # tokens per caption
 
 
 @pytest.hookimpl(tryfirst=True)

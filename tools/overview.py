@@ -22,7 +22,7 @@ Row = dict[str, dict[str, str]]  # the manifest's entries for one prompt, by sta
 
 
 def overview(folder: Path) -> Image.Image:
-    """The images that `folder`/manifest.jsonl lists, all shown at one size by nearest pixels.
+    """The images that `folder`/manifest.jsonl lists, all shown at one size.
 
     Raises:
         UserError: there is no manifest, or an image of some stage is missing.

@@ -1,7 +1,7 @@
 """Crop squares from photographs into WebDataset tars: a small real data set for restoration,
 without a download.
 
-    python -m tools.photographs runs/restore/photographs --size 64 --num 4096
+    python -m tools.photographs runs/palette/photographs --size 64 --num 16384
 
 The photographs are the colour ones that scikit-image ships. The middle third of each is held out:
 no pixel of OUT/held_out is in OUT/train. Eight photographs teach edges, textures and their own

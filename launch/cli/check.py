@@ -58,7 +58,7 @@ def as_text(report: dict[str, Any]) -> str:
     lines = [
         dump(report["config"]).rstrip(),
         f"parameters  {report['parameters']:,}",
-        f"memory      GiB a process: {memory}",
+        f"memory      GiB per process: {memory}",
     ]
     if "fit" in report:
         lines += [f"fits        {line}" for line in fit_as_lines(report["fit"])]

@@ -161,7 +161,7 @@ def check_cascade_config(path: str, memory: float | None) -> dict[str, Any]:
 
 
 def fit(network: Any, config: Any, size: int, world: int, device: int) -> dict[str, Any]:
-    """Whether a training of images of `size` px on `world` ranks fits `device` bytes a rank.
+    """Whether a training of images of `size` px on `world` ranks fits `device` bytes per rank.
 
     `fits` says so. If not, `instead` lists each change that reduces the memory, with the total in
     bytes after it; where no change alone is enough, the last entry is several of them together.

@@ -55,7 +55,7 @@ def add_parser(commands: Subparsers) -> None:
         metavar="DIR",
         type=Path,
         required=True,
-        help="output folder: NAME.png, its samples and their spread, manifest.jsonl",
+        help="output folder: NAME.png, its samples and their standard deviation, manifest.jsonl",
     )
 
     add_seed(parser)
@@ -67,7 +67,8 @@ def add_parser(commands: Subparsers) -> None:
         metavar="N",
         type=positive,
         default=1,
-        help="samples of each image; several give their spread too (default: %(default)s)",
+        help="samples of each image; several give their standard deviation too "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--weights",
@@ -81,8 +82,8 @@ def add_parser(commands: Subparsers) -> None:
         metavar="SHARE",
         type=float,
         default=0.0,
-        help="share of the pixels, the least certain ones, that is generated once more, 0 to 1 "
-        "(default: %(default)s)",
+        help="share of the unknown pixels, the least certain ones, that is generated once more, "
+        "0 to 1 (default: %(default)s)",
     )
     parser.add_argument(
         "--prompt",

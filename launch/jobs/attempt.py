@@ -1,7 +1,7 @@
 """One attempt of a job on this node, from the start of the first process to the outcome.
 
-Five times a second it reads what the ranks, the launcher and the other nodes have written (`read`)
-and judges it (`judge`). The first of these that holds is the outcome:
+Five times per second it reads what the ranks, the launcher and the other nodes have written
+(`read`) and judges it (`judge`). The first of these that holds is the outcome:
 
     a rank found a mistake of the user           its line, and 2
     all ranks are done, here and elsewhere       0, or 75 if a signal stopped them

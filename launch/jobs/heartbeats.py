@@ -2,7 +2,7 @@
 
 An attempt's folder holds for each rank R, on whatever node,
 
-    rank_R.json      its heartbeat, replaced at every change of phase and at most once a second:
+    rank_R.json      its heartbeat, replaced at every change of phase and at most once per second:
                      {"rank", "pid", "host", "phase", "step", "time": Unix seconds,
                      "error": its last error or null}
     rank_R.end.json  {"code", "error": one line and then the traceback, or null, "time"}: its exit
@@ -115,7 +115,7 @@ class Pulse:
             if beat.step > previous.step:
                 both_training = previous.phase == beat.phase == "training"
                 if self.step_changed is not None and both_training:
-                    # A mean: heartbeats come once a second at most, in which many steps may be
+                    # A mean: heartbeats come once per second at most, in which many steps may be
                     # made.
                     seconds = (now - self.step_changed) / (beat.step - previous.step)
                     self.step_seconds.append(seconds)

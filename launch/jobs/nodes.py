@@ -119,7 +119,7 @@ class Peers:
         self.done: int | None = None  # exit code, once all ranks here are done
 
     def publish(self, outcome: Outcome | None = None, over: bool = False) -> None:
-        """Writes this node's note: an outcome at once, else once a second."""
+        """Writes this node's note: an outcome at once, else once per second."""
         due = outcome or time.monotonic() - self.published >= PUBLISH_EVERY
         if not (self.others and due):
             return

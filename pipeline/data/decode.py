@@ -10,7 +10,7 @@ contain, each covered by a test:
     progressive JPEG              like baseline
     CMYK, YCCK JPEG               RGB; inks are assumed inverted, as Adobe writes them
     grey                          three equal channels
-    16 bits a channel             the upper 8
+    16 bits per channel           the upper 8
     palette, 1 bit                their colours
     alpha, a transparent colour   composited on white
     animated GIF, WebP, PNG       the first frame; of PNG the still image
@@ -135,8 +135,8 @@ def decode(data: bytes, size: int) -> DecodedImage:
     or at least 7/4 of it: much cheaper than decoding 1024 pixels for 64. At these scales
     libjpeg-turbo's short transforms give the exact mean of each block of pixels (at 4:2:0 the
     chroma is decoded at twice the scale). At 3/8, 5/8, ... they cut off frequencies instead, and
-    are slower than the full size: 203 against 330 images a second at 6/8 of 1024 px. Other formats
-    are decoded at full size.
+    are slower than the full size: 203 against 330 images per second at 6/8 of 1024 px. Other
+    formats are decoded at full size.
     """
     return _decode_jpeg(data, size) if _is_jpeg(data) else _decode_other(data)
 

@@ -63,7 +63,7 @@ def crop_resize(image: DecodedImage, size: int, u: float, v: float) -> np.ndarra
     Hence the factor 7/4 in `decode`, and its whole multiples: at one pixel for one there is nothing
     to resize. (Hamming aliases nearly as much as box, as a mean of the area does; box itself is
     exact only at whole multiples.) From 1024 px to 64 | 256 on one core of an EPYC: 476 | 456
-    images a second, 99 % of the bare decode and resize; full decode and bicubic 92 | 68.
+    images per second, 99 % of the bare decode and resize; full decode and bicubic 92 | 68.
     """
     short = min(image.height, image.width)
 

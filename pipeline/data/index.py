@@ -50,7 +50,7 @@ class Index:
     content: str  # SHA-256 of all checksums
 
     def column(self, name: str) -> np.ndarray:
-        """One column of N rows, a row a sample.
+        """One column of N rows, one per sample.
 
         offset, size (bytes, -1 if there is no such file), crc32: (N, 3), by FILES
         pixels: (N, 2), width and height

@@ -32,7 +32,7 @@ from pipeline.text.prompts import Prompts
 
 MAX_ATTEMPTS = 16  # samples tried for one position before the data set is called broken
 PREFETCH = 2  # steps that are prepared while one is trained
-PIECE = 16  # samples a thread takes at a time, at most
+PIECE = 16  # samples that a thread takes at a time, at most
 
 # uint8 images (B, S, S, 3), their prompt, the draws of their positions -> one step's arrays
 MakeInputs = Callable[[np.ndarray, Arrays, Draws], Arrays]
@@ -118,7 +118,8 @@ class Loader:
         Raises:
             BadImage, DamagedSample: it cannot be used.
         """
-        u = v = x = y = 0.5
+        u, v = 0.5, 0.5  # of the square in the image
+        x, y = 0.5, 0.5  # of the window in the square
 
         # A stream for each purpose: an option that is off draws nothing and moves no other draw.
         if step is not None and self.config.crop == "random":

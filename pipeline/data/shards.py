@@ -41,7 +41,7 @@ class DataConfig:
 
     # Tars, with braces and *; or several data sets, each with its weight.
     shards: str | tuple[str, ...] | dict[str, float] = field(hash=False)
-    global_batch: int = 2048  # samples a step over all ranks
+    global_batch: int = 2048  # samples per step over all ranks
     shuffle_shards: int = 8  # number of shards whose samples are shuffled together
     crop: Literal["center", "random"] = "center"  # position of the square in the image
     # Caption fields and their weights: txt, or fields of KEY.json; {} for none.

@@ -31,7 +31,7 @@ class SamplerConfig:
     # DPM-Solver++ in 25 steps matches 250 ancestral steps, see docs/speed.md.
     sampler: SolverName = "dpm_solver++"
     steps: int = 25  # calls of the network
-    # Images a call of the network; fewer are padded, so that there is one graph to compile.
+    # Images per call of the network; fewer are padded, so that there is one graph to compile.
     batch_size: int = 8
     guidance: float = 1.0  # weight of classifier-free guidance; 1 is none
     # static: x clipped to [-1, 1]; dynamic: to its quantile, and rescaled (Imagen)

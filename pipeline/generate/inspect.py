@@ -14,7 +14,7 @@ and a straight line would be short of it in the middle (White, arXiv 1609.04468)
 What is between is sampled by DDIM, which draws no further noise: so neighbours differ by their
 initial noise alone.
 
-Shapes: B images a row, C channels, S side.
+Shapes: B images per row, C channels, S side.
 """
 
 import io
@@ -42,7 +42,7 @@ from pipeline.stage.inputs import Arrays
 from pipeline.stage.request import SampleRequest
 from pipeline.stage.stage import Stage
 
-COLUMNS = 8  # images a row and a call of the network
+COLUMNS = 8  # images per row and per call of the network
 STEPS = (2, 4, 8, 16, 32)
 NUM_PATHS = 3  # images in path.png
 NUM_PAIRS = 4  # of noises in interpolation.png
@@ -154,7 +154,7 @@ class Inspector:
         return rows
 
     def path(self) -> list[Row]:
-        """For some images a row of z and one of x."""
+        """For some images: a row of z and one of x."""
         # Without infinity at the end, where the network is not called.
         logsnrs = logsnr_steps(self.schedule, self.config.steps, self.config.extra_steps)[:-1]
         places = np.unique(np.linspace(0, len(logsnrs) - 1, COLUMNS).round().astype(int))

@@ -22,7 +22,7 @@ from pipeline.nn.layers import Conv, Norm, NormKind, downsample, upsample, zero_
 #     text_bias_BL     added to attention scores, 0 for tokens, PADDING for padding; None: no text
 #     dropout_seeds_B  int32, one per image; None: nothing is dropped
 # A plain tuple, since the graph compiler refuses a NamedTuple, even one made inside the graph.
-# `UNet.embed` makes it; it is only ever spread into the named parameters of a layer.
+# `UNet.embed` makes it; it is only ever unpacked into the named parameters of a layer.
 Conditions = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 

@@ -9,8 +9,8 @@ shape of a caption's call depends on its own number of tokens alone. Padding is 
 work rather than three quarters, few graphs are compiled, and a caption's embedding does not depend
 on the other captions of its call, to the last bit.
 
-Shapes: N captions, T tokens of all captions, L tokens a caption after padding, B captions a call, D
-text width.
+Shapes: N captions, T tokens of all captions, L tokens per caption after padding, B captions per
+call, D text width.
 """
 
 import logging
@@ -27,7 +27,7 @@ from pipeline.errors import UserError
 from pipeline.text.t5 import T5Encoder
 from pipeline.text.t5_folder import load_tokenizer
 
-# Tokens a call: enough to keep a CPU's matrix products busy, few enough for a single prompt.
+# Tokens per call: enough to keep a CPU's matrix products busy, few enough for a single prompt.
 TOKENS = 512
 
 HALF_MAX = float(np.finfo(np.float16).max)
@@ -41,7 +41,7 @@ class TextConfig:
 
     encoder: str  # Hugging Face folder of a T5: config.json, safetensors, spiece.model
     width: int = 4096  # of its embeddings; T5-XXL's
-    length: int = 128  # tokens a caption, padded or truncated
+    length: int = 128  # tokens per caption, padded or truncated
     clean: bool = False  # captions and prompts: see pipeline/text/captions.py
     cond_drop_prob: float = 0.1  # probability of dropping a caption in training, for guidance
 
@@ -62,7 +62,7 @@ class Call(NamedTuple):
 
     members: np.ndarray  # indices of captions
     batch: int  # captions after padding, B
-    length: int  # tokens a caption after padding, L
+    length: int  # tokens per caption after padding, L
 
 
 class TextEncoder:

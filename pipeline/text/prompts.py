@@ -1,6 +1,6 @@
 """What conditions a sample, and what guidance drops: its text, its class, or nothing.
 
-A prompt is a dict of named arrays, one row a sample, whose rows of zeros mean "no prompt":
+A prompt is a dict of named arrays, one row per sample, whose rows of zeros mean "no prompt":
 
     text    text (B, L, D) float32 and text_mask (B, L), 1 at the tokens that are there
     class   label (B, K) float32, one-hot

@@ -7,7 +7,7 @@ embeddings of all captions one after the other without padding (a caption of 12 
 rows, not 128), the start of each caption, checksums, and the recipe's fingerprint. A file that does
 not match its shard and its recipe is refused.
 
-Shapes: N samples of a shard's index, C their captions, T all tokens, L tokens a caption after
+Shapes: N samples of a shard's index, C their captions, T all tokens, L tokens per caption after
 padding, D text width.
 """
 
@@ -43,7 +43,7 @@ class Recipe:
     # The names of these fields are hashed: see `fingerprint`.
     encoder: str  # fingerprint of configuration, weights and tokenizer
     width: int
-    length: int  # maximal tokens a caption
+    length: int  # maximal tokens per caption
     clean: bool  # whether captions are cleaned first
 
     def fingerprint(self, field: str) -> str:

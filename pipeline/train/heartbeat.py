@@ -6,9 +6,9 @@ Each rank writes `rank_R.json` in the folder of the attempt's logs:
      "phase": "training", "step": 1200, "time": 1730000000.0, "error": null}
 
 The phases are starting, compiling, training, checkpoint, sampling, finished and failed. The
-training thread itself writes the file, at each change of phase and otherwise at most once a second,
-so the file of a rank that hangs grows old. Only the phase `training` is refreshed that often:
-compiling, or waiting for other ranks, has no time limit.
+training thread itself writes the file, at each change of phase and otherwise at most once per
+second, so the file of a rank that hangs grows old. Only the phase `training` is refreshed that
+often: compiling, or waiting for other ranks, has no time limit.
 """
 
 import json

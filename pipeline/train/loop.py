@@ -275,7 +275,7 @@ class StepTimer:
         self.time = time.perf_counter()
 
     def seconds_per_step(self, step: int) -> float:
-        """Seconds a step since the last call; `step` is how many are done."""
+        """Seconds per step since the last call; `step` is how many are done."""
         now = time.perf_counter()
         seconds = (now - self.time) / (step - self.step)
         self.step = step

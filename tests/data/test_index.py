@@ -346,7 +346,7 @@ def test_a_folder_that_is_not_writable(tmp_path: Path) -> None:
         build_indexes([str(tmp_path / "0.tar")], Sources(), tmp_path / "file", 1, progress=False)
 
 
-# tools.index
+# cascade index
 
 
 @pytest.fixture

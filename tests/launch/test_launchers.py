@@ -1,5 +1,5 @@
-"""The real msrun and mpirun under a supervisor, with two ranks that sum: half a minute a job, `make
-test-launchers`.
+"""The real msrun and mpirun under a supervisor, with two ranks that sum: half a minute per job,
+`make test-launchers`.
 """
 
 import json

@@ -27,7 +27,7 @@ from pipeline.text.prompts import PROMPT_INPUTS
 from pipeline.text.store import TextStore
 from tests.helpers.tars import sample, tar
 
-LENGTH = 12  # tokens a caption
+LENGTH = 12  # tokens per caption
 NUM_SAMPLES = 6
 
 

@@ -1,5 +1,5 @@
 """The folder of compiled graphs: what its name depends on, and when it is complete. That a resumed
-run loads its graphs is in test_loop.py, as MindSpore takes one folder a process.
+run loads its graphs is in test_loop.py, as MindSpore takes one folder per process.
 """
 
 from collections.abc import Callable

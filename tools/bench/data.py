@@ -183,7 +183,7 @@ def write_shards(
                         "__key__": f"{index:08d}",
                         # Few images, repeated: a reader decodes each of them again.
                         "jpg": jpegs[index % num_distinct],
-                        "txt": b"a picture",
+                        "txt": b"an image",
                         "json": b'{"width": 1024, "height": 1024}',
                     }
                 )

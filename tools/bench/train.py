@@ -168,6 +168,6 @@ def table(report: dict[str, Any]) -> str:
 
     measured = (
         f"Medians of {max(map(len, rows.values()))} rounds of {report['steps']} steps after the "
-        f"first; matrix products of {peak_rate / 1e9:.0f} x 10^9 operations a second"
+        f"first; matrix products of {peak_rate / 1e9:.0f} x 10^9 operations per second"
     )
     return "\n".join([*markdown(headings, cells), "", footer(report, measured)])
