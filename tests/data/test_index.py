@@ -381,16 +381,23 @@ def test_the_report_in_json(crawl: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert [fault["key"] for fault in report["faults"]] == ["", "x", "b"]
 
 
-def test_the_report_as_text(
-    crawl: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("launch.cli.index.MAX_FAULTS_SHOWN", 2)
+def test_the_report_as_text(crawl: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = run_tool(capsys, f"{crawl}/*.tar")
     assert text.splitlines()[0].startswith("6 samples in 2 shards, 0.00 GiB")
     assert "KEY.txt, characters: min 0, median 12, max 12; 2 samples have none" in text
     assert f"wrong: 3\n  {crawl}/b.tar:: damaged from byte" in text
-    assert text.endswith("and 1 more; --json lists them all\n")
     assert "nothing is wrong" in run_tool(capsys, f"{crawl}/a.tar")
+
+
+def test_the_text_shows_the_first_faults_of_many(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.tar").write_bytes(tar([(f"{i:04}.jpg", html()) for i in range(50)]))
+    text = run_tool(capsys, f"{tmp_path}/*.tar")
+    shown = text.count(f"{tmp_path}/a.tar:0")
+    assert 0 < shown < 50
+    assert f"wrong: 50\n  {tmp_path}/a.tar:0000: " in text
+    assert text.endswith(f"and {50 - shown} more; --json lists them all\n")
 
 
 def test_the_tool_rebuilds_outdated_indexes(
