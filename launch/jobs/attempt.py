@@ -19,34 +19,34 @@ from pathlib import Path
 from launch.jobs import diagnosis, processes
 from launch.jobs.children import Children
 from launch.jobs.diagnosis import Failure
-from launch.jobs.heartbeats import HANG, PATIENCE, PAUSES
+from launch.jobs.heartbeats import HANG, PAUSES, PHASE_TIMEOUTS
 from launch.jobs.logs import Tail, last_lines
 from launch.jobs.nodes import POLL, STOPPED, Outcome, Peers
 from launch.jobs.plan import RENDEZVOUS_TIMEOUT, LaunchConfig, Process, find_port
-from launch.jobs.ranks import Rank, Watch
+from launch.jobs.ranks import Rank, RankMonitor
 
 # From the folder of an attempt and the port of the rendezvous to the processes to start.
 Plan = Callable[[Path, int], list[Process]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class Timeouts:
     """How long a supervisor waits, in seconds; tests wait less."""
 
     # Without a new step, until a rank hangs; longer if its steps are slow.
     hang: float = HANG
     # After the first sign of a failure, for the reports that explain it.
-    settle: float = 2.0
+    report_wait: float = 2.0
     # After SIGTERM, for the next sign that the ranks follow it.
     stop: float = 60.0
     # After a rank's exit report, until its process has ended.
-    leave: float = 30.0
+    exit: float = 30.0
     # From SIGTERM to SIGKILL, for processes that should have ended.
-    end: float = 5.0
+    kill: float = 5.0
     # The same for the guard, which ends the processes of a supervisor that was killed.
     guard: float = 10.0
     # For the other nodes to start.
-    meet: float = RENDEZVOUS_TIMEOUT
+    rendezvous: float = RENDEZVOUS_TIMEOUT
     # Without a sign of another node: network file systems show changes late.
     node: float = 120.0
     # Before the first restart; doubled for each that follows.
@@ -60,7 +60,7 @@ class NodeJob:
     config: LaunchConfig
     run_dir: Path
     plan: Plan
-    limits: Limits
+    timeouts: Timeouts
     job_id: str  # in the environment of all its processes
     signals: list[int]  # numbers of the signals that this process has received
     remotes: Children  # the ssh connections by which node 0 starts the other nodes
@@ -75,15 +75,15 @@ class Attempt:
     def __init__(self, job: NodeJob, folder: Path) -> None:
         self.job = job
         self.config = job.config
-        self.limits = job.limits
+        self.timeouts = job.timeouts
         self.signals = job.signals
         self.folder = folder
 
         self.launchers = Children(folder, job.job_id, "launch.launcher")
-        self.watch = Watch(folder, job.config.ranks)
-        self.ranks = self.watch.ranks
+        self.monitor = RankMonitor(folder, job.config.ranks)
+        self.ranks = self.monitor.ranks
         self.tails = [Tail(folder / f"rank_{rank}.log", rank) for rank in job.config.ranks]
-        self.peers = Peers(job.config, folder, job.limits.node)
+        self.peers = Peers(job.config, folder, job.timeouts.node)
 
         # By rank or launcher, each as it was first seen.
         self.failures: dict[int | str, Failure] = {}
@@ -111,17 +111,17 @@ class Attempt:
             self.read()
             if (outcome := self.judge(time.monotonic())) is not None:
                 return outcome
-            self.watch.wait(POLL)
+            self.monitor.wait(POLL)
 
     def close(self) -> None:
         """Once all processes have ended: shows the rest of the logs."""
-        self.watch.close()
+        self.monitor.close()
         for tail in self.tails:
             tail.show(final=True)
 
     def wait_for_nodes(self) -> Outcome | None:
         """Returns once all other nodes are there; an outcome if they do not come."""
-        deadline = time.monotonic() + self.limits.meet
+        deadline = time.monotonic() + self.timeouts.rendezvous
         while True:
             self.peers.publish()
             self.peers.read()
@@ -146,15 +146,15 @@ class Attempt:
             if time.monotonic() > deadline:
                 return Outcome(
                     code=1,
-                    message=f"{names} not here within {self.limits.meet:g} s: start the same "
-                    "command there with its launch.node_rank; all nodes have to share "
+                    message=f"{names} not here within {self.timeouts.rendezvous:g} s: start the "
+                    "same command there with its launch.node_rank; all nodes have to share "
                     f"{self.job.run_dir}",
                 )
             time.sleep(POLL)
 
     def read(self) -> None:
         """Reads what ranks and nodes have written."""
-        self.watch.read()
+        self.monitor.read()
         for tail in self.tails:
             tail.show()
 
@@ -165,8 +165,8 @@ class Attempt:
     def judge(self, now: float) -> Outcome | None:
         """The attempt's outcome, once there is one."""
         for rank in self.ranks:
-            if rank.end and rank.end.code == 2:
-                return Outcome(code=2, message=rank.end.error or "a rank refused its input")
+            if rank.exit_report and rank.exit_report.code == 2:
+                return Outcome(code=2, message=rank.exit_report.error or "a rank refused its input")
 
         if all(rank.finished for rank in self.ranks):
             return self.finish(now)
@@ -184,12 +184,14 @@ class Attempt:
         """All ranks here are done: waits for the ranks of other nodes and for the launchers."""
         if self.done_at is None:
             self.done_at = now
-        outcome = Outcome(code=max(rank.end.code if rank.end else 0 for rank in self.ranks))
+        outcome = Outcome(
+            code=max(rank.exit_report.code if rank.exit_report else 0 for rank in self.ranks)
+        )
         self.peers.done = outcome.code
 
         if failure := self.peers.failure():
             return failure
-        if self.peers.any_running() and now - self.done_at < PATIENCE["finished"]:
+        if self.peers.any_running() and now - self.done_at < PHASE_TIMEOUTS["finished"]:
             return None
 
         # MindSpore's scheduler may wait for a rank that ended without disconnecting, so that a
@@ -197,11 +199,11 @@ class Attempt:
         exits = [rank.exited for rank in self.ranks if rank.exited is not None]
         ranks_gone = len(exits) == len(self.ranks)
         all_gone = ranks_gone and (
-            not self.launchers.running() or time.time() - max(exits) > self.limits.end
+            not self.launchers.running() or time.time() - max(exits) > self.timeouts.kill
         )
         # A single rank is connected to nothing that could be left waiting.
         single = self.config.size == 1
-        if all_gone or single or now - self.done_at > self.limits.leave:
+        if all_gone or single or now - self.done_at > self.timeouts.exit:
             return outcome
         return None
 
@@ -216,17 +218,21 @@ class Attempt:
             processes.send_signal(pids, signal.SIGTERM)
 
         # While it compiles a rank handles no signals; before the first step nothing is lost.
-        if not any(rank.pulse.trained for rank in self.ranks):
+        if not any(rank.progress.trained for rank in self.ranks):
             return Outcome(
                 code=STOPPED, message="stopped before the first step; the same command resumes"
             )
 
         saving = [
-            rank.pulse.since for rank in self.ranks if rank.running and rank.pulse.phase in PAUSES
+            rank.progress.since
+            for rank in self.ranks
+            if rank.running and rank.progress.phase in PAUSES
         ]
-        slowest_step = max(rank.pulse.median_step for rank in self.ranks)
-        limit = PATIENCE["checkpoint"] if saving else max(self.limits.stop, 4 * slowest_step)
-        last_sign = max([self.stopped_at, *saving, *(rank.end_read for rank in self.ranks)])
+        slowest_step = max(rank.progress.median_step for rank in self.ranks)
+        limit = (
+            PHASE_TIMEOUTS["checkpoint"] if saving else max(self.timeouts.stop, 4 * slowest_step)
+        )
+        last_sign = max([self.stopped_at, *saving, *(rank.exit_report_read for rank in self.ranks)])
         if now - last_sign <= limit:
             return None
 
@@ -240,16 +246,16 @@ class Attempt:
     def find_failures(self, now: float) -> dict[int | str, Failure]:
         """What is wrong with ranks and launchers at this moment."""
         unix_now = time.time()
-        pulses = [*(rank.pulse for rank in self.ranks), self.watch.rank_0_pulse]
-        excused = any(pulse.pausing(now) for pulse in pulses)
+        ranks_progress = [*(rank.progress for rank in self.ranks), self.monitor.rank_0_progress]
+        excused = any(progress.pausing(now) for progress in ranks_progress)
 
         failures: dict[int | str, Failure | None] = {
             rank.number: diagnosis.rank_failure(
                 rank,
                 now=now,
                 unix_now=unix_now,
-                hang=self.limits.hang,
-                settle=self.limits.settle,
+                hang=self.timeouts.hang,
+                report_wait=self.timeouts.report_wait,
                 excused=excused,
             )
             for rank in self.ranks
@@ -264,7 +270,7 @@ class Attempt:
                 code,
                 ended_for=now - self.launchers.ended_at[name],
                 unix_now=unix_now,
-                settle=self.limits.settle,
+                report_wait=self.timeouts.report_wait,
             )
 
         if any(rank.beat is None for rank in self.ranks):
@@ -280,12 +286,12 @@ class Attempt:
         if self.failed_at is None:
             self.failed_at = now
         elapsed = now - self.failed_at
-        settle = self.limits.settle
-        if elapsed < settle:
+        report_wait = self.timeouts.report_wait
+        if elapsed < report_wait:
             return None
 
         self.failures |= {
-            rank.number: diagnosis.suspended_failure(rank) for rank in self.watch.suspended()
+            rank.number: diagnosis.suspended_failure(rank) for rank in self.monitor.suspended()
         }
         exits = {rank.number: rank.exited for rank in self.ranks if rank.exited is not None}
         failure = diagnosis.first_failure(self.failures.values(), exits)
@@ -293,7 +299,7 @@ class Attempt:
         # The launcher's log may say by now how a rank without an exit report ended.
         if failure.silent and failure.rank is not None:
             code = self.exit_code(self.ranks[failure.rank - self.config.ranks[0]])
-            if code is None and elapsed < 3 * settle:
+            if code is None and elapsed < 3 * report_wait:
                 return None
             if code is not None:
                 failure = replace(failure, message=diagnosis.describe_exit_code(code))
@@ -301,7 +307,7 @@ class Attempt:
         # An error may follow from a failure on another node, which needs time to arrive here.
         peer_failure = self.peers.failure()
         may_follow = bool(self.peers.others) and not failure.silent
-        if may_follow and peer_failure is None and elapsed < 2 * settle:
+        if may_follow and peer_failure is None and elapsed < 2 * report_wait:
             return None
 
         lines = [peer_failure.message] if peer_failure and not failure.silent else []

@@ -60,7 +60,7 @@ class Children:
         polled = {name: process.poll() for name, process in self.started.items()}
         codes = {name: code for name, code in polled.items() if code is not None}
 
-        # The first call that sees the end sets its time: `settle` is counted from there.
+        # The first call that sees the end sets its time: `report_wait` is counted from there.
         for name in codes:
             self.ended_at.setdefault(name, time.monotonic())
         return codes

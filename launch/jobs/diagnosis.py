@@ -37,26 +37,28 @@ class Failure:
 
 
 def rank_failure(
-    rank: Rank, *, now: float, unix_now: float, hang: float, settle: float, excused: bool
+    rank: Rank, *, now: float, unix_now: float, hang: float, report_wait: float, excused: bool
 ) -> Failure | None:
     """What is wrong with a rank, or None.
 
-    `hang`: seconds without a new step that are a hang, at least. `settle`: seconds that a failed
-    rank has for its exit report. `excused`: another rank saves or samples, so that this one need
-    not make steps.
+    `hang`: seconds without a new step that are a hang, at least. `report_wait`: seconds that a
+    failed rank has for its exit report. `excused`: another rank saves or samples, so that this one
+    need not make steps.
     """
     if rank.finished:
         return None
 
     # From the most precise source to the least: exit report, heartbeat, process, silence.
-    if rank.end:
-        message, _, detail = (rank.end.error or f"exit code {rank.end.code}").partition("\n")
-        return Failure(rank=rank.number, time=rank.end.time, message=message, detail=detail)
+    if rank.exit_report:
+        message, _, detail = (
+            rank.exit_report.error or f"exit code {rank.exit_report.code}"
+        ).partition("\n")
+        return Failure(rank=rank.number, time=rank.exit_report.time, message=message, detail=detail)
 
-    silence = now - rank.pulse.since
+    silence = now - rank.progress.since
     beat = rank.beat
     if beat and beat.phase == "failed":
-        if rank.exited is None and silence <= settle:  # its exit report may follow
+        if rank.exited is None and silence <= report_wait:  # its exit report may follow
             return None
         message, _, detail = (beat.error or "failed without an error message").partition("\n")
         return Failure(rank=rank.number, time=beat.time, message=message, detail=detail)
@@ -72,14 +74,14 @@ def rank_failure(
         )
 
     # While one rank saves or samples, the others wait for it in their next collective.
-    waits_for_another = excused and rank.pulse.phase == "training"
-    if waits_for_another or silence <= rank.pulse.limit(hang):
+    waits_for_another = excused and rank.progress.phase == "training"
+    if waits_for_another or silence <= rank.progress.limit(hang):
         return None
     return Failure(
         rank=rank.number,
         # Dated at its last progress, as the failure of another rank may have followed from it.
         time=unix_now - silence,
-        message=f"hangs: {rank.pulse.phase}, nothing new for {silence:.0f} s",
+        message=f"hangs: {rank.progress.phase}, nothing new for {silence:.0f} s",
         logs=logs,
     )
 
@@ -108,14 +110,14 @@ def died_before_heartbeat(
 
 
 def launcher_failure(
-    name: str, code: int, *, ended_for: float, unix_now: float, settle: float
+    name: str, code: int, *, ended_for: float, unix_now: float, report_wait: float
 ) -> Failure | None:
     """What is wrong with a launcher that was seen to have ended `ended_for` seconds ago, or None.
 
     A launcher that was killed is the cause of what follows. Else it ended because of a rank, whose
-    exit report may be still to read: `settle` seconds are allowed for that.
+    exit report may be still to read: `report_wait` seconds are allowed for that.
     """
-    if code >= 0 and ended_for <= settle:
+    if code >= 0 and ended_for <= report_wait:
         return None
     return Failure(
         # A killed launcher is dated back, before the ends of the ranks that follow from it.
@@ -185,7 +187,7 @@ def describe(failure: Failure, ranks: Sequence[Rank], now: float) -> str:
 
     for rank in ranks:
         beat = rank.beat
-        silence = now - rank.pulse.since
+        silence = now - rank.progress.since
         # A rank that has been silent for long may be the one that all others wait for.
         other = rank.number != failure.rank and rank.exited is None
         if other and beat and silence > NOTABLE_SILENCE:

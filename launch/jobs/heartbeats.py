@@ -25,7 +25,7 @@ from typing import Any
 from pipeline.train.heartbeat import Phase
 
 # Seconds within which a phase has to end: more than any healthy run takes.
-PATIENCE = {
+PHASE_TIMEOUTS = {
     "starting": 1800.0,
     "compiling": 7200.0,
     "checkpoint": 1800.0,
@@ -38,7 +38,7 @@ PAUSES = ("checkpoint", "sampling")  # phases of one rank in which all others wa
 
 
 @dataclass(frozen=True, kw_only=True)
-class Beat:
+class HeartbeatRecord:
     """A rank's heartbeat."""
 
     rank: int
@@ -51,7 +51,7 @@ class Beat:
 
 
 @dataclass(frozen=True, kw_only=True)
-class End:
+class ExitReport:
     """A rank's exit report."""
 
     code: int
@@ -68,40 +68,40 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def read_beat(folder: Path, rank: int) -> Beat | None:
+def read_heartbeat(folder: Path, rank: int) -> HeartbeatRecord | None:
     content = read_json(folder / f"rank_{rank}.json")
     if content is None:
         return None
 
-    names = Beat.__dataclass_fields__
+    names = HeartbeatRecord.__dataclass_fields__
     try:
-        return Beat(**{name: value for name, value in content.items() if name in names})
+        return HeartbeatRecord(**{name: value for name, value in content.items() if name in names})
     except TypeError:  # a field is missing, so that it is not a heartbeat
         return None
 
 
-def read_end(folder: Path, rank: int) -> End | None:
+def read_exit_report(folder: Path, rank: int) -> ExitReport | None:
     content = read_json(folder / f"rank_{rank}.end.json")
     if not content:
         return None
-    return End(code=content["code"], error=content.get("error"), time=content["time"])
+    return ExitReport(code=content["code"], error=content.get("error"), time=content["time"])
 
 
 @dataclass(kw_only=True)
-class Pulse:
+class RankProgress:
     """How long a rank's heartbeat has not changed.
 
     All times are of this process's monotonic clock: the clocks of the nodes may differ.
     """
 
     since: float  # when phase or step last changed
-    beat: Beat | None = None
+    beat: HeartbeatRecord | None = None
     step_changed: float | None = None  # when the step last changed
     # Seconds of each of the last steps.
     step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=99))
     trained: bool = False  # whether it has begun a step
 
-    def update(self, beat: Beat | None, now: float) -> None:
+    def update(self, beat: HeartbeatRecord | None, now: float) -> None:
         """Takes the heartbeat that was read at `now`."""
         if beat is None:
             return
@@ -146,4 +146,4 @@ class Pulse:
         if self.phase == "training":
             # In units of the rank's own steps, as a step takes milliseconds or minutes.
             return max(hang, HANG_STEPS * self.median_step)
-        return PATIENCE.get(self.phase, hang)
+        return PHASE_TIMEOUTS.get(self.phase, hang)

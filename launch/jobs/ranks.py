@@ -14,7 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.jobs import processes
-from launch.jobs.heartbeats import Beat, End, Pulse, read_beat, read_end
+from launch.jobs.heartbeats import (
+    ExitReport,
+    HeartbeatRecord,
+    RankProgress,
+    read_exit_report,
+    read_heartbeat,
+)
 from launch.jobs.nodes import STOPPED
 
 
@@ -23,37 +29,37 @@ class Rank:
     """What is known of a rank."""
 
     number: int
-    pulse: Pulse
-    end: End | None = None  # its exit report
-    end_read: float = 0.0  # monotonic time at which that was read
+    progress: RankProgress
+    exit_report: ExitReport | None = None
+    exit_report_read: float = 0.0  # monotonic time at which that was read
     exited: float | None = None  # Unix seconds at which its process ended
     exit_code: int | None = None  # of its process as subprocess gives it, if it was seen
 
     @property
-    def beat(self) -> Beat | None:
-        return self.pulse.beat
+    def beat(self) -> HeartbeatRecord | None:
+        return self.progress.beat
 
     @property
     def finished(self) -> bool:
         """Whether it has trained to the end, or to the step at which all were stopped."""
-        if self.end:
-            return self.end.code in (0, STOPPED)
+        if self.exit_report:
+            return self.exit_report.code in (0, STOPPED)
         return self.exited is not None and self.beat is not None and self.beat.phase == "finished"
 
     @property
     def running(self) -> bool:
-        return self.end is None and self.exited is None
+        return self.exit_report is None and self.exited is None
 
 
-class Watch:
+class RankMonitor:
     """Observes the ranks of an attempt: all that is read of them is read here."""
 
     def __init__(self, folder: Path, numbers: Iterable[int]) -> None:
         now = time.monotonic()
         self.folder = folder
-        self.ranks = [Rank(number=number, pulse=Pulse(since=now)) for number in numbers]
+        self.ranks = [Rank(number=number, progress=RankProgress(since=now)) for number in numbers]
         # Of rank 0, on whatever node: it saves and samples for all.
-        self.rank_0_pulse = Pulse(since=now)
+        self.rank_0_progress = RankProgress(since=now)
 
         self.poller = select.poll()
         self.by_descriptor: dict[int, Rank] = {}  # pidfd of a rank's process -> the rank
@@ -63,16 +69,16 @@ class Watch:
         now = time.monotonic()
         for rank in self.ranks:
             previous_pid = rank.beat.pid if rank.beat else None
-            rank.pulse.update(read_beat(self.folder, rank.number), now)
+            rank.progress.update(read_heartbeat(self.folder, rank.number), now)
             # The heartbeat has the pid: before the first one there is no process to follow.
             if rank.beat and rank.beat.pid != previous_pid:
                 self.follow(rank, rank.beat.pid)
 
-            if rank.end is None and (end := read_end(self.folder, rank.number)):
-                rank.end = end
-                rank.end_read = now
+            if rank.exit_report is None and (report := read_exit_report(self.folder, rank.number)):
+                rank.exit_report = report
+                rank.exit_report_read = now
 
-        self.rank_0_pulse.update(read_beat(self.folder, 0), now)
+        self.rank_0_progress.update(read_heartbeat(self.folder, 0), now)
 
     def follow(self, rank: Rank, pid: int) -> None:
         """From now on `wait` notices the end of the rank's process."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from launch.jobs.heartbeats import read_beat
+from launch.jobs.heartbeats import read_heartbeat
 from launch.jobs.nodes import attempts
 from launch.jobs.plan import NODE_LOCK
 from pipeline.config import read_yaml
@@ -106,7 +106,7 @@ def rank_states(attempt: Path) -> list[dict[str, Any]]:
     matches = [re.fullmatch(r"rank_(\d+)\.json", path.name) for path in attempt.iterdir()]
     states = []
     for rank in sorted(int(match[1]) for match in matches if match):
-        if beat := read_beat(attempt, rank):
+        if beat := read_heartbeat(attempt, rank):
             state = {name: getattr(beat, name) for name in ("rank", "host", "phase", "step")}
             states.append(state | {"age": age(attempt / f"rank_{rank}.json")})
     return states

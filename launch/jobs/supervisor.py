@@ -26,7 +26,7 @@ from types import FrameType
 from typing import NamedTuple
 
 from launch.jobs import processes
-from launch.jobs.attempt import Attempt, Limits, NodeJob, Plan
+from launch.jobs.attempt import Attempt, NodeJob, Plan, Timeouts
 from launch.jobs.children import Children
 from launch.jobs.nodes import POLL, STOPPED, Outcome, Peers, open_attempt
 from launch.jobs.plan import NODE_LOCK, LaunchConfig, Process
@@ -44,7 +44,7 @@ def supervise(
     plan: Plan,
     *,
     remotes: Sequence[Process] = (),
-    limits: Limits | None = None,
+    timeouts: Timeouts | None = None,
 ) -> int:
     """Runs this node's part of a job, from its first attempt to its last; the exit code.
 
@@ -53,13 +53,13 @@ def supervise(
     """
     job_id = secrets.token_hex(8)
     signals: list[int] = []
-    limits = limits or Limits()
+    timeouts = timeouts or Timeouts()
 
     # The lock comes first: a second supervisor of this node must not start anything.
     with (
         lock(run_dir, NODE_LOCK.format(config.node_rank)),
         recording_signals(signals),
-        guarded(job_id, limits.guard) as guard_pid,
+        guarded(job_id, timeouts.guard) as guard_pid,
     ):
         # Before any process is started, as what its children leave behind has to come here.
         processes.adopt_orphans()
@@ -73,7 +73,7 @@ def supervise(
             config=config,
             run_dir=run_dir,
             plan=plan,
-            limits=limits,
+            timeouts=timeouts,
             job_id=job_id,
             signals=signals,
             remotes=nodes,
@@ -145,7 +145,7 @@ class Supervisor:
                 job.config,
                 job.run_dir,
                 previous=previous,
-                timeout=job.limits.meet,
+                timeout=job.timeouts.rendezvous,
                 stopping=lambda: bool(job.signals),
             )
             if isinstance(opened, Outcome):
@@ -163,7 +163,7 @@ class Supervisor:
                 # The other nodes may wait for the next attempt: they are told that there is none.
                 message = f"{job.run_dir}: stopped between attempts; the same command resumes"
                 outcome = Outcome(code=STOPPED, message=message)
-                self.release_nodes(attempt.peers, outcome, job.limits.leave)
+                self.release_nodes(attempt.peers, outcome, job.timeouts.exit)
                 return outcome
 
     def final_outcome(self, outcome: Outcome) -> Outcome:
@@ -179,7 +179,7 @@ class Supervisor:
         """Runs an attempt until none of its processes is left."""
         job = self.job
         step_before = self.newest_step()
-        grace = job.limits.end
+        grace = job.timeouts.kill
         # What the other nodes learn if an exception leaves this method.
         outcome = Outcome(code=1, message="interrupted")
         last = True
@@ -207,7 +207,7 @@ class Supervisor:
             )
             attempt.close()
             if last:
-                patience = job.limits.leave if grace else 0.0
+                patience = job.timeouts.exit if grace else 0.0
                 self.release_nodes(attempt.peers, outcome, patience)
 
         if remaining:
@@ -235,7 +235,7 @@ class Supervisor:
         """Waits before a restart, longer each time; a signal ends it."""
         job = self.job
 
-        seconds = min(MAX_BACKOFF, job.limits.backoff * 2**self.restarts)
+        seconds = min(MAX_BACKOFF, job.timeouts.backoff * 2**self.restarts)
         self.restarts += 1
         say(
             f"{job.run_dir}: restart {self.restarts} of {job.config.restarts} without a new "

@@ -26,7 +26,6 @@ from pipeline.diffusion.solvers import (
 from pipeline.generate import engine
 from pipeline.generate.engine import batch_rows, denoise, num_calls
 from pipeline.nn.parameters import assign
-from pipeline.nn.tiling import tiled
 from pipeline.nn.unet import UNet
 from pipeline.stage.request import SampleRequest
 from tests.diffusion.test_solvers import every_schedule, every_solver, rates
@@ -291,10 +290,11 @@ def test_batches_have_one_size_and_every_image_once(num_images: int, batch_size:
 
 
 def test_calls_are_counted_as_they_are_made() -> None:
+    stage = make("sr64")
     config = SamplerConfig(steps=5, extra_steps=2, repaint_steps=3, batch_size=2)
-    assert num_calls(config, 4) == 2 * 7
-    assert num_calls(config, 3, strength=0.5) == 2 * 5
-    assert num_calls(config, 1, masked=True) == 6 * 3 + 1
+    assert num_calls(stage, config, 4) == 2 * 7
+    assert num_calls(stage, config, 3, strength=0.5) == 2 * 5
+    assert num_calls(stage, config, 1, masked=True) == 6 * 3 + 1
 
 
 def test_sampling_is_tiled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,17 +306,17 @@ def test_sampling_is_tiled(monkeypatch: pytest.MonkeyPatch) -> None:
     request = SampleRequest(prompt=prompt, seed=0, image_ids=range(2), low_res=images[:, ::2, ::2])
     config = replace(stage.config.sample, steps=2, guidance=2.0, batch_size=2)
 
-    def sampled(tile: Callable[..., Tensor]) -> np.ndarray:
-        monkeypatch.setattr(engine, "tiled", tile)
+    def sampled(limit: int) -> np.ndarray:
+        stage.tile_limit = limit
         stage.compiled_steps.clear()
         return engine.sample(stage, config, request).astype(int)
 
-    def small_tiles(unet: UNet, *inputs: Tensor) -> Tensor:
-        return tiled(unet, *inputs, limit=16 * 32 * 12)
-
-    def zeros(unet: UNet, x_BCHW: Tensor, *inputs: Tensor) -> Tensor:
+    def zeros(unet: UNet, x_BCHW: Tensor, *inputs: Tensor, limit: int) -> Tensor:
         return ops.zeros_like(ops.narrow(x_BCHW, 1, 0, 3))
 
-    expected = sampled(tiled)
-    assert np.abs(sampled(small_tiles) - expected).max() <= 1
-    assert np.abs(sampled(zeros) - expected).max() > 10
+    small = 16 * 32 * 12
+    expected = sampled(stage.tile_limit)
+    assert np.abs(sampled(small) - expected).max() <= 1
+
+    monkeypatch.setattr(engine, "tiled", zeros)
+    assert np.abs(sampled(small) - expected).max() > 10

@@ -12,22 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from launch.jobs import processes
-from launch.jobs.heartbeats import Beat, read_beat
+from launch.jobs.heartbeats import HeartbeatRecord, read_heartbeat
 from pipeline.runtime import process_environment
 
 ROOT = Path(__file__).parents[2]
 
 # Seconds for what takes a few, or thirty under a real launcher: the machine may be busy.
 WAIT = 240.0
-# Limits of a supervisor, in seconds.
+# Timeouts of a supervisor, in seconds.
 QUICK = {
     "hang": 4.0,
-    "settle": 1.0,
+    "report_wait": 1.0,
     "stop": 3.0,
-    "end": 1.0,
+    "kill": 1.0,
     "guard": 1.0,
     "backoff": 0.2,
-    "meet": 60.0,
+    "rendezvous": 60.0,
 }
 # Options of a supervisor in a job of two nodes.
 TWO_NODES: dict[str, Any] = {"nodes": 2, "master": "10.0.0.1", "node": 4.0}
@@ -62,7 +62,7 @@ def until_step(step: int, attempt: Path, ranks: Iterable[int], started: Sequence
     """Returns once each of `ranks` reports `step`; fails if one of `started` ends before."""
 
     def reached(rank: int) -> bool:
-        beat = read_beat(attempt, rank)
+        beat = read_heartbeat(attempt, rank)
         return beat is not None and beat.step >= step
 
     def all_reached() -> bool:
@@ -73,9 +73,9 @@ def until_step(step: int, attempt: Path, ranks: Iterable[int], started: Sequence
     until(all_reached, f"step {step} of ranks {ranks}")
 
 
-def beat_of(attempt: Path, rank: int) -> Beat:
+def beat_of(attempt: Path, rank: int) -> HeartbeatRecord:
     """The last heartbeat of a rank, which must exist."""
-    beat = read_beat(attempt, rank)
+    beat = read_heartbeat(attempt, rank)
     assert beat is not None
     return beat
 

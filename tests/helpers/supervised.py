@@ -1,7 +1,7 @@
 """`python -m tests.helpers.supervised RUN OPTIONS WORD...`: a supervisor in a process of its own,
 as `cascade train` has it.
 
-OPTIONS is JSON, fields of LaunchConfig and of Limits; `hosts` get the same command by ssh, with
+OPTIONS is JSON, fields of LaunchConfig and of Timeouts; `hosts` get the same command by ssh, with
 `launch.NAME=VALUE` as last words. With launcher none, the other words are faults for
 `tests.helpers.fake_ranks`, `FAULT@K` in attempt K only; else the arguments of
 `tests.helpers.sum_ranks`, under that launcher.
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
-from launch.jobs.attempt import Limits
+from launch.jobs.attempt import Timeouts
 from launch.jobs.plan import LaunchConfig, Process, node_processes, remote_processes
 from launch.jobs.supervisor import supervise
 from pipeline.config import apply_overrides
@@ -26,9 +26,9 @@ def main(argv: Sequence[str]) -> int:
     words = [word for word in words if word not in overrides]
 
     options = apply_overrides({"launch": json.loads(options_json)}, overrides)["launch"]
-    limit_names = {field.name for field in fields(Limits)}
-    limits = {name: value for name, value in options.items() if name in limit_names}
-    launch = {name: value for name, value in options.items() if name not in limit_names}
+    timeout_names = {field.name for field in fields(Timeouts)}
+    timeouts = {name: value for name, value in options.items() if name in timeout_names}
+    launch = {name: value for name, value in options.items() if name not in timeout_names}
     real = launch.get("launcher", "none") != "none"
     launch |= {
         "workers": launch.get("workers", 2),
@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
         through_this_module(process)
         for process in remote_processes(config, run_dir, [options_json, *words])
     ]
-    return supervise(config, Path(run_dir), plan, remotes=remotes, limits=Limits(**limits))
+    return supervise(config, Path(run_dir), plan, remotes=remotes, timeouts=Timeouts(**timeouts))
 
 
 def fake_launcher(config: LaunchConfig, attempt: Path, words: Sequence[str]) -> Process:

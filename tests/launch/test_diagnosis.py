@@ -17,12 +17,12 @@ from launch.jobs.diagnosis import (
     rank_failure,
     suspended_failure,
 )
-from launch.jobs.heartbeats import PATIENCE, Beat, End, Pulse
+from launch.jobs.heartbeats import PHASE_TIMEOUTS, ExitReport, HeartbeatRecord, RankProgress
 from launch.jobs.ranks import Rank
 from pipeline.train.heartbeat import Phase
 
 NOW, CLOCK = 50.0, 1_000_000.0  # this process's clock, and Unix seconds
-HANG, SETTLE = 60.0, 2.0
+HANG, REPORT_WAIT = 60.0, 2.0
 ERROR = "ValueError: too hot\nTraceback (most recent call last):\nValueError: too hot"
 
 
@@ -36,7 +36,7 @@ def rank(
     """A rank whose heartbeat has had `phase` since then; without a heartbeat if that is None."""
     beat = None
     if phase is not None:
-        beat = Beat(
+        beat = HeartbeatRecord(
             rank=number,
             pid=100 + number,
             host="h",
@@ -45,11 +45,13 @@ def rank(
             time=CLOCK - 1,
             error=error,
         )
-    return Rank(number=number, pulse=Pulse(since=since, beat=beat), **seen)
+    return Rank(number=number, progress=RankProgress(since=since, beat=beat), **seen)
 
 
 def fault(seen: Rank, excused: bool = False) -> Failure | None:
-    return rank_failure(seen, now=NOW, unix_now=CLOCK, hang=HANG, settle=SETTLE, excused=excused)
+    return rank_failure(
+        seen, now=NOW, unix_now=CLOCK, hang=HANG, report_wait=REPORT_WAIT, excused=excused
+    )
 
 
 # What is wrong with a rank.
@@ -62,9 +64,9 @@ def fault(seen: Rank, excused: bool = False) -> Failure | None:
         rank(),
         rank("compiling", NOW - 3600),
         rank("finished", exited=CLOCK),
-        rank(end=End(code=0, error=None, time=CLOCK), exited=CLOCK),
-        rank(end=End(code=75, error=None, time=CLOCK), exited=CLOCK),
-        rank("failed", NOW - SETTLE),  # its exit report may follow
+        rank(exit_report=ExitReport(code=0, error=None, time=CLOCK), exited=CLOCK),
+        rank(exit_report=ExitReport(code=75, error=None, time=CLOCK), exited=CLOCK),
+        rank("failed", NOW - REPORT_WAIT),  # its exit report may follow
     ],
 )
 def test_nothing_is_wrong(seen: Rank) -> None:
@@ -72,12 +74,12 @@ def test_nothing_is_wrong(seen: Rank) -> None:
 
 
 def test_an_exit_report_is_the_reason() -> None:
-    seen = rank("failed", exited=CLOCK, end=End(code=1, error=ERROR, time=CLOCK - 3))
+    seen = rank("failed", exited=CLOCK, exit_report=ExitReport(code=1, error=ERROR, time=CLOCK - 3))
     detail = ERROR.partition("\n")[2]
     assert fault(seen) == Failure(
         rank=1, time=CLOCK - 3, message="ValueError: too hot", detail=detail
     )
-    assert fault(rank(end=End(code=3, error=None, time=CLOCK))) == Failure(
+    assert fault(rank(exit_report=ExitReport(code=3, error=None, time=CLOCK))) == Failure(
         rank=1, time=CLOCK, message="exit code 3"
     )
 
@@ -85,7 +87,7 @@ def test_an_exit_report_is_the_reason() -> None:
 def test_without_one_the_last_heartbeat_is_the_reason() -> None:
     for seen in (
         rank("failed", error="OSError: no", exited=CLOCK),
-        rank("failed", NOW - 2 * SETTLE, error="OSError: no"),
+        rank("failed", NOW - 2 * REPORT_WAIT, error="OSError: no"),
     ):
         assert fault(seen) == Failure(rank=1, time=CLOCK - 1, message="OSError: no")
 
@@ -103,7 +105,7 @@ def test_silence_beyond_the_limit_is_a_failure() -> None:
     assert seen == Failure(
         rank=1, time=CLOCK - 61, message="hangs: training, nothing new for 61 s", logs=("rank_1",)
     )
-    seen = fault(rank(None, since=NOW - PATIENCE["starting"] - 1))
+    seen = fault(rank(None, since=NOW - PHASE_TIMEOUTS["starting"] - 1))
     assert seen is not None
     assert seen.message == "hangs: starting, nothing new for 1801 s"
 
@@ -111,7 +113,8 @@ def test_silence_beyond_the_limit_is_a_failure() -> None:
 def test_only_a_rank_that_waits_for_another_is_excused() -> None:
     assert fault(rank(since=NOW - HANG - 1), excused=True) is None
     assert (
-        fault(rank("checkpoint", since=NOW - PATIENCE["checkpoint"] - 1), excused=True) is not None
+        fault(rank("checkpoint", since=NOW - PHASE_TIMEOUTS["checkpoint"] - 1), excused=True)
+        is not None
     )
     assert fault(rank(exited=CLOCK), excused=True) is not None
 
@@ -120,7 +123,9 @@ def test_only_a_rank_that_waits_for_another_is_excused() -> None:
 
 
 def ended_launcher(code: int, seconds: float) -> Failure | None:
-    return launcher_failure("msrun_0", code, ended_for=seconds, unix_now=CLOCK, settle=SETTLE)
+    return launcher_failure(
+        "msrun_0", code, ended_for=seconds, unix_now=CLOCK, report_wait=REPORT_WAIT
+    )
 
 
 def test_a_killed_launcher_is_the_cause_and_else_the_ranks_are_read_first() -> None:
@@ -128,8 +133,8 @@ def test_a_killed_launcher_is_the_cause_and_else_the_ranks_are_read_first() -> N
     assert killed == Failure(
         time=CLOCK - 1, message="msrun_0 ended (killed by SIGKILL)", logs=("msrun_0",)
     )
-    assert ended_launcher(1, SETTLE) is None
-    ended = ended_launcher(1, SETTLE + 0.1)
+    assert ended_launcher(1, REPORT_WAIT) is None
+    ended = ended_launcher(1, REPORT_WAIT + 0.1)
     assert ended == Failure(time=CLOCK, message="msrun_0 ended (exit code 1)", logs=("msrun_0",))
 
 

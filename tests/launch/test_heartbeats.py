@@ -5,19 +5,26 @@ from pathlib import Path
 
 import pytest
 
-from launch.jobs.heartbeats import HANG, PATIENCE, Beat, Pulse, read_beat, read_end
+from launch.jobs.heartbeats import (
+    HANG,
+    PHASE_TIMEOUTS,
+    HeartbeatRecord,
+    RankProgress,
+    read_exit_report,
+    read_heartbeat,
+)
 from pipeline.train.heartbeat import Heartbeat, Phase
 
 
-def beat(phase: Phase, step: int) -> Beat:
-    return Beat(rank=0, pid=1, host="h", phase=phase, step=step, time=0.0)
+def beat(phase: Phase, step: int) -> HeartbeatRecord:
+    return HeartbeatRecord(rank=0, pid=1, host="h", phase=phase, step=step, time=0.0)
 
 
 def test_what_ranks_write_is_read(tmp_path: Path) -> None:
     heartbeat = Heartbeat(tmp_path, 3)
     heartbeat.beat("training", 7)
     heartbeat.beat("failed", error=ValueError("too hot"))
-    beat = read_beat(tmp_path, 3)
+    beat = read_heartbeat(tmp_path, 3)
     assert beat is not None
     assert (beat.rank, beat.phase, beat.step) == (3, "failed", 7)
     assert beat.error == "ValueError: too hot"
@@ -27,44 +34,44 @@ def test_what_ranks_write_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"rank": 0}'])
 def test_an_invalid_heartbeat_is_none(tmp_path: Path, text: str) -> None:
     (tmp_path / "rank_0.json").write_text(text)
-    assert read_beat(tmp_path, 0) is None
-    assert read_beat(tmp_path, 1) is None
-    assert read_end(tmp_path, 0) is None
+    assert read_heartbeat(tmp_path, 0) is None
+    assert read_heartbeat(tmp_path, 1) is None
+    assert read_exit_report(tmp_path, 0) is None
 
 
 def test_the_limit_of_a_step_follows_from_earlier_steps() -> None:
-    pulse = Pulse(since=0.0)
-    assert pulse.limit() == PATIENCE["starting"]
-    pulse.update(beat("compiling", 0), 10.0)
-    assert (pulse.limit(), pulse.trained) == (PATIENCE["compiling"], False)
+    progress = RankProgress(since=0.0)
+    assert progress.limit() == PHASE_TIMEOUTS["starting"]
+    progress.update(beat("compiling", 0), 10.0)
+    assert (progress.limit(), progress.trained) == (PHASE_TIMEOUTS["compiling"], False)
     for step in range(1, 6):
-        pulse.update(beat("training", step), 100.0 + 5 * step)
-    assert (pulse.median_step, pulse.limit(), pulse.trained) == (5.0, 100.0, True)
-    pulse.update(beat("training", 15), 126.0)  # ten fast steps hardly change the median
-    assert pulse.limit() == 100.0
-    pulse.update(beat("training", 15), 999.0)
-    assert pulse.since == 126.0
+        progress.update(beat("training", step), 100.0 + 5 * step)
+    assert (progress.median_step, progress.limit(), progress.trained) == (5.0, 100.0, True)
+    progress.update(beat("training", 15), 126.0)  # ten fast steps hardly change the median
+    assert progress.limit() == 100.0
+    progress.update(beat("training", 15), 999.0)
+    assert progress.since == 126.0
 
 
 def test_fast_steps_have_a_limit_of_a_minute() -> None:
-    pulse = Pulse(since=0.0)
+    progress = RankProgress(since=0.0)
     for step in range(1, 9):
-        pulse.update(beat("training", step), float(step))
-    assert pulse.limit() == HANG
-    assert pulse.limit(hang=5.0) == 20.0
+        progress.update(beat("training", step), float(step))
+    assert progress.limit() == HANG
+    assert progress.limit(hang=5.0) == 20.0
 
 
 def test_the_time_of_a_checkpoint_is_not_counted_as_a_step() -> None:
     beats = [beat("training", 1), beat("checkpoint", 1), beat("training", 2), beat("training", 3)]
-    pulse = Pulse(since=0.0)
+    progress = RankProgress(since=0.0)
     for index, each in enumerate(beats):
-        pulse.update(each, 100.0 * index)
-    assert list(pulse.step_seconds) == [100.0]
+        progress.update(each, 100.0 * index)
+    assert list(progress.step_seconds) == [100.0]
 
 
 def test_a_rank_that_saves_pauses_the_others_for_a_limited_time() -> None:
-    pulse = Pulse(since=0.0)
-    assert not pulse.pausing(0.0)
-    pulse.update(beat("checkpoint", 3), 10.0)
-    assert pulse.pausing(PATIENCE["checkpoint"])
-    assert not pulse.pausing(10.0 + PATIENCE["checkpoint"])
+    progress = RankProgress(since=0.0)
+    assert not progress.pausing(0.0)
+    progress.update(beat("checkpoint", 3), 10.0)
+    assert progress.pausing(PHASE_TIMEOUTS["checkpoint"])
+    assert not progress.pausing(10.0 + PHASE_TIMEOUTS["checkpoint"])

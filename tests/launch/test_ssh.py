@@ -125,7 +125,7 @@ def test_node_0_starts_the_other(supervise: Supervise, machines: Machines, tmp_p
 def test_the_error_of_ssh_is_the_reason(supervise: Supervise, machines: Machines) -> None:
     machines.refused = "n1"
     started = time.monotonic()
-    code, err = supervise(**SSH | {"meet": 600.0}).end()
+    code, err = supervise(**SSH | {"rendezvous": 600.0}).end()
     message = "ssh_1 ended (exit code 255): ssh: connect to host n1 port 22: Connection refused\n"
     assert (code, err) == (1, message)
     assert time.monotonic() - started < 60
@@ -135,7 +135,7 @@ def test_a_node_does_not_wait_for_one_that_cannot_come(
     supervise: Supervise, machines: Machines
 ) -> None:
     machines.refused = "n1"
-    code, err = supervise(**SSH | {"nodes": 3, "hosts": ["n1", "n2"], "meet": 600.0}).end()
+    code, err = supervise(**SSH | {"nodes": 3, "hosts": ["n1", "n2"], "rendezvous": 600.0}).end()
     assert (code, err[:26]) == (1, "ssh_1 ended (exit code 255")
     until(lambda: "n2" in machines.codes, "node 2 has ended")
     assert machines.codes == {"n2": 1}
@@ -165,7 +165,7 @@ def test_a_node_that_starts_after_the_end_learns_it(
     supervise: Supervise, machines: Machines
 ) -> None:
     machines.delay = 4.0
-    running = supervise(*LONG, **SSH | {"meet": 600.0})
+    running = supervise(*LONG, **SSH | {"rendezvous": 600.0})
     until((running.attempt / "node_0.json").exists, "an attempt")
     running.process.terminate()
     assert running.end() == (

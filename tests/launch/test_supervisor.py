@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from launch.jobs import processes
-from launch.jobs.heartbeats import read_beat
+from launch.jobs.heartbeats import read_heartbeat
 from pipeline.files import lock
 from tests.helpers.jobs import (
     TWO_NODES,
@@ -144,7 +144,7 @@ def test_a_launcher_that_is_killed_is_named(supervise: Supervise) -> None:
 
 def test_a_signal_that_reaches_the_launcher_too_is_no_fault(supervise: Supervise) -> None:
     """As msrun does, it leaves its ranks, which save."""
-    running = supervise(*LONG, settle=0.1)
+    running = supervise(*LONG, report_wait=0.1)
     running.steps(3)
     launcher = launcher_pid(running)
     running.process.terminate()
@@ -176,7 +176,8 @@ def test_a_signal_is_passed_on_to_the_ranks_which_save(
 def test_before_the_first_step_there_is_nothing_to_save(supervise: Supervise) -> None:
     running = supervise("0:compile", "1:compile", restarts=2)
     until(
-        lambda: (beat := read_beat(running.attempt, 1)) and beat.phase == "compiling", "compiling"
+        lambda: (beat := read_heartbeat(running.attempt, 1)) and beat.phase == "compiling",
+        "compiling",
     )
     running.process.terminate()
     assert running.end() == (75, "stopped before the first step; the same command resumes\n")
@@ -337,6 +338,6 @@ def test_a_node_that_dies_is_missed(supervise: Supervise) -> None:
 def test_a_node_whose_peers_never_come_says_so(
     supervise: Supervise, rank: int, message: str
 ) -> None:
-    code, err = supervise(**TWO_NODES | {"meet": 1.5}, node_rank=rank).end()
+    code, err = supervise(**TWO_NODES | {"rendezvous": 1.5}, node_rank=rank).end()
     assert code == 1
     assert message in err
