@@ -112,7 +112,7 @@ class Cascade:
         """Images of `prompts`.
 
         Args:
-            prompts: one an image: text, or the name or id of a class; ignored by stages without.
+            prompts: one per image: text, or the name or id of a class; ignored by stages without.
             seed: of the noise.
             image_ids: name the images' noise; image i of a seed is the same in any batch. 0, 1, ...
                 if not given.

@@ -186,7 +186,7 @@ class EditFiles:
     """Files to edit: result i is of image i and of mask i, if there are masks.
 
     Args:
-        images, masks: paths, one a result.
+        images, masks: paths, one per result.
         strengths: of each stage that runs, in order; the first one starts from the image alone.
         digests: the SHA-256 of each file.
     """
@@ -233,7 +233,7 @@ def open_edit_files(
     """The files, checked; an image may be listed many times.
 
     Args:
-        images: one a result.
+        images: one per result.
         masks: one for all, or a folder of NAME.png.
         size: of the images, in pixels: what the cascade ends with.
         strengths: of each stage that runs.

@@ -5,7 +5,7 @@ level. These inputs have one name each: `extra_inputs` lists them, `training_inp
 from images, `sampling_inputs` from a request, and `predict` passes them to the network. The
 training loop and the sampling engine know a stage by this class alone.
 
-Shapes: B images, C channels, S side, T noise levels an image.
+Shapes: B images, C channels, S side, T noise levels per image.
 """
 
 from abc import ABC, abstractmethod
@@ -196,5 +196,5 @@ class Stage(ABC):
 
 
 def image_grid(*columns: np.ndarray) -> np.ndarray:
-    """uint8 (B, S, S, 3) arrays side by side, one row an image."""
+    """uint8 (B, S, S, 3) arrays side by side, one row per image."""
     return np.concatenate([np.concatenate(list(column)) for column in columns], axis=1)

@@ -110,7 +110,7 @@ class SequentialAdamW(nn.Cell):
     """The step of MindFormers' AdamW for a CPU: the same formula, one parameter after another, and
     without a division.
 
-    A division on a CPU keeps a list of indices, 16 bytes an element, as long as its graph lives,
+    A division on a CPU keeps a list of indices, 16 bytes per element, as long as its graph lives,
     and that step has two. And MindFormers leaves the parameters unordered, so that all are begun at
     once and the temporaries of all are in memory together.
     """

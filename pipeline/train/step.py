@@ -21,7 +21,7 @@ from pipeline.train.optimizer import OptimizerConfig
 from pipeline.train.precision import LossScale
 from pipeline.train.state import TrainState
 
-Batch = tuple[np.ndarray, ...]  # what the loss takes, each array with one row an image
+Batch = tuple[np.ndarray, ...]  # what the loss takes, each array with one row per image
 MicroBatches = list[tuple[Tensor, ...]]
 Source = TypeVar("Source")
 Ready = TypeVar("Ready")
