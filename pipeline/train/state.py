@@ -137,7 +137,7 @@ class TrainState:
         )
 
     def update(self, gradient_sums: Sequence[Tensor], factor: float) -> None:
-        """One optimizer step along `factor` times `gradient_sums`, one vector a bucket."""
+        """One optimizer step along `factor` times `gradient_sums`, one vector per bucket."""
         # `asnumpy` waits until the graph has run.
         self._apply_update(Tensor(factor, mstype.float32), *gradient_sums).asnumpy()
         if self.uses_buckets:

@@ -76,7 +76,7 @@ class TrainStep:
         self.gradient = cache.compile(self.bucket_gradients(loss), state.parameters)
 
     def bucket_gradients(self, loss: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
-        """(loss scale, *micro-batch) -> the scaled loss, its gradient as one vector a bucket."""
+        """(loss scale, *micro-batch) -> the scaled loss, its gradient as one vector per bucket."""
         lengths = [(len(bucket.parameters), bucket.padding) for bucket in self.state.buckets]
 
         def scaled_loss(scale: Tensor, *micro_batch: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class TrainStep:
         scale = self.loss_scale.value
         vectors, scaled_loss = self.accumulate(micro_batches, scale)
 
-        # One collective a bucket; the loss and the stop requests share the last one.
+        # One collective per bucket; the loss and the stop requests share the last one.
         sums, (loss_sum, num_stop_requests) = group.all_reduce_sum(
             vectors, (scaled_loss / scale, should_stop())
         )
@@ -149,7 +149,7 @@ class TrainStep:
     def accumulate(
         self, micro_batches: MicroBatches, loss_scale: float
     ) -> tuple[list[Tensor], float]:
-        """The sums over the micro-batches of the gradient, one vector a bucket, and of the loss,
+        """The sums over the micro-batches of the gradient, one vector per bucket, and of the loss,
         both scaled.
         """
         scale = Tensor(loss_scale, mstype.float32)
