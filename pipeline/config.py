@@ -219,11 +219,11 @@ def _convert_union(args: tuple[Any, ...], raw: Any, path: str) -> Any:
     if raw is None and NoneType in args:
         return None
 
-    # A list is converted as the union's tuple and a section as its dict, if it has one. All else
-    # is converted as its first type.
+    # A list is converted as the union's tuple, a section as its dict and text as text, if it has
+    # one. All else is converted as its first type.
     choices = [arg for arg in args if arg is not NoneType]
-    origin = {list: tuple, dict: dict}.get(type(raw))  # type: ignore[call-overload]
-    matching = [arg for arg in choices if origin and get_origin(arg) is origin]
+    kind = {list: tuple, dict: dict, str: str}.get(type(raw))  # type: ignore[call-overload]
+    matching = [arg for arg in choices if kind and (get_origin(arg) or arg) is kind]
 
     return _convert((matching or choices)[0], raw, path)
 

@@ -2,9 +2,9 @@
 the terminal.
 
 `metrics.jsonl` has one JSON object per reported step (step, loss, lr, grad_norm,
-images_per_second, seconds, and the metrics that the model adds), floats in full precision. A run
-that resumes at step S first removes the lines after S that an interrupted attempt wrote, so each
-step appears once.
+images_per_second, seconds, quarantined, skipped) and one per validation (step, validation_loss,
+...), floats in full precision. A run that resumes at step S first removes the lines after S that an
+interrupted attempt wrote, so each step appears once.
 """
 
 import io
@@ -72,13 +72,32 @@ class RunLog:
         self.last_line_at = -math.inf  # time.monotonic()
 
     def report(self, step: int, metrics: Mapping[str, float | np.generic]) -> None:
+        """Adds the metrics of a training step, and shows them on the terminal."""
+        if not self.enabled:
+            return
+
+        values = self._write(step, metrics)
+        self._report_on_terminal(step, values)
+
+    def report_validation(self, step: int, metrics: Mapping[str, float | np.generic]) -> None:
+        """Adds the metrics of a validation, and shows its means on the terminal."""
+        if not self.enabled:
+            return
+
+        values = self._write(step, metrics)
+        log.info(
+            "step %d/%d: validation loss %.4g, of the raw weights %.4g",
+            step,
+            self.bar.total,
+            values["validation_loss"],
+            values["validation_loss_raw"],
+        )
+
+    def _write(self, step: int, metrics: Mapping[str, float | np.generic]) -> dict[str, float]:
         """Adds a line to metrics.jsonl and a point to each TensorBoard curve.
 
         JSON has no NaN and no infinities: they become null.
         """
-        if not self.enabled:
-            return
-
         values = {
             name: value.item() if isinstance(value, np.generic) else value
             for name, value in metrics.items()
@@ -90,8 +109,7 @@ class RunLog:
 
         scalars = [{"tag": name, "simple_value": value} for name, value in values.items()]
         self.board.add(step, *scalars)
-
-        self._report_on_terminal(step, values)
+        return values
 
     def _report_on_terminal(self, step: int, values: Mapping[str, float]) -> None:
         if "loss" in values:

@@ -18,7 +18,7 @@ from pipeline.data.image import downsample, upsample
 from pipeline.diffusion.process import add_noise
 from pipeline.diffusion.solvers import SamplerConfig
 from pipeline.generate.engine import sample
-from pipeline.rng import Draws, sampling_noise, unit_noise
+from pipeline.rng import Draws, sampling_noise
 from pipeline.stage.config import StageConfig
 from pipeline.stage.inputs import Arrays
 from pipeline.stage.request import SampleRequest
@@ -101,14 +101,12 @@ class SuperResolution(Stage):
 
         low_res = upsample(downsample(x, side // self.config.scale), side)
 
-        streams = draws.streams("augment")  # the level is the first draw, then comes the noise
-        level = (
-            np.array([stream.random() for stream in streams]) * self.config.low_res.max_aug_level
-        )
+        uniform, noise = draws.uniform_and_noise("augment", x.shape[1:])
+        level = uniform * self.config.low_res.max_aug_level
         return {
             **arrays,
             "low_res": low_res,
-            "low_res_noise": unit_noise(streams, x.shape[1:]),
+            "low_res_noise": noise,
             "low_res_logsnr": self.aug_logsnr(level),
         }
 

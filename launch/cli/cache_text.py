@@ -35,21 +35,28 @@ def run(arguments: argparse.Namespace) -> int:
             "give the file of a stage with conditioning text"
         )
 
-    shards = Shards.open(config.data)
-    store = TextStore(shards, recipe(config.text))
-    # Given as a function: the encoder is loaded only if a shard has to be encoded.
-    num_written = store.build(partial(load_encoder, config.text))
+    data_sets = [Shards.open(config.data)]
+    # A fraction that is held out lies in the same shards.
+    if isinstance(config.data.validation, str):
+        data_sets += filter(None, [Shards.open_validation(config.data)])
 
-    # What cannot be read back right after it was written is a fault of the disk.
-    for path, *_, reason in store.faults():
-        raise JobError(
-            f"{path} {reason}, after all were written; check the disk and run the same command "
-            "again"
+    for shards in data_sets:
+        store = TextStore(shards, recipe(config.text))
+        # Given as a function: the encoder is loaded only if a shard has to be encoded.
+        num_written = store.build(partial(load_encoder, config.text))
+
+        # What cannot be read back right after it was written is a fault of the disk.
+        for path, *_, reason in store.faults():
+            raise JobError(
+                f"{path} {reason}, after all were written; check the disk and run the same "
+                "command again"
+            )
+
+        num_samples = sum(len(shards.passing_rows(shard)) for shard in range(len(shards.indexes)))
+        num_files = len(shards.indexes) * len(store.fields)
+        print(
+            f"{num_samples:,} samples in {len(shards.indexes):,} shards: {num_files:,} files "
+            f"checked, {num_written:,} of them written now; text encoder "
+            f"{store.recipe.encoder[:12]}"
         )
-
-    num_files = len(shards.indexes) * len(store.fields)
-    print(
-        f"{len(shards):,} samples in {len(shards.indexes):,} shards: {num_files:,} files checked, "
-        f"{num_written:,} of them written now; text encoder {store.recipe.encoder[:12]}"
-    )
     return 0

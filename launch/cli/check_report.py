@@ -110,12 +110,14 @@ def check_data(config: Any) -> dict[str, Any]:
 
     try:
         shards = Shards.open(config.data)
+        validation = Shards.open_validation(config.data)
     except (UserError, JobError) as error:
         return {"error": str(error)}
 
     return {
         "shards": len(shards.indexes),
         "samples": len(shards),
+        "validation": len(validation) if validation else 0,
         "steps_per_epoch": len(shards) / config.data.global_batch,
         "removed": dict(shards.removed),
         "damaged": sum(1 for _ in shards.faults),

@@ -30,11 +30,13 @@ PHASE_TIMEOUTS = {
     "compiling": 7200.0,
     "checkpoint": 1800.0,
     "sampling": 7200.0,
+    "validation": 7200.0,
     "finished": 120.0,
 }
 HANG = 60.0  # seconds without a new step after which a rank hangs, at least
 HANG_STEPS = 20  # and number of its median steps, at least
-PAUSES = ("checkpoint", "sampling")  # phases of one rank in which all others wait for it
+# Phases of one rank in which all others wait for it.
+PAUSES = ("checkpoint", "sampling", "validation")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,7 +35,8 @@ def status(run_dir: Path) -> dict[str, Any]:
 
     config = read_yaml(run_dir / "config.yaml")
     total_steps = config["train"]["steps"]
-    reports = last_reports(run_dir / "metrics.jsonl")
+    rows = last_rows(run_dir / "metrics.jsonl")
+    reports = [row for row in rows if "loss" in row]
     newest = reports[-1] if reports else {}
     step = newest.get("step", 0)
     # A median, as steps in which a checkpoint is written or images are sampled take longer.
@@ -64,6 +65,7 @@ def status(run_dir: Path) -> dict[str, Any]:
         "step": step,
         "steps": total_steps,
         "loss": newest.get("loss"),
+        "validation": validation_state(run_dir / "metrics.jsonl"),
         "images_per_second": config["data"]["global_batch"] / seconds if seconds else None,
         "seconds_left": (total_steps - step) * seconds if seconds else None,
         "reported": age(run_dir / "metrics.jsonl"),
@@ -76,8 +78,8 @@ def status(run_dir: Path) -> dict[str, Any]:
     }
 
 
-def last_reports(path: Path) -> list[dict[str, Any]]:
-    """The last reports of metrics.jsonl; a line that is being written is left out."""
+def last_rows(path: Path) -> list[dict[str, Any]]:
+    """The last rows of metrics.jsonl; a line that is being written is left out."""
     if not path.exists():
         return []
 
@@ -86,13 +88,34 @@ def last_reports(path: Path) -> list[dict[str, Any]]:
         # What follows the last newline is empty, or a line that is being written.
         whole_lines = file.read().split(b"\n")[:-1]
 
-    reports = []
+    rows = []
     for line in whole_lines:
         try:
-            reports.append(json.loads(line))
+            rows.append(json.loads(line))
         except ValueError:  # the first one, cut by the seek
             continue
-    return reports
+    return rows
+
+
+def validation_state(path: Path) -> dict[str, Any] | None:
+    """The newest validation and the one with the lowest loss of the EMA weights."""
+    rows = []
+    for line in lines(path):
+        # Most lines are reports, which need not be parsed; the last one may be incomplete.
+        if '"validation_loss": ' in line and line.endswith("\n"):
+            rows.append(json.loads(line))
+    if not rows:
+        return None
+
+    # A loss that is not finite is null.
+    finite = [row for row in rows if row["validation_loss"] is not None]
+    best = min(finite, key=lambda row: row["validation_loss"], default=rows[-1])
+    return {
+        "step": rows[-1]["step"],
+        "loss": rows[-1]["validation_loss"],
+        "best_step": best["step"],
+        "best_loss": best["validation_loss"],
+    }
 
 
 def lines(path: Path) -> Iterator[str]:
@@ -132,6 +155,8 @@ def as_text(report: dict[str, Any]) -> str:
 
     if report["loss"] is not None:
         rows.append(("loss", f"{report['loss']:.4g}, reported {ago(report['reported'])}"))
+    if report["validation"] is not None:
+        rows.append(("validation", validation_text(report["validation"])))
     if report["images_per_second"]:
         left = duration(report["seconds_left"])
         rows.append(("speed", f"{report['images_per_second']:.1f} images/s, {left} left"))
@@ -143,6 +168,19 @@ def as_text(report: dict[str, Any]) -> str:
     rows.append(("quarantined", f"{report['quarantined']:,}"))
     rows += rank_rows(report["ranks"])
     return "\n".join(f"{name:<14}{value}" for name, value in rows)
+
+
+def validation_text(validation: dict[str, Any]) -> str:
+    """The loss of the EMA weights, now and at its best."""
+    text = f"loss {loss_text(validation['loss'])} at step {validation['step']:,}"
+    if validation["best_step"] == validation["step"]:
+        return f"{text}, the best"
+    best = loss_text(validation["best_loss"])
+    return f"{text}; the best {best} at step {validation['best_step']:,}"
+
+
+def loss_text(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.4g}"
 
 
 def rank_rows(ranks: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:

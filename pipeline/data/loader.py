@@ -68,6 +68,19 @@ class Rows:
     arrays: Arrays
 
 
+def cut(
+    data: bytes, size: ImageSize, *, u: float = 0.5, v: float = 0.5, x: float = 0.5, y: float = 0.5
+) -> np.ndarray:
+    """An image file as uint8 (S, S, 3): its square at (u, v), and the window of it at (x, y),
+    from 0 to 1 across what is cut off.
+
+    Raises:
+        BadImage: it cannot be decoded.
+    """
+    square = images.crop_resize(decode(data, size.side), size.side, u, v)
+    return images.crop(square, size.used, x, y)
+
+
 class Loader:
     """The batches of a stage's run.
 
@@ -127,9 +140,7 @@ class Loader:
         if step is not None and self.size.used < self.size.side:
             x, y = generator(self.seed, "window", step, position).random(2)
 
-        decoded = decode(self.shards.image(sample_id), self.size.side)
-        square = images.crop_resize(decoded, self.size.side, u, v)
-        return images.crop(square, self.size.used, x, y)
+        return cut(self.shards.image(sample_id), self.size, u=u, v=v, x=x, y=y)
 
     def usable_image(
         self, sample_id: int, step: int | None, position: int

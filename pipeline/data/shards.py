@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -32,6 +32,10 @@ from pipeline.text.captions import captions
 MAX_OPEN = 64  # tables in memory, each of some hundred kilobytes
 GIB = 2**30  # bytes
 
+Part = Literal["training", "validation"]
+# Why a sample that passes the filters is not of a part.
+OTHER_PART = {"training": "held out for validation", "validation": "trained on"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -47,6 +51,8 @@ class DataConfig:
     # Caption fields and their weights: txt, or fields of KEY.json; {} for none.
     captions: dict[str, float] = field(default_factory=lambda: {"txt": 1.0}, hash=False)
     filter: FilterConfig = FilterConfig()  # which samples are used
+    # Samples for validation: a fraction of the keys, held out of training, or tars of their own.
+    validation: float | str | None = None
     max_damage: float = 0.1  # fraction of samples that may be unusable before the run stops
     workers: int = 2  # threads that prepare batches
     # Folder for indexes and embeddings (default: next to the shards) and for ranges from servers.
@@ -60,6 +66,11 @@ class DataConfig:
                 raise ConfigError(f"{name}: {value} is not positive; give 1 or more")
         if not 0 <= self.max_damage <= 1:
             raise ConfigError(f"max_damage: {self.max_damage} is not a fraction in [0, 1]")
+        if isinstance(self.validation, float) and not 0 < self.validation < 1:
+            raise ConfigError(
+                f"validation: {self.validation} is not a fraction between 0 and 1; give 0.01, for "
+                "example, or a pattern of tars, or leave it out"
+            )
 
         self._check_weights("captions", self.captions)
         if isinstance(self.shards, dict):
@@ -88,6 +99,11 @@ class DataConfig:
         return {(self.shards,) if isinstance(self.shards, str) else self.shards: 1.0}
 
     @property
+    def held_out(self) -> float:
+        """The fraction of the keys that is held out of training."""
+        return self.validation if isinstance(self.validation, float) else 0.0
+
+    @property
     def cache_folder(self) -> Path | None:
         return Path(self.cache) if self.cache else None
 
@@ -113,6 +129,9 @@ class SampleTable(NamedTuple):
 class Shards:
     """The usable samples of the data sets, numbered from 0 by set, shard and position in the shard.
 
+    Args:
+        part: those that are trained on, or those that are held out for validation.
+
     Attributes:
         indexes: of all shards.
         sizes: for each data set the number of samples of each of its shards.
@@ -120,14 +139,24 @@ class Shards:
         removed: the number of samples that each filter removes.
     """
 
-    def __init__(self, config: DataConfig, sources: Sources, sets: list[list[Index]]) -> None:
+    def __init__(
+        self,
+        config: DataConfig,
+        sources: Sources,
+        sets: list[list[Index]],
+        part: Part = "training",
+    ) -> None:
         self.config = config
         self.sources = sources
+        self.part = part
         self.indexes = [index for indexes in sets for index in indexes]
 
         # Only counts are kept: the rows of a shard are selected again when it is opened.
         def count(index: Index) -> tuple[int, Counter[str]]:
-            rows, removed = select(index, config.filter, config.captions)
+            passing, removed = select(index, config.filter, config.captions)
+            rows = self.of_part(index, passing)
+            if len(rows) < len(passing):
+                removed[OTHER_PART[part]] = len(passing) - len(rows)
             return len(rows), removed
 
         with ThreadPoolExecutor(THREADS) as threads:
@@ -144,8 +173,29 @@ class Shards:
         self._table = lru_cache(MAX_OPEN)(self.table)
 
     @classmethod
+    def open_validation(cls, config: DataConfig, progress: bool = True) -> "Shards | None":
+        """The samples of `config.validation`; None if it is not given. Errors are those of `open`,
+        and a UserError if no sample is held out.
+        """
+        if config.validation is None:
+            return None
+        if isinstance(config.validation, str):
+            own = replace(config, shards=config.validation, validation=None)
+            return cls.open(own, progress)
+
+        sources = config.sources()
+        indexes = open_indexes(config, sources, progress=progress)
+        shards = cls(config, sources, indexes, part="validation")
+        if not len(shards):
+            raise UserError(
+                f"data.validation: {config.validation} of the keys of data.shards holds out none "
+                f"of {sum(shards.removed.values()):,} samples; raise it, or give tars of their own"
+            )
+        return shards
+
+    @classmethod
     def open(cls, config: DataConfig, progress: bool = True) -> "Shards":
-        """The samples of `config.shards`; missing indexes are written first.
+        """The samples of `config.shards` to train on; missing indexes are written first.
 
         UserError for shards that do not exist, an index that does not fit its shard, a data set
         without usable samples, and more damaged samples than `config.max_damage` allows.
@@ -238,8 +288,21 @@ class Shards:
         )
 
     def rows(self, shard: int) -> np.ndarray:
-        """The rows of a shard's index that pass the filters."""
+        """The rows of a shard's index that pass the filters and belong to this part."""
+        return self.of_part(self.indexes[shard], self.passing_rows(shard))
+
+    def passing_rows(self, shard: int) -> np.ndarray:
+        """The rows of a shard's index that pass the filters, of both parts."""
         return select(self.indexes[shard], self.config.filter, self.config.captions)[0]
+
+    def of_part(self, index: Index, rows: np.ndarray) -> np.ndarray:
+        """Those of `rows` that belong to this part."""
+        if not self.config.held_out:
+            return rows
+
+        keys = [text["key"] for text in index.texts(rows)]
+        held_out = np.array([is_held_out(key, self.config.held_out) for key in keys], bool)
+        return rows[held_out == (self.part == "validation")]
 
     def name(self, i: int) -> tuple[str, str]:
         """Shard and key of sample `i`."""
@@ -273,6 +336,14 @@ class Shards:
 
     def _texts(self, shard: int, row: int) -> dict[str, str]:
         return next(self.indexes[shard].texts(np.array([row])))
+
+
+def is_held_out(key: str, fraction: float) -> bool:
+    """Whether a sample is held out for validation: by its key alone, so that it stays where it is
+    when shards are added, and a larger fraction holds out what a smaller one does.
+    """
+    digest = hashlib.blake2b(key.encode(errors="surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest) < fraction * 2**64
 
 
 def open_indexes(

@@ -7,7 +7,7 @@ Shapes: N images of a request, B of a batch, S side.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, pairwise
 from typing import Any
@@ -30,7 +30,7 @@ from pipeline.diffusion.solvers import (
 from pipeline.nn.tiling import tiled
 from pipeline.rng import sampling_noise
 from pipeline.stage.inputs import Inputs
-from pipeline.stage.request import SampleRequest
+from pipeline.stage.request import SampleRequest, batch_rows
 from pipeline.stage.stage import Network, Stage
 
 
@@ -71,12 +71,6 @@ def sample(
 
     # Without the rows that fill the last batch.
     return np.concatenate(batches)[: request.num_images]
-
-
-def batch_rows(num_images: int, batch_size: int) -> Iterator[np.ndarray]:
-    """The rows of each batch. The last one repeats its last row: one shape, one compiled graph."""
-    for start in range(0, num_images, batch_size):
-        yield np.arange(start, start + batch_size).clip(max=num_images - 1)
 
 
 def num_calls(

@@ -3,7 +3,7 @@
 Shapes: N images, S side, s side of the low resolution.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -109,3 +109,9 @@ class SampleRequest:
             edit=None if self.edit is None else self.edit.take(rows),
             initial_noise=chosen(self.initial_noise),
         )
+
+
+def batch_rows(num_images: int, batch_size: int) -> Iterator[np.ndarray]:
+    """The rows of each batch. The last one repeats its last row: one shape, one compiled graph."""
+    for start in range(0, num_images, batch_size):
+        yield np.arange(start, start + batch_size).clip(max=num_images - 1)

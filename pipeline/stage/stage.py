@@ -10,6 +10,7 @@ Shapes: B images, C channels, S side, T noise levels per image.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -40,6 +41,7 @@ class Stage(ABC):
         network: the U-Net.
         inputs: what conditions the network, in sampling.
         loss_inputs: what `loss` takes: x, eps, logsnr, `inputs` and, with dropout, its seeds.
+        validation_inputs: the same without those seeds.
         tile_limit: larger images, in elements at full resolution, are sampled in tiles.
         compiled_steps: of sampling, see `pipeline.generate.engine`.
     """
@@ -52,12 +54,9 @@ class Stage(ABC):
         self.config = config
         self.inputs = Inputs(prompt=self.prompt_inputs, others=self.extra_inputs)
 
+        self.validation_inputs = replace(self.inputs, leading=("x", "eps", "logsnr"))
         seeds = ("dropout_seeds",) if config.unet.dropout else ()
-        self.loss_inputs = Inputs(
-            leading=("x", "eps", "logsnr"),
-            prompt=self.inputs.prompt,
-            others=(*seeds, *self.inputs.others),
-        )
+        self.loss_inputs = replace(self.validation_inputs, others=(*seeds, *self.inputs.others))
 
         self.network = UNet(
             config.unet,
@@ -136,7 +135,13 @@ class Stage(ABC):
 
     def loss(self, *tensors: Tensor) -> Tensor:
         """The loss of each image (B,), given what `loss_inputs` names. Runs compiled."""
-        inputs = self.loss_inputs.unpack(tensors)
+        return self.named_loss(self.loss_inputs.unpack(tensors))
+
+    def validation_loss(self, *tensors: Tensor) -> Tensor:
+        """The same given what `validation_inputs` names, so that nothing is dropped out."""
+        return self.named_loss(self.validation_inputs.unpack(tensors))
+
+    def named_loss(self, inputs: dict[str, Tensor]) -> Tensor:
         x = inputs["x"]
         eps = inputs["eps"]
         logsnr_B = inputs["logsnr"]

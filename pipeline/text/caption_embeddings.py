@@ -8,6 +8,7 @@ a caption's tokens, and text_mask (B, L) bool.
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -189,7 +190,9 @@ def manifest_fields(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+@lru_cache(1)
 def load_encoder(config: "TextConfig") -> "TextEncoder":
+    """The encoder; loaded once, as training and validation may both encode captions."""
     from pipeline.text.encoder import TextEncoder  # late: MindSpore, which nothing else here needs
 
     return TextEncoder.load(config.encoder, config.encoder, config.length)

@@ -150,7 +150,7 @@ class TextStore:
         expected = (len(done) + 1, firsts[-1] + 1, offsets[-1], self.recipe.width)
         if sizes != expected:
             return "is damaged (the sizes of its arrays do not match)"
-        if not done[self.shards.rows(shard)].all():
+        if not done[self.shards.passing_rows(shard)].all():
             return "lacks samples that pass the present filters"
         return None
 
@@ -191,7 +191,7 @@ class TextStore:
         num_written = 0
 
         # One caption for each sample, until `write` has counted them.
-        total = sum(len(self.shards.rows(shard)) for shard, _ in pending)
+        total = sum(len(self.shards.passing_rows(shard)) for shard, _ in pending)
         with tqdm(total=total, unit="caption", disable=not progress) as bar:
             while pending:
                 locked_by_others = []
@@ -204,7 +204,7 @@ class TextStore:
                             self.write(shard, field, encoder, bar)
                             num_written += 1
                         else:  # another process has written it
-                            bar.update(len(self.shards.rows(shard)))
+                            bar.update(len(self.shards.passing_rows(shard)))
 
                 # Look again: should the other process die, these become ours.
                 pending = locked_by_others
@@ -215,7 +215,8 @@ class TextStore:
         """Encodes one caption field of a shard, writes the file and verifies it."""
         index = self.shards.indexes[shard]
         path = self.path(shard, field)
-        rows = self.shards.rows(shard)
+        # Of both parts: training and validation read one file.
+        rows = self.shards.passing_rows(shard)
 
         texts: list[str] = []
         counts = np.zeros(index.num_samples, np.int64)
@@ -227,7 +228,7 @@ class TextStore:
         done = np.zeros(index.num_samples, np.uint8)
         done[rows] = 1
 
-        # `build` has counted one caption a sample.
+        # `build` has counted one caption per sample.
         bar.total = (bar.total or 0) + len(texts) - len(rows)
 
         embeddings, lengths = encoder.encode_ragged(texts, bar.update)

@@ -25,6 +25,8 @@ class TrainConfig:
     report_every: int = 10  # to metrics.jsonl, TensorBoard and the terminal
     sample_every: int = 5_000  # steps between sample grids
     num_samples: int = 8  # images in samples/step_*.png
+    validate_every: int = 5_000  # steps between validations; they need data.validation
+    num_validation: int = 512  # samples of a validation, at most
 
     # What ends the job.
     max_skipped: int = 10  # consecutive steps whose loss or gradient is not finite
@@ -38,6 +40,7 @@ class TrainConfig:
             "keep_checkpoints",
             "report_every",
             "num_samples",
+            "num_validation",
             "max_skipped",
         )
 
@@ -45,7 +48,7 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: {getattr(self, name)} is not positive; give 1 or more")
 
-        for name in ("sample_every", "check_every"):
+        for name in ("sample_every", "validate_every", "check_every"):
             if getattr(self, name) < 0:
                 raise ConfigError(
                     f"{name}: {getattr(self, name)} is negative; give a number of steps, or 0 for "

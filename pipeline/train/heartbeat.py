@@ -5,8 +5,7 @@ Each rank writes `rank_R.json` in the folder of the attempt's logs:
     {"rank": 1, "pid": 4711, "host": "node3",
      "phase": "training", "step": 1200, "time": 1730000000.0, "error": null}
 
-The phases are starting, compiling, training, checkpoint, sampling, finished and failed. The
-training thread itself writes the file, at each change of phase and otherwise at most once per
+The training thread itself writes the file, at each change of phase and otherwise at most once per
 second, so the file of a rank that hangs grows old. Only the phase `training` is refreshed that
 often: compiling, or waiting for other ranks, has no time limit.
 """
@@ -24,7 +23,16 @@ log = logging.getLogger("cascade")
 
 INTERVAL = 1.0  # seconds between two writes within a phase
 
-Phase = Literal["starting", "compiling", "training", "checkpoint", "sampling", "finished", "failed"]
+Phase = Literal[
+    "starting",
+    "compiling",
+    "training",
+    "checkpoint",
+    "sampling",
+    "validation",
+    "finished",
+    "failed",
+]
 
 
 class Heartbeat:

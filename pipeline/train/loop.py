@@ -37,6 +37,7 @@ from pipeline.train.process_group import ProcessGroup
 from pipeline.train.resume import Progress, prepare_run_dir, resumable_state, resume
 from pipeline.train.state import TrainState
 from pipeline.train.step import MicroBatches, StepResult, TrainStep, never, prefetch
+from pipeline.train.validation import Validation, open_validation_set
 
 log = logging.getLogger("cascade")
 
@@ -80,6 +81,8 @@ def train_in_group(
     share = positions_of_rank(config, group.rank, group.world)
     shards = Shards.open(config.data, progress=group.is_main)
     prompts = open_prompts(config.text, config.classes, shards)
+    validates = group.is_main and config.train.validate_every > 0
+    validation_set = open_validation_set(config) if validates else None
     cast_matmuls(stage.network, config.train.precision)
 
     # The run folder is made only now: a mistake in the configuration leaves none behind.
@@ -89,7 +92,8 @@ def train_in_group(
         check_ranks_agree(group, config, shards)
 
         loader = open_loader(stage, shards, prompts, share)
-        trainer = Trainer(stage, loader, group, heartbeat)
+        validation = Validation(stage, validation_set) if validation_set else None
+        trainer = Trainer(stage, loader, group, heartbeat, validation)
         trainer.resume(newest)
 
         is_finished = trainer.is_finished or trainer.train(should_stop)
@@ -107,15 +111,22 @@ class Trainer:
         loader: this rank's share of the batches.
         group: the ranks of the job.
         heartbeat: reports what this rank does.
+        validation: of rank 0, if there is one.
     """
 
     def __init__(
-        self, stage: Stage, loader: Loader, group: ProcessGroup, heartbeat: Heartbeat
+        self,
+        stage: Stage,
+        loader: Loader,
+        group: ProcessGroup,
+        heartbeat: Heartbeat,
+        validation: Validation | None = None,
     ) -> None:
         self.stage = stage
         self.loader = loader
         self.group = group
         self.heartbeat = heartbeat
+        self.validation = validation
         self.config = stage.config.train
         self.folder = Path(stage.config.run)
         self.progress = Progress()
@@ -180,9 +191,11 @@ class Trainer:
                 if self.is_due(config.check_every) or self.is_finished:
                     self.state.check_weights_agree(self.progress.step)
 
-                # Saved before sampling, which may fail.
+                # Saved before what may fail.
                 if self.is_due(config.checkpoint_every) or self.is_finished or is_stopping:
                     self.save(writer)
+                if self.stage.config.data.validation and self.is_due(config.validate_every):
+                    self.validate(run_log)
                 if self.is_due(config.sample_every):
                     self.sample(run_log)
 
@@ -247,6 +260,18 @@ class Trainer:
         if self.group.is_main:
             state = resumable_state(self.progress, self.train_step.loss_scale, self.loader.shards)
             writer.save(self.progress.step, files, state)
+
+    def validate(self, run_log: RunLog) -> None:
+        """Reports the loss of the validation samples. All ranks have to call it, as each gives its
+        shard of the EMA weights.
+        """
+        self.heartbeat.beat("validation")
+        # Before the network has other weights.
+        raw_losses = self.validation.losses() if self.validation else None
+        with self.state.ema_in_network():
+            if self.validation and raw_losses is not None:
+                metrics = self.validation.metrics(self.validation.losses(), raw_losses)
+                run_log.report_validation(self.progress.step, metrics)
 
     def sample(self, run_log: RunLog) -> None:
         """Samples with the EMA weights. All ranks have to call it, as each gives its shard."""

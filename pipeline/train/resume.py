@@ -30,6 +30,8 @@ MAY_CHANGE = (
     "train.report_every",
     "train.sample_every",
     "train.num_samples",
+    "train.validate_every",
+    "train.num_validation",
     "train.max_skipped",
     "train.check_every",
     "train.shard_optimizer",
@@ -67,7 +69,9 @@ def forbidden_changes(run: Path, config: StageConfig) -> Iterator[Change]:
         return
 
     for field, before, now in differences(read_saved(path, config), to_dict(config)):
-        if not field.startswith(MAY_CHANGE):
+        # Tars of their own have no influence on training, unlike a fraction that is held out.
+        is_other_validation = field == "data.validation" and float not in map(type, (before, now))
+        if not field.startswith(MAY_CHANGE) and not is_other_validation:
             yield Change(field=field, before=before, now=now)
 
 

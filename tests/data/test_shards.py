@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pipeline.config import ConfigError, build
-from pipeline.data.shards import DamagedSample, DataConfig, Shards, open_indexes
+from pipeline.data.shards import DamagedSample, DataConfig, Shards, is_held_out, open_indexes
 from pipeline.errors import UserError
 from tests.helpers.image_files import html
 from tests.helpers.server import Server
@@ -257,3 +257,70 @@ def test_an_index_on_the_server_is_reused_if_it_fits(
         num_requests = len(server.requests)
         opened(server.url("a.tar"), cache=str(tmp_path / "cache"))
         assert len(server.requests) == num_requests + 1  # size and version
+
+
+# Validation.
+
+
+def names(shards: Shards | None) -> set[tuple[str, str]]:
+    assert shards is not None
+    return {shards.name(i) for i in range(len(shards))}
+
+
+def held_out(shards: Any, **options: Any) -> Shards | None:
+    return Shards.open_validation(build(DataConfig, {"shards": shards, **options}), progress=False)
+
+
+def test_a_fraction_of_the_keys_is_held_out(shards_folder: Path) -> None:
+    pattern = f"{shards_folder}/*.tar"
+    everything = opened(pattern)
+    training = opened(pattern, validation=0.3)
+    validation = held_out(pattern, validation=0.3)
+    assert names(training) | names(validation) == names(everything)
+    assert not names(training) & names(validation)
+    assert training.removed["held out for validation"] == len(names(validation))
+    assert validation is not None
+    assert validation.image(0) == everything.image(
+        [everything.name(i) for i in range(len(everything))].index(validation.name(0))
+    )
+
+    # By key alone: whatever the other shards are, and nested.
+    first = held_out(f"{shards_folder}/00000.tar", validation=0.3)
+    assert names(first) == {name for name in names(validation) if "00000.tar" in name[0]}
+    assert names(validation) < names(held_out(pattern, validation=0.6))
+
+
+def test_the_fraction_is_about_the_one_that_is_asked_for() -> None:
+    keys = [f"{number:09d}" for number in range(20_000)]
+    for fraction in (0.01, 0.5):
+        share = np.mean([is_held_out(key, fraction) for key in keys])
+        # Five standard deviations of the mean of so many draws.
+        assert abs(share - fraction) < 5 * np.sqrt(fraction * (1 - fraction) / len(keys))
+
+
+def test_validation_by_tars_of_their_own(folder: Path) -> None:
+    options = {"validation": f"{folder}/a.tar", "max_damage": 1}
+    assert names(held_out(f"{folder}/b.tar", **options)) == {
+        (f"{folder}/a.tar", f"{number}") for number in range(4)
+    }
+    assert names(opened(f"{folder}/b.tar", **options)) == names(
+        opened(f"{folder}/b.tar", max_damage=1)
+    )
+    assert held_out(f"{folder}/a.tar") is None
+
+
+def test_nothing_held_out_is_refused(folder: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        held_out(f"{folder}/a.tar", validation=1e-9)
+    assert str(caught.value) == (
+        "data.validation: 1e-09 of the keys of data.shards holds out none of 4 samples; raise it, "
+        "or give tars of their own"
+    )
+    with pytest.raises(UserError, match=r"data\.shards: .*: no sample passes; .* 4 held out"):
+        opened(f"{folder}/a.tar", validation=0.999999)
+
+
+@pytest.mark.parametrize("fraction", [0, 1, 2.5, -0.1])
+def test_a_fraction_that_is_none_is_refused(fraction: float) -> None:
+    with pytest.raises(ConfigError, match=r"validation: .* is not a fraction between 0 and 1"):
+        build(DataConfig, {"shards": "a.tar", "validation": fraction})

@@ -24,10 +24,10 @@ from pipeline.diffusion.solvers import (
     logsnr_steps,
 )
 from pipeline.generate import engine
-from pipeline.generate.engine import batch_rows, denoise, num_calls
+from pipeline.generate.engine import denoise, num_calls
 from pipeline.nn.parameters import assign
 from pipeline.nn.unet import UNet
-from pipeline.stage.request import SampleRequest
+from pipeline.stage.request import SampleRequest, batch_rows
 from tests.diffusion.test_solvers import every_schedule, every_solver, rates
 from tests.stages.test_recipes import make, samples
 from tools.references import random_weights

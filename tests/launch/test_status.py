@@ -78,6 +78,27 @@ def test_the_report_of_a_stopped_run(run: Path) -> None:
     assert "rank 0-1      training, step 40, here, " in text
 
 
+def test_the_validation_now_and_at_its_best(run: Path) -> None:
+    assert status(run)["validation"] is None
+
+    def validate(*losses: float | None) -> str:
+        rows = [
+            json.dumps({"step": 10 * step, "validation_loss": loss}) + "\n"
+            for step, loss in enumerate(losses, 1)
+        ]
+        # Each after its step, and the last line is being written.
+        reports = "".join(report(step) for step in range(1, 41))
+        (run / "metrics.jsonl").write_text("".join(rows) + reports + rows[0][:-1])
+        found = status(run)
+        assert (found["step"], found["loss"]) == (40, 1 / 40)
+        (line,) = [line for line in as_text(found).splitlines() if line.startswith("validation")]
+        return line.removeprefix("validation").strip()
+
+    assert validate(0.5, 0.25) == "loss 0.25 at step 20, the best"
+    assert validate(0.5, 0.25, 0.75) == "loss 0.75 at step 30; the best 0.25 at step 20"
+    assert validate(0.5, None) == "loss not finite at step 20; the best 0.5 at step 10"
+
+
 def test_ranks_that_do_the_same_are_one_line(run: Path) -> None:
     states = [
         (0, "a", "training", 40),

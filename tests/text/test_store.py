@@ -1,5 +1,6 @@
 """Stored embeddings: reading gives the encoder's outputs, or is refused."""
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -8,14 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from launch.cli.main import dispatch
 from pipeline.config import build
 from pipeline.data.shards import DataConfig, Shards
 from pipeline.errors import JobError, UserError
 from pipeline.text import store as module
 from pipeline.text.store import Recipe, TextStore
+from tests.conftest import stage_yaml
 from tests.helpers.jobs import WAIT, leaving_nothing, until
 from tests.helpers.tars import sample, tar
 
@@ -255,3 +259,39 @@ def test_stored_embeddings_need_neither_mindspore_nor_transformers() -> None:
         "sys.exit('mindspore' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_is_held_out_for_validation_is_stored_too(folder: Path) -> None:
+    """Training and validation read the same files."""
+    data = build(DataConfig, {"shards": f"{folder}/*.tar", "validation": 0.5})
+    training = Shards.open(data, progress=False)
+    validation = Shards.open_validation(data, progress=False)
+    assert validation is not None
+    assert 0 < len(training) < 8
+
+    TextStore(training, RECIPE).build(LetterEncoder, progress=False)
+    store = TextStore(validation, RECIPE)
+    assert not store.faults()
+    for i in range(len(validation)):
+        shard, row = validation.location(i)
+        expected = embedding(RECIPE.text(CAPTIONS[shard][row]))
+        np.testing.assert_array_equal(store.read(shard, row, "txt", 0), expected)
+
+
+def test_the_command_encodes_tars_for_validation_too(
+    shards_folder: Path, t5_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("training", "validation"):
+        (tmp_path / name).mkdir()
+        shutil.copy(shards_folder / "00000.tar", tmp_path / name)
+    raw = stage_yaml("base", tmp_path / "run", tmp_path / "training", t5_folder)
+    (tmp_path / "stage.yaml").write_text(yaml.safe_dump(raw))
+    pattern = f"data.validation={tmp_path}/validation/*.tar"
+
+    for num_written in (1, 0):
+        assert dispatch(["cache-text", f"{tmp_path}/stage.yaml", pattern]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == 2
+        for line in lines:
+            assert line.startswith("12 samples in 1 shards: 1 files checked, ")
+            assert f" {num_written} of them written now" in line

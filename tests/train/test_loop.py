@@ -35,7 +35,7 @@ from pipeline.train.compile_cache import GRAPHS_FOLDER
 from pipeline.train.heartbeat import Heartbeat, Phase
 from pipeline.train.loop import check_ranks_agree, positions_of_rank, train, train_in_group
 from pipeline.train.process_group import ProcessGroup
-from pipeline.train.resume import finished, prepare_run_dir, resume
+from pipeline.train.resume import finished, forbidden_changes, prepare_run_dir, resume
 from pipeline.train.step import never
 from stages.base import Base, BaseConfig
 from tests.conftest import stage_yaml
@@ -49,6 +49,15 @@ GRAPH_LOADED = "Use the compilation cache"  # MindSpore's log message
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
+    """The reports of training steps."""
+    return [row for row in rows(run) if "loss" in row]
+
+
+def validations(run: Path) -> list[dict[str, Any]]:
+    return [row for row in rows(run) if "validation_loss" in row]
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -221,7 +230,8 @@ def interrupted(
     pieces = folder / "pieces"
     for run, shards in ((whole, shards_folder), (pieces, no_embeddings)):
         options = {"steps": 12, "checkpoint_every": 3, "sample_every": 9, "keep_checkpoints": 9}
-        raw = raw_config(run, shards, t5_folder, **options)
+        raw = raw_config(run, shards, t5_folder, **options, validate_every=5)
+        raw["data"]["validation"] = 0.2
         run.with_suffix(".yaml").write_text(yaml.safe_dump(raw))
 
     codes: list[int] = []
@@ -270,6 +280,16 @@ def test_losses_are_those_of_an_uninterrupted_run_bit_for_bit(interrupted: Inter
     reports = reported_numbers(interrupted.whole)
     assert reported_numbers(interrupted.pieces) == reports
     assert [step for step, *_ in reports] == list(range(1, 13))
+
+
+def test_validations_are_too(interrupted: Interrupted) -> None:
+    whole = validations(interrupted.whole)
+    assert validations(interrupted.pieces) == whole
+    assert [row["step"] for row in whole] == [5, 10]
+    for row in whole:
+        bins = [f"validation_loss_noise_{noise_bin}" for noise_bin in range(8)]
+        assert row.keys() <= {"step", "validation_loss", "validation_loss_raw", *bins}
+        assert row["validation_loss"] != row["validation_loss_raw"]
 
 
 @pytest.mark.parametrize("file", ["model", "ema", "optimizer"])
@@ -382,6 +402,18 @@ def test_what_may_change_is_accepted(
 ) -> None:
     config = base_config(copied_run, shards_folder, t5_folder, steps=9, checkpoint_every=7)
     assert prepare_run_dir(copied_run, config) == checkpoint.newest(copied_run / "checkpoints")
+
+
+def test_tars_for_validation_may_change_and_a_fraction_may_not(
+    copied_run: Path, shards_folder: Path, t5_folder: Path
+) -> None:
+    def changes(validation: str | float | None) -> list[str]:
+        raw = raw_config(copied_run, shards_folder, t5_folder, validate_every=2)
+        raw["data"]["validation"] = validation
+        return [change.field for change in forbidden_changes(copied_run, build(BaseConfig, raw))]
+
+    assert changes(None) == changes("other/*.tar") == []
+    assert changes(0.25) == ["data.validation"]
 
 
 def test_a_finished_run_is_not_started_again(

@@ -1,0 +1,141 @@
+"""Validation: the loss on samples that are not trained on, by noise level.
+
+The samples, their captions, noise and levels are the same at every validation of a run, whatever
+the number of ranks and however often it was resumed: two validations differ by the weights alone.
+Levels are stratified over bins (`pipeline.rng.ValidationDraws`), as the loss at one level is worth
+nothing at another. Rank 0 computes it; the others wait.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from mindspore import Tensor
+
+from pipeline import device, runtime
+from pipeline.data.decode import BadImage
+from pipeline.data.loader import ImageSize, cut
+from pipeline.data.quarantine import Quarantine
+from pipeline.data.shards import DamagedSample, Shards
+from pipeline.errors import UserError
+from pipeline.rng import ValidationDraws
+from pipeline.stage.config import StageConfig
+from pipeline.stage.request import batch_rows
+from pipeline.stage.stage import Stage
+from pipeline.text.prompts import Prompts, open_prompts
+
+log = logging.getLogger("cascade")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationSet:
+    """Samples that are not trained on, and what conditions them."""
+
+    shards: Shards
+    prompts: Prompts
+
+
+def open_validation_set(config: StageConfig) -> ValidationSet | None:
+    """The samples of `data.validation`; None if it is not given.
+
+    Raises:
+        UserError: there are none, or no embeddings of their captions.
+    """
+    shards = Shards.open_validation(config.data)
+    if shards is None:
+        return None
+    return ValidationSet(shards=shards, prompts=open_prompts(config.text, config.classes, shards))
+
+
+class Validation:
+    """The validation of a run, on N samples.
+
+    Args:
+        stage: whose network is measured, with the weights that it has at each call.
+        samples: from which `train.num_validation` are taken.
+
+    Raises:
+        UserError: no sample can be used.
+    """
+
+    def __init__(self, stage: Stage, samples: ValidationSet) -> None:
+        self.stage = stage
+        self.prompts = samples.prompts
+        shards = samples.shards
+        self.sample_ids, self.images = read_images(
+            shards,
+            stage.config.train.num_validation,
+            ImageSize(side=stage.config.size, window=stage.train_window),
+            Quarantine(
+                Path(stage.config.run) / "quarantine.jsonl", len(shards), shards.config.max_damage
+            ),
+        )
+        log.info("validation: %d of %d samples", len(self.sample_ids), len(shards))
+
+        def loss(*tensors: Tensor) -> Tensor:
+            return stage.validation_loss(*tensors)
+
+        self.compiled_loss = runtime.jit(loss)
+
+    def losses(self) -> np.ndarray:
+        """The loss of each sample, float64 (N,), of the weights that the network has now."""
+        losses = np.empty(len(self.sample_ids))
+        for rows in batch_rows(len(losses), self.stage.config.sample.batch_size):
+            sample_ids = [self.sample_ids[row] for row in rows]
+            positions = rows.tolist()
+            prompt = self.prompts.embed(sample_ids, self.stage.config.seed, 0, positions)
+            arrays = self.stage.training_inputs(self.images[rows], prompt, self.draws(positions))
+            tensors = map(device.to_device, self.stage.validation_inputs.flatten(arrays))
+            losses[rows] = self.compiled_loss(*tensors).asnumpy()
+        return losses
+
+    def draws(self, positions: list[int]) -> ValidationDraws:
+        return ValidationDraws(seed=self.stage.config.seed, positions=positions)
+
+    def metrics(self, ema_losses: np.ndarray, raw_losses: np.ndarray) -> dict[str, float]:
+        """The means of both, and those of the EMA weights by bin; bin 0 has the least noise."""
+        draws = self.draws(list(range(len(self.sample_ids))))
+        metrics = {
+            "validation_loss": float(ema_losses.mean()),
+            "validation_loss_raw": float(raw_losses.mean()),
+        }
+
+        for noise_bin in range(draws.NOISE_BINS):
+            in_bin = draws.noise_bins == noise_bin
+            if in_bin.any():
+                metrics[f"validation_loss_noise_{noise_bin}"] = float(ema_losses[in_bin].mean())
+
+            if "low_res_logsnr" not in self.stage.inputs.names:
+                continue
+            for aug_bin in range(draws.AUG_BINS):
+                in_both = in_bin & (draws.aug_bins == aug_bin)
+                if in_both.any():
+                    name = f"validation_loss_noise_{noise_bin}_aug_{aug_bin}"
+                    metrics[name] = float(ema_losses[in_both].mean())
+        return metrics
+
+
+def read_images(
+    shards: Shards, num_samples: int, size: ImageSize, quarantine: Quarantine
+) -> tuple[list[int], np.ndarray]:
+    """The ids of at most `num_samples` samples, evenly over the shards, and their images in the
+    middle, uint8 (N, S, S, 3). Those that cannot be used are left out.
+    """
+    places = np.linspace(0, len(shards) - 1, min(num_samples, len(shards)))
+    sample_ids = []
+    images = []
+    for sample_id in places.round().astype(int).tolist():
+        try:
+            images.append(cut(shards.image(sample_id), size))
+        except (BadImage, DamagedSample) as error:
+            quarantine.write(*shards.name(sample_id), str(error))
+        else:
+            sample_ids.append(sample_id)
+
+    if not sample_ids:
+        raise UserError(
+            f"data.validation: none of {len(places)} samples can be used; the reasons are in "
+            f"{quarantine.path}; give others"
+        )
+    return sample_ids, np.stack(images)

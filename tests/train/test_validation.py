@@ -1,0 +1,128 @@
+"""Validation: losses of fixed samples, equal to the stage's own formula, and sums over bins."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mindspore import Tensor
+
+from pipeline.config import build
+from pipeline.errors import UserError
+from pipeline.nn.parameters import assign
+from pipeline.stage.registry import stage_class
+from pipeline.stage.stage import Stage
+from pipeline.train.validation import Validation, open_validation_set
+from tests.conftest import stage_yaml
+from tests.helpers.tars import jpeg, sample, tar
+from tools.references import random_weights
+
+
+def make(run: Path, shards: Path, t5: Path, kind: str = "base", **options: Any) -> Stage:
+    raw = stage_yaml(kind, run, shards, t5)
+    raw["data"]["validation"] = 0.5
+    raw["train"] |= options
+    run.mkdir()
+    cls = stage_class(raw["kind"])
+    return cls(build(cls.Config, raw))
+
+
+def validation_of(stage: Stage) -> Validation:
+    samples = open_validation_set(stage.config)
+    assert samples is not None
+    return Validation(stage, samples)
+
+
+@pytest.fixture(scope="module", params=["base", "sr32"])
+def stage(
+    request: pytest.FixtureRequest,
+    shards_folder: Path,
+    t5_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Stage:
+    run = tmp_path_factory.mktemp("validation") / "run"
+    stage = make(run, shards_folder, t5_folder, request.param)
+    shapes = {p.name: p.shape for p in stage.network.trainable_params()}
+    assign(stage.network, random_weights(shapes, 0), request.param)
+    return stage
+
+
+@pytest.fixture(scope="module")
+def validation(stage: Stage) -> Validation:
+    return validation_of(stage)
+
+
+def test_losses_are_those_of_the_stage_one_by_one(stage: Stage, validation: Validation) -> None:
+    losses = validation.losses()
+    assert losses.shape == (len(validation.sample_ids),)
+    for position in (0, len(losses) - 1):
+        prompt = validation.prompts.embed(
+            [validation.sample_ids[position]], stage.config.seed, 0, [position]
+        )
+        images = validation.images[position : position + 1]
+        arrays = stage.training_inputs(images, prompt, validation.draws([position]))
+        tensors = map(Tensor, stage.validation_inputs.flatten(arrays))
+        (expected,) = stage.validation_loss(*tensors).asnumpy()
+        assert losses[position] == pytest.approx(expected, rel=1e-4)
+
+
+def test_they_change_with_the_weights_alone(stage: Stage, validation: Validation) -> None:
+    before = validation.losses()
+    assert (validation.losses() == before).all()
+
+    weights = {p.name: p.asnumpy().copy() for p in stage.network.trainable_params()}
+    assign(stage.network, {name: 1.1 * weight for name, weight in weights.items()}, "other")
+    other = validation.losses()
+    assign(stage.network, weights, "as before")
+    assert (other != before).any()
+    assert (validation.losses() == before).all()
+
+
+def test_means_by_bin(stage: Stage, validation: Validation) -> None:
+    num_samples = len(validation.sample_ids)
+    ema = np.arange(num_samples, dtype=float)
+    metrics = validation.metrics(ema, ema + 1)
+    assert metrics["validation_loss"] == ema.mean()
+    assert metrics["validation_loss_raw"] == ema.mean() + 1
+    for noise_bin in range(8):
+        assert metrics[f"validation_loss_noise_{noise_bin}"] == ema[noise_bin::8].mean()
+
+    by_augmentation = [name for name in metrics if "_aug_" in name]
+    if stage.config.kind == "base":
+        assert not by_augmentation
+        return
+    for name in by_augmentation:
+        noise_bin, aug_bin = int(name.split("_")[3]), int(name.split("_")[5])
+        cell = [i for i in range(num_samples) if (i % 8, i // 8 % 4) == (noise_bin, aug_bin)]
+        assert metrics[name] == ema[cell].mean()
+
+
+def unconditional(run: Path, shards: Path) -> Stage:
+    """A stage whose samples for validation are those of `shards`/0.tar."""
+    raw = stage_yaml("base", run, shards, Path("no encoder"))
+    del raw["text"]
+    raw |= {"size": 8, "conditioning": "none"}
+    raw["unet"] |= {"attention": ["none", "none"], "patch": 1}
+    raw["sample"]["guidance"] = 1.0
+    raw["data"] |= {"validation": f"{shards}/0.tar", "max_damage": 1.0, "captions": {}}
+    run.mkdir()
+    cls = stage_class("base")
+    return cls(build(cls.Config, raw))
+
+
+def test_samples_that_cannot_be_used_are_left_out(tmp_path: Path) -> None:
+    truncated = [("bad.jpg", jpeg(64, 64)[:-400])]
+    (tmp_path / "0.tar").write_bytes(tar([*truncated, *sample("good", 1)]))
+    validation = validation_of(unconditional(tmp_path / "run", tmp_path))
+    assert validation.sample_ids == [1]
+    assert '"key": "bad"' in (tmp_path / "run/quarantine.jsonl").read_text()
+
+
+def test_no_usable_sample_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "0.tar").write_bytes(tar([("bad.jpg", jpeg(64, 64)[:-400])]))
+    with pytest.raises(UserError) as caught:
+        validation_of(unconditional(tmp_path / "run", tmp_path))
+    assert str(caught.value) == (
+        "data.validation: none of 1 samples can be used; the reasons are in "
+        f"{tmp_path}/run/quarantine.jsonl; give others"
+    )
