@@ -63,8 +63,26 @@ class Index:
 
     def texts(self, rows: np.ndarray) -> Iterator[dict[str, str]]:
         """Key, files, txt and json of some rows, which are sorted."""
+        blob, starts, ends = self._spans(rows)
+        for row_starts, row_ends in zip(starts.tolist(), ends.tolist(), strict=True):
+            yield {
+                name: blob[start:end].decode(errors="surrogateescape")
+                for name, start, end in zip(TEXTS, row_starts, row_ends, strict=True)
+            }
+
+    def keys(self, rows: np.ndarray) -> list[bytes]:
+        """The keys of some rows, which are sorted."""
+        blob, starts, ends = self._spans(rows)
+        column = TEXTS.index("key")
+        spans = zip(starts[:, column].tolist(), ends[:, column].tolist(), strict=True)
+        return [blob[start:end] for start, end in spans]
+
+    def _spans(self, rows: np.ndarray) -> tuple[bytes, np.ndarray, np.ndarray]:
+        """The bytes that hold the texts of some rows, and where each of them starts and ends
+        there, (N, 4) by TEXTS.
+        """
         if not len(rows):
-            return
+            return b"", np.zeros((0, len(TEXTS)), int), np.zeros((0, len(TEXTS)), int)
         # Only this range is read: a training batch asks for one row at a time.
         begin = int(rows[0])
         stop = int(rows[-1]) + 1
@@ -77,13 +95,7 @@ class Index:
         ends = ends[begin > 0 :] - first
         starts = np.concatenate([[0], ends.ravel()])[:-1].reshape(ends.shape)
         chosen = rows - begin
-        for row_starts, row_ends in zip(
-            starts[chosen].tolist(), ends[chosen].tolist(), strict=True
-        ):
-            yield {
-                name: blob[start:end].decode(errors="surrogateescape")
-                for name, start, end in zip(TEXTS, row_starts, row_ends, strict=True)
-            }
+        return blob, starts[chosen], ends[chosen]
 
     def fault(self, sources: Sources) -> str | None:
         """Why the shard is no longer the one that was indexed; None if it is.

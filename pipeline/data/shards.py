@@ -300,7 +300,7 @@ class Shards:
         if not self.config.held_out:
             return rows
 
-        keys = [text["key"] for text in index.texts(rows)]
+        keys = index.keys(rows)
         held_out = np.array([is_held_out(key, self.config.held_out) for key in keys], bool)
         return rows[held_out == (self.part == "validation")]
 
@@ -338,11 +338,11 @@ class Shards:
         return next(self.indexes[shard].texts(np.array([row])))
 
 
-def is_held_out(key: str, fraction: float) -> bool:
+def is_held_out(key: bytes, fraction: float) -> bool:
     """Whether a sample is held out for validation: by its key alone, so that it stays where it is
     when shards are added, and a larger fraction holds out what a smaller one does.
     """
-    digest = hashlib.blake2b(key.encode(errors="surrogateescape"), digest_size=8).digest()
+    digest = hashlib.blake2b(key, digest_size=8).digest()
     return int.from_bytes(digest) < fraction * 2**64
 
 
