@@ -1,8 +1,10 @@
 """The orchestrator: stages trained apart, chained into text-to-image generation.
 
-cascade = Cascade.load("runs/demo/cascade")
-result = cascade(["a small red circle on white"], seed=7)
-result.images[0].save("circle.png")
+    cascade = Cascade.load("runs/demo/cascade")
+    result = cascade(["a small red circle on white"], seed=7)
+    result.images[0].save("circle.png")
+
+The same images come from `cascade sample` with the same prompts and seed.
 """
 
 from collections.abc import Mapping, Sequence
