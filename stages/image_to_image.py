@@ -187,9 +187,8 @@ class ImageToImage(Stage):
         stds_BK = ops.broadcast_to(Tensor(self.residual_stds, mstype.float32), task_BK.shape)
         return (task_BK * stds_BK).sum(axis=1)
 
-    def loss(self, *tensors: Tensor) -> Tensor:
+    def named_loss(self, inputs: dict[str, Tensor]) -> Tensor:
         """The loss of each image (B,), over the pixels of its mask."""
-        inputs = self.loss_inputs.unpack(tensors)
         x = inputs["x"]
         eps = inputs["eps"]
         logsnr_B = inputs["logsnr"]

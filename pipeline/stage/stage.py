@@ -142,6 +142,7 @@ class Stage(ABC):
         return self.named_loss(self.validation_inputs.unpack(tensors))
 
     def named_loss(self, inputs: dict[str, Tensor]) -> Tensor:
+        """The loss of each image (B,) from its inputs, which a kind of stage may override."""
         x = inputs["x"]
         eps = inputs["eps"]
         logsnr_B = inputs["logsnr"]
