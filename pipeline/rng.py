@@ -11,7 +11,6 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
@@ -117,50 +116,3 @@ class Draws:
         streams = self.streams(purpose)
         uniform = np.array([stream.random() for stream in streams])
         return uniform, unit_noise(streams, shape)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ValidationDraws(Draws):
-    """The draws of validation samples: the same at every step, and never those of training.
-
-    What is drawn uniformly is stratified, so that few samples cover all levels evenly: sample i has
-    the noise level of bin i % NOISE_BINS, and the augmentation level of bin i // NOISE_BINS %
-    AUG_BINS. Nothing is dropped.
-    """
-
-    NOISE_BINS: ClassVar[int] = 8
-    AUG_BINS: ClassVar[int] = 4
-
-    step: int = 0
-
-    def streams(self, purpose: str) -> list[np.random.Generator]:
-        number = PURPOSES[purpose]
-        return [generator(self.seed, "validation", number, place) for place in self.positions]
-
-    def uniform(self, purpose: str) -> np.ndarray:
-        return self.stratified(purpose, super().uniform(purpose))
-
-    def uniform_and_noise(
-        self, purpose: str, shape: tuple[int, ...]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        uniform, noise = super().uniform_and_noise(purpose, shape)
-        return self.stratified(purpose, uniform), noise
-
-    @property
-    def noise_bins(self) -> np.ndarray:
-        """int64 (B,)."""
-        return np.asarray(self.positions) % self.NOISE_BINS
-
-    @property
-    def aug_bins(self) -> np.ndarray:
-        """int64 (B,)."""
-        return np.asarray(self.positions) // self.NOISE_BINS % self.AUG_BINS
-
-    def stratified(self, purpose: str, uniform: np.ndarray) -> np.ndarray:
-        """`uniform`, float64 (B,) in [0, 1), squeezed into each sample's bin."""
-        if purpose == "time":
-            return (self.noise_bins + uniform) / self.NOISE_BINS
-        if purpose == "augment":
-            return (self.aug_bins + uniform) / self.AUG_BINS
-        # A condition is dropped where the draw is below the rate of dropping.
-        return np.ones_like(uniform) if purpose == "drop" else uniform

@@ -2,13 +2,14 @@
 
 The samples, their captions, noise and levels are the same at every validation of a run, whatever
 the number of ranks and however often it was resumed: two validations differ by the weights alone.
-Levels are stratified over bins (`pipeline.rng.ValidationDraws`), as the loss at one level is worth
+Levels are stratified over bins (`ValidationDraws`), as the loss at one level is worth
 nothing at another. Rank 0 computes it; the others wait.
 """
 
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from mindspore import Tensor
@@ -19,7 +20,7 @@ from pipeline.data.loader import ImageSize, cut
 from pipeline.data.quarantine import Quarantine
 from pipeline.data.shards import DamagedSample, Shards
 from pipeline.errors import UserError
-from pipeline.rng import ValidationDraws
+from pipeline.rng import PURPOSES, Draws, generator
 from pipeline.stage.config import StageConfig
 from pipeline.stage.request import batch_rows
 from pipeline.stage.stage import Stage
@@ -46,6 +47,53 @@ def open_validation_set(config: StageConfig) -> ValidationSet | None:
     if shards is None:
         return None
     return ValidationSet(shards=shards, prompts=open_prompts(config.text, config.classes, shards))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationDraws(Draws):
+    """The draws of validation samples: the same at every step, and never those of training.
+
+    What is drawn uniformly is stratified, so that few samples cover all levels evenly: sample i has
+    the noise level of bin i % NOISE_BINS, and the augmentation level of bin i // NOISE_BINS %
+    AUG_BINS. Nothing is dropped.
+    """
+
+    NOISE_BINS: ClassVar[int] = 8
+    AUG_BINS: ClassVar[int] = 4
+
+    step: int = 0
+
+    def streams(self, purpose: str) -> list[np.random.Generator]:
+        number = PURPOSES[purpose]
+        return [generator(self.seed, "validation", number, place) for place in self.positions]
+
+    def uniform(self, purpose: str) -> np.ndarray:
+        return self.stratified(purpose, super().uniform(purpose))
+
+    def uniform_and_noise(
+        self, purpose: str, shape: tuple[int, ...]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        uniform, noise = super().uniform_and_noise(purpose, shape)
+        return self.stratified(purpose, uniform), noise
+
+    @property
+    def noise_bins(self) -> np.ndarray:
+        """int64 (B,)."""
+        return np.asarray(self.positions) % self.NOISE_BINS
+
+    @property
+    def aug_bins(self) -> np.ndarray:
+        """int64 (B,)."""
+        return np.asarray(self.positions) // self.NOISE_BINS % self.AUG_BINS
+
+    def stratified(self, purpose: str, uniform: np.ndarray) -> np.ndarray:
+        """`uniform`, float64 (B,) in [0, 1), squeezed into each sample's bin."""
+        if purpose == "time":
+            return (self.noise_bins + uniform) / self.NOISE_BINS
+        if purpose == "augment":
+            return (self.aug_bins + uniform) / self.AUG_BINS
+        # A condition is dropped where the draw is below the rate of dropping.
+        return np.ones_like(uniform) if purpose == "drop" else uniform
 
 
 class Validation:

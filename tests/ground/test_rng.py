@@ -8,7 +8,6 @@ import pytest
 from pipeline.rng import (
     PURPOSES,
     Draws,
-    ValidationDraws,
     generator,
     sampling_noise,
     unit_noise,
@@ -86,29 +85,3 @@ def test_a_level_and_its_noise_share_a_stream() -> None:
     streams = draws.streams("augment")
     assert uniform.tolist() == [stream.random() for stream in streams]
     np.testing.assert_array_equal(noise, unit_noise(streams, (2, 3)))
-
-
-def test_levels_of_validation_are_stratified() -> None:
-    draws = ValidationDraws(seed=3, positions=range(64))
-    levels = draws.uniform("time")
-    aug_levels, noise = draws.uniform_and_noise("augment", (2, 3))
-
-    # Two samples in each cell of 8 bins of noise and 4 of augmentation.
-    cells = np.stack([np.floor(levels * 8), np.floor(aug_levels * 4)], 1).astype(int)
-    _, counts = np.unique(cells, axis=0, return_counts=True)
-    assert counts.tolist() == [2] * 32
-    assert (cells == np.stack([draws.noise_bins, draws.aug_bins], 1)).all()
-    assert len({row.tobytes() for row in noise}) == 64
-
-
-def test_draws_of_validation_depend_on_the_position_alone() -> None:
-    draws = ValidationDraws(seed=3, positions=range(64))
-    some = ValidationDraws(seed=3, positions=[40, 2])
-    np.testing.assert_array_equal(some.noise("noise", (4,)), draws.noise("noise", (4,))[[40, 2]])
-    np.testing.assert_array_equal(some.uniform("time"), draws.uniform("time")[[40, 2]])
-    # Whatever the rate at which training drops a condition.
-    assert (draws.uniform("drop") >= 1).all()
-
-    # Never those of a training step.
-    training = Draws(seed=3, step=PURPOSES["noise"], positions=range(64)).noise("noise", (4,))
-    assert not np.isin(draws.noise("noise", (4,)), training).any()

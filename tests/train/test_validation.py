@@ -9,9 +9,10 @@ from mindspore import Tensor
 from pipeline.config import build
 from pipeline.errors import UserError
 from pipeline.nn.parameters import assign
+from pipeline.rng import PURPOSES, Draws
 from pipeline.stage.registry import stage_class
 from pipeline.stage.stage import Stage
-from pipeline.train.validation import Validation, open_validation_set
+from pipeline.train.validation import Validation, ValidationDraws, open_validation_set
 from tests.conftest import stage_yaml
 from tests.helpers import palette
 from tests.helpers.tars import jpeg, sample, tar
@@ -129,3 +130,29 @@ def test_no_usable_sample_is_refused(tmp_path: Path) -> None:
         "data.validation: none of 1 samples can be used; the reasons are in "
         f"{tmp_path}/run/quarantine.jsonl; give others"
     )
+
+
+def test_levels_of_validation_are_stratified() -> None:
+    draws = ValidationDraws(seed=3, positions=range(64))
+    levels = draws.uniform("time")
+    aug_levels, noise = draws.uniform_and_noise("augment", (2, 3))
+
+    # Two samples in each cell of 8 bins of noise and 4 of augmentation.
+    cells = np.stack([np.floor(levels * 8), np.floor(aug_levels * 4)], 1).astype(int)
+    _, counts = np.unique(cells, axis=0, return_counts=True)
+    assert counts.tolist() == [2] * 32
+    assert (cells == np.stack([draws.noise_bins, draws.aug_bins], 1)).all()
+    assert len({row.tobytes() for row in noise}) == 64
+
+
+def test_draws_of_validation_depend_on_the_position_alone() -> None:
+    draws = ValidationDraws(seed=3, positions=range(64))
+    some = ValidationDraws(seed=3, positions=[40, 2])
+    np.testing.assert_array_equal(some.noise("noise", (4,)), draws.noise("noise", (4,))[[40, 2]])
+    np.testing.assert_array_equal(some.uniform("time"), draws.uniform("time")[[40, 2]])
+    # Whatever the rate at which training drops a condition.
+    assert (draws.uniform("drop") >= 1).all()
+
+    # Never those of a training step.
+    training = Draws(seed=3, step=PURPOSES["noise"], positions=range(64)).noise("noise", (4,))
+    assert not np.isin(draws.noise("noise", (4,)), training).any()
