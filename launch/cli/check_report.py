@@ -114,14 +114,14 @@ def check_data(config: Any) -> dict[str, Any]:
     except (UserError, JobError) as error:
         return {"error": str(error)}
 
-    return {
+    report = {
         "shards": len(shards.indexes),
         "samples": len(shards),
-        "validation": len(validation) if validation else 0,
         "steps_per_epoch": len(shards) / config.data.global_batch,
         "removed": dict(shards.removed),
         "damaged": sum(1 for _ in shards.faults),
     }
+    return report | ({"validation": len(validation)} if validation else {})
 
 
 def check_folder(folder: Path) -> dict[str, Any]:

@@ -285,6 +285,16 @@ def test_check_is_one_json_object(shards_folder: Path, capsys: pytest.CaptureFix
     assert report["argv"] == [sys.executable, "-m", "launch", "train", BASE, *overrides]
 
 
+def test_check_counts_the_samples_for_validation(
+    shards_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = [f"data.shards={shards_folder}/*.tar", "data.global_batch=8", "data.validation=0.5"]
+    _, out, _ = run(capsys, "check", BASE, *overrides, "--json")
+    data = json.loads(out)["data"]
+    assert data["samples"] + data["validation"] == 24
+    assert data["removed"] == {"held out for validation": data["validation"]}
+
+
 def test_check_says_whether_a_training_fits(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(
         capsys, "check", "configs/sr256.yaml", "data.global_batch=16", "--memory", "24", "--json"
