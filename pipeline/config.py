@@ -5,10 +5,11 @@ become a default.
     config = build(StageConfig, raw)
 
 Configs are frozen keyword-only dataclasses, each next to the code that it configures. Their type
-hints are the schema: bool, int, float, str, `X | None`, `tuple[X, ...]`, `Literal[...]`,
-`dict[str, X]`, nested dataclasses, and unions of a scalar, a tuple and a dict, among which the form
-of the value decides. `__post_init__` checks the rest and raises `ConfigError("size: 48 is not a
-multiple of 32; ...")`; `build` puts the dotted path of the section before that.
+hints are the schema: bool, int, float, str, `X | None`, `tuple[X, ...]`, `tuple[X, Y]`,
+`Literal[...]`, `dict[str, X]`, nested dataclasses, and unions of scalars, a tuple and a dict, among
+which the form of the value decides. `__post_init__` checks the rest and raises
+`ConfigError("size: 48 is not a multiple of 32; ...")`; `build` puts the dotted path of the section
+before that.
 
 Every error is one line: dotted path, the value, the fix. Errors name the traps of YAML 1.1: `3e-5`
 is text (a number needs the point, 3.0e-5), `off` is false, and a repeated key silently replaces the
@@ -43,6 +44,7 @@ T = TypeVar("T")
 ABSENT = "(absent)"  # stands in a `Difference` for the value of a key that one side lacks
 MAX_SHOWN = 80  # characters of a value that an error message shows
 
+_NUMBER = re.compile(r"([-+]?\d+)(\.\d*)?(?:e([-+]?)(\d+))?")
 _TYPE_NAMES: dict[Any, str] = {
     bool: "true or false",
     int: "a whole number",
@@ -225,6 +227,10 @@ def _convert_union(args: tuple[Any, ...], raw: Any, path: str) -> Any:
     kind = {list: tuple, dict: dict, str: str}.get(type(raw))  # type: ignore[call-overload]
     matching = [arg for arg in choices if kind and (get_origin(arg) or arg) is kind]
 
+    # 1e-2 is text to YAML 1.1: its error says how the number that it is meant to be is written.
+    if float in choices and isinstance(raw, str) and _NUMBER.fullmatch(raw.lower()):
+        matching = [float]
+
     return _convert((matching or choices)[0], raw, path)
 
 
@@ -302,24 +308,24 @@ class Difference(NamedTuple):
     """A key whose values differ."""
 
     path: str  # dotted
-    a: Any  # plain value, or ABSENT
-    b: Any  # plain value, or ABSENT
+    before: Any  # plain value, or ABSENT
+    now: Any  # plain value, or ABSENT
 
 
-def differences(a: dict[str, Any], b: dict[str, Any], path: str = "") -> list[Difference]:
+def differences(before: dict[str, Any], now: dict[str, Any], path: str = "") -> list[Difference]:
     """The keys in which two trees of `to_dict` differ; `path` is their own dotted path."""
     result: list[Difference] = []
 
     # Both sides' keys in a fixed order, which a set would not have.
-    for key in {**a, **b}:
+    for key in {**before, **now}:
         key_path = _join(path, key)
-        value_a = a.get(key, ABSENT)
-        value_b = b.get(key, ABSENT)
+        old = before.get(key, ABSENT)
+        new = now.get(key, ABSENT)
 
-        if isinstance(value_a, dict) and isinstance(value_b, dict):
-            result += differences(value_a, value_b, key_path)
-        elif value_a != value_b:
-            result.append(Difference(key_path, value_a, value_b))
+        if isinstance(old, dict) and isinstance(new, dict):
+            result += differences(old, new, key_path)
+        elif old != new:
+            result.append(Difference(key_path, old, new))
 
     return result
 
@@ -356,7 +362,7 @@ def _fix(hint: type, raw: Any) -> str:
         reason = ", as YAML reads a bare yes or off as true or false" if type(raw) is bool else ""
         return "put it in quotes" + reason
 
-    number = re.fullmatch(r"([-+]?\d+)(\.\d*)?(?:e([-+]?)(\d+))?", str(raw).lower())
+    number = _NUMBER.fullmatch(str(raw).lower())
     # What is no number, or no whole one, has no other spelling to offer.
     if hint in (bool, dict) or not number or (hint is int and not float(raw).is_integer()):
         return f"give {_TYPE_NAMES[hint]}" + (" without quotes" if isinstance(raw, str) else "")

@@ -57,20 +57,15 @@ def generator(seed: int, purpose: str, *counters: int) -> np.random.Generator:
 
 
 def unit_noise(streams: Sequence[np.random.Generator], shape: tuple[int, ...]) -> np.ndarray:
-    """Standard normal noise, float32 (B, *shape), one stream per image.
-
-    Drawn in threads: at 1024 px, drawing a batch takes as long as evaluating a small network.
-    """
+    """Standard normal noise, float32 (B, *shape), one stream per image."""
     noise = np.empty((len(streams), *shape), np.float32)
-
-    def draw(stream: np.random.Generator, out: np.ndarray) -> None:
-        stream.standard_normal(dtype=np.float32, out=out)
-
-    with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as threads:
-        # The list waits for all of them, and raises what one of them raised.
-        list(threads.map(draw, streams, noise))
-
+    for stream, image in zip(streams, noise, strict=True):
+        fill_with_noise(stream, image)
     return noise
+
+
+def fill_with_noise(stream: np.random.Generator, out: np.ndarray) -> None:
+    stream.standard_normal(dtype=np.float32, out=out)
 
 
 def sampling_noise(
@@ -79,12 +74,17 @@ def sampling_noise(
     """Standard normal noise for sampling, float32 (B, *shape), with `shape` ending in the width.
 
     The width is a counter of the stream, so that models of different resolution draw different
-    noise for the same image id.
+    noise for the same image id. Drawn in threads: at 1024 px, drawing a batch takes as long as
+    evaluating a small network. (In training the loader's threads draw already.)
     """
     width = shape[-1]
     streams = [generator(seed, "sample", image_id, width, step) for image_id in image_ids]
 
-    return unit_noise(streams, shape)
+    noise = np.empty((len(streams), *shape), np.float32)
+    with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as threads:
+        # The list waits for all of them, and raises what one of them raised.
+        list(threads.map(fill_with_noise, streams, noise))
+    return noise
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ import numpy as np
 from mindspore import Tensor, ops
 
 from pipeline.config import ConfigError
-from pipeline.data.image import downsample, upsample
+from pipeline.data.image import ImageSize, downsample, upsample
 from pipeline.diffusion.process import add_noise
 from pipeline.diffusion.solvers import SamplerConfig
 from pipeline.generate.engine import sample
@@ -90,8 +90,8 @@ class SuperResolution(Stage):
     extra_inputs = ("low_res", "low_res_noise", "low_res_logsnr")
 
     @property
-    def train_window(self) -> int | None:
-        return self.config.low_res.window
+    def image_size(self) -> ImageSize:
+        return ImageSize(side=self.config.size, window=self.config.low_res.window)
 
     def training_inputs(self, images: np.ndarray, prompt: Arrays, draws: Draws) -> Arrays:
         """Adds the enlarged low resolution, its noise and its level."""

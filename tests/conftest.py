@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pipeline import kernels
-from pipeline.data.shards import DataConfig, Shards
+from pipeline.data.config import DataConfig
+from pipeline.data.shards import Shards
 from pipeline.text.caption_embeddings import load_encoder, recipe
 from pipeline.text.encoder import TextConfig
 from pipeline.text.store import TextStore

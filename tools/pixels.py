@@ -73,7 +73,8 @@ def main(argv: Sequence[str]) -> None:
     )
     arguments = parser.parse_args(argv)
 
-    from pipeline.data.shards import DataConfig, Shards
+    from pipeline.data.config import DataConfig
+    from pipeline.data.shards import Shards
     from pipeline.log import setup_logging
 
     setup_logging()

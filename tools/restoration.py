@@ -152,9 +152,10 @@ def check_stages(stages: Sequence[str]) -> None:
 @cache  # most stages have one size
 def read_images(shards: tuple[str, ...], size: int, num: int) -> list[NamedImage]:
     """The first `num` images, cropped and resized to `size`."""
+    from pipeline.data.config import DataConfig
     from pipeline.data.decode import decode
     from pipeline.data.image import crop_resize
-    from pipeline.data.shards import DataConfig, Shards
+    from pipeline.data.shards import Shards
 
     # Without captions: images that have none count too.
     dataset = Shards.open(DataConfig(shards=shards, captions={}))

@@ -35,21 +35,21 @@ def run(arguments: argparse.Namespace) -> int:
             "give the file of a stage with conditioning text"
         )
 
-    data_sets = [Shards.open(config.data)]
+    training = Shards.open(config.data)
     # A fraction that is held out lies in the same shards.
-    if isinstance(config.data.validation, str):
-        data_sets += filter(None, [Shards.open_validation(config.data)])
+    validation = None if config.data.held_out else training.open_validation()
+    made_by = recipe(config.text)
 
-    for shards in data_sets:
-        store = TextStore(shards, recipe(config.text))
+    for shards in filter(None, (training, validation)):
+        store = TextStore(shards, made_by)
         # Given as a function: the encoder is loaded only if a shard has to be encoded.
         num_written = store.build(partial(load_encoder, config.text))
 
         # What cannot be read back right after it was written is a fault of the disk.
-        for path, *_, reason in store.faults():
+        for fault in store.faults():
             raise JobError(
-                f"{path} {reason}, after all were written; check the disk and run the same "
-                "command again"
+                f"{fault.path} {fault.reason}, after all were written; check the disk and run the "
+                "same command again"
             )
 
         num_samples = sum(len(shards.passing_rows(shard)) for shard in range(len(shards.indexes)))

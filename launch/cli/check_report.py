@@ -72,7 +72,7 @@ def check_stage(path: str, overrides: Sequence[str], memory: float | None = None
     with no_init_parameters():
         stage = stage_class(config.kind)(config)
     # Training on windows holds the activations of a window only.
-    size = stage.train_window or config.size
+    size = stage.image_size.used
 
     report: dict[str, Any] = {
         "config": {**to_dict(config), "launch": to_dict(launch)},
@@ -110,7 +110,7 @@ def check_data(config: Any) -> dict[str, Any]:
 
     try:
         shards = Shards.open(config.data)
-        validation = Shards.open_validation(config.data)
+        validation = shards.open_validation()
     except (UserError, JobError) as error:
         return {"error": str(error)}
 

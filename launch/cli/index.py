@@ -67,7 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
             f"--weights: {weights} for {len(patterns)} SHARDS; give one above 0 for each"
         )
 
-    from pipeline.data.shards import DataConfig, Shards, open_indexes
+    from pipeline.data.config import DataConfig
+    from pipeline.data.shards import Shards, open_indexes
     from pipeline.log import setup_logging
 
     setup_logging()

@@ -8,6 +8,8 @@ in sampling on every machine, for every batch size.
 Shape suffixes: B batch, C channels, H height, W width; `...` any leading axes.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 from PIL import Image
 
@@ -17,7 +19,33 @@ from pipeline.data.decode import (
     UPSIDE_DOWN,
     DecodedImage,
     apply_orientation,
+    decode,
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSize:
+    """The side to which images are brought, and of the window of them that is used, in pixels."""
+
+    side: int
+    window: int | None = None  # None: all of the image
+
+    @property
+    def used(self) -> int:
+        return self.window or self.side
+
+
+def read_square(
+    data: bytes, size: ImageSize, *, u: float = 0.5, v: float = 0.5, x: float = 0.5, y: float = 0.5
+) -> np.ndarray:
+    """An image file as uint8 (S, S, 3): its square at (u, v), and the window of it at (x, y),
+    from 0 to 1 across what is cut off; a view of the square.
+
+    Raises:
+        BadImage: it cannot be decoded.
+    """
+    square = crop_resize(decode(data, size.side), size.side, u, v)
+    return crop(square, size.used, x, y)
 
 
 def crop(image: np.ndarray, size: int, u: float, v: float) -> np.ndarray:

@@ -55,7 +55,7 @@ class Index:
         offset, size (bytes, -1 if there is no such file), crc32: (N, 3), by FILES
         pixels: (N, 2), width and height
         caption_length: (N,), characters of KEY.txt
-        ends: (N, 4), by TEXTS, of the text in `texts`: bytes
+        ends: (N, 4), by TEXTS, where each text ends in `texts`, bytes
         """
         # Opened for each read: ten thousand memory maps at once would exceed the system's limit.
         with safe_open(self.path, "numpy") as file:

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data import image as images
-from pipeline.data.decode import BadImage, decode
+from pipeline.data.decode import BadImage
+from pipeline.data.image import ImageSize, read_square
 from pipeline.data.order import Order
 from pipeline.data.quarantine import Quarantine
 from pipeline.data.shards import DamagedSample, Shards
@@ -36,18 +36,6 @@ PIECE = 16  # samples that a thread takes at a time, at most
 
 # uint8 images (B, S, S, 3), their prompt, the draws of their positions -> one step's arrays
 MakeInputs = Callable[[np.ndarray, Arrays, Draws], Arrays]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageSize:
-    """The side to which images are brought, and of the window of them that is used, in pixels."""
-
-    side: int
-    window: int | None = None  # None: all of the image
-
-    @property
-    def used(self) -> int:
-        return self.window or self.side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,19 +54,6 @@ class Rows:
 
     positions: Sequence[int]
     arrays: Arrays
-
-
-def cut(
-    data: bytes, size: ImageSize, *, u: float = 0.5, v: float = 0.5, x: float = 0.5, y: float = 0.5
-) -> np.ndarray:
-    """An image file as uint8 (S, S, 3): its square at (u, v), and the window of it at (x, y),
-    from 0 to 1 across what is cut off.
-
-    Raises:
-        BadImage: it cannot be decoded.
-    """
-    square = images.crop_resize(decode(data, size.side), size.side, u, v)
-    return images.crop(square, size.used, x, y)
 
 
 class Loader:
@@ -116,8 +91,7 @@ class Loader:
         self.quarantine = Quarantine(quarantine, len(shards), self.config.max_damage)
 
         # What the indexes know to be damaged is listed too: the file then has all that is left out.
-        for shard, fault in shards.faults:
-            self.quarantine.write(shard, fault.key, fault.reason)
+        self.quarantine.write(*((shard, fault.key, fault.reason) for shard, fault in shards.faults))
 
     def sample_ids(self, step: int) -> np.ndarray:
         """The samples of this process's share of `step` (from 0), before any is replaced; int64."""
@@ -140,7 +114,7 @@ class Loader:
         if step is not None and self.size.used < self.size.side:
             x, y = generator(self.seed, "window", step, position).random(2)
 
-        return cut(self.shards.image(sample_id), self.size, u=u, v=v, x=x, y=y)
+        return read_square(self.shards.image(sample_id), self.size, u=u, v=v, x=x, y=y)
 
     def usable_image(
         self, sample_id: int, step: int | None, position: int

@@ -53,7 +53,7 @@ class Quarantine:
 
     def add(self, shard: str, key: str, reason: str) -> None:
         """Records a sample that proved unusable in training. UserError if there are too many."""
-        self.write(shard, key, reason)
+        self.write((shard, key, reason))
         with self._lock:
             self.unusable.add((shard, key))
             num_unusable = len(self.unusable)
@@ -67,16 +67,22 @@ class Quarantine:
                 f"are listed in {self.path}; repair or remove the shards, or raise it"
             )
 
-    def write(self, shard: str, key: str, reason: str) -> None:
-        """Writes a line unless there is one for this sample."""
+    def write(self, *samples: tuple[str, str, str]) -> None:
+        """Writes a line for each (shard, key, reason) whose sample has none."""
         with self._lock:
-            # The job's other processes write to the file too.
-            if (shard, key) not in self.listed:
+            # The job's other processes write to the file too. Read once, however many samples.
+            if any((shard, key) not in self.listed for shard, key, _ in samples):
                 self.listed |= self.read()
-            if (shard, key) in self.listed:
-                return
-            self.listed.add((shard, key))
-            entry = {"shard": shard, "key": key, "reason": reason}
-            with self.path.open("a") as file:
-                file.write(json.dumps(entry) + "\n")
-        log.warning("%s:%s is left out: %s", shard, key, reason)
+
+            lines = []
+            for shard, key, reason in samples:
+                if (shard, key) in self.listed:
+                    continue
+                self.listed.add((shard, key))
+                lines.append(json.dumps({"shard": shard, "key": key, "reason": reason}) + "\n")
+                log.warning("%s:%s is left out: %s", shard, key, reason)
+
+            # Not even created where nothing is left out.
+            if lines:
+                with self.path.open("a") as file:
+                    file.writelines(lines)

@@ -12,105 +12,26 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import lru_cache
 from itertools import accumulate
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from pipeline.config import ConfigError
-from pipeline.data.filters import FilterConfig, select
+from pipeline.data.config import DataConfig
+from pipeline.data.filters import select
 from pipeline.data.index import THREADS, Index, build_indexes, index_path, read_index
-from pipeline.data.order import BLOCK, quotas
-from pipeline.data.source import Sources, check_unique, expand
+from pipeline.data.source import REPEATED, Sources, check_unique, expand
 from pipeline.data.tar import Fault
 from pipeline.errors import UserError
 from pipeline.text.captions import captions
 
 MAX_OPEN = 64  # tables in memory, each of some hundred kilobytes
-GIB = 2**30  # bytes
 
 Part = Literal["training", "validation"]
 # Why a sample that passes the filters is not of a part.
 OTHER_PART = {"training": "held out for validation", "validation": "trained on"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """The data sets of a run, the order of their samples and the size of a batch."""
-
-    # MindSpore hashes the configurations that it compiles in, hence hash=False for dicts.
-
-    # Tars, with braces and *; or several data sets, each with its weight.
-    shards: str | tuple[str, ...] | dict[str, float] = field(hash=False)
-    global_batch: int = 2048  # samples per step over all ranks
-    shuffle_shards: int = 8  # number of shards whose samples are shuffled together
-    crop: Literal["center", "random"] = "center"  # position of the square in the image
-    # Caption fields and their weights: txt, or fields of KEY.json; {} for none.
-    captions: dict[str, float] = field(default_factory=lambda: {"txt": 1.0}, hash=False)
-    filter: FilterConfig = FilterConfig()  # which samples are used
-    # Samples for validation: a fraction of the keys, held out of training, or tars of their own.
-    validation: float | str | None = None
-    max_damage: float = 0.1  # fraction of samples that may be unusable before the run stops
-    workers: int = 2  # threads that prepare batches
-    # Folder for indexes and embeddings (default: next to the shards) and for ranges from servers.
-    cache: str | None = None
-    cache_gib: float = 64  # limit of those ranges, GiB
-
-    def __post_init__(self) -> None:
-        for name in ("global_batch", "shuffle_shards", "workers"):
-            value = getattr(self, name)
-            if value < 1:
-                raise ConfigError(f"{name}: {value} is not positive; give 1 or more")
-        if not 0 <= self.max_damage <= 1:
-            raise ConfigError(f"max_damage: {self.max_damage} is not a fraction in [0, 1]")
-        if isinstance(self.validation, float) and not 0 < self.validation < 1:
-            raise ConfigError(
-                f"validation: {self.validation} is not a fraction between 0 and 1; give 0.01, for "
-                "example, or a pattern of tars, or leave it out"
-            )
-
-        self._check_weights("captions", self.captions)
-        if isinstance(self.shards, dict):
-            if not self.shards:
-                raise ConfigError("shards: {}; give at least one data set with its weight")
-            self._check_weights("shards", self.shards)
-        if 0 in quotas(list(self.sets.values())):
-            raise ConfigError(
-                f"shards: {self.shards}; a weight is so small that {BLOCK:,} samples have none "
-                "of it"
-            )
-
-    @staticmethod
-    def _check_weights(name: str, weights: Mapping[str, float]) -> None:
-        if min(weights.values(), default=1) <= 0:
-            raise ConfigError(
-                f"{name}: {weights}; give each entry a weight above 0, or remove the entry"
-            )
-
-    @property
-    def sets(self) -> dict[tuple[str, ...], float]:
-        """The patterns of each data set, and its weight."""
-        if isinstance(self.shards, dict):
-            # Each pattern is a data set of its own.
-            return {(pattern,): weight for pattern, weight in self.shards.items()}
-        return {(self.shards,) if isinstance(self.shards, str) else self.shards: 1.0}
-
-    @property
-    def held_out(self) -> float:
-        """The fraction of the keys that is held out of training."""
-        return self.validation if isinstance(self.validation, float) else 0.0
-
-    @property
-    def cache_folder(self) -> Path | None:
-        return Path(self.cache) if self.cache else None
-
-    def sources(self) -> Sources:
-        """A new reader of the shards, with connections of its own."""
-        ranges = Path(self.cache) / "ranges" if self.cache else None
-        return Sources(ranges, int(self.cache_gib * GIB))
 
 
 class DamagedSample(ValueError):
@@ -130,7 +51,9 @@ class Shards:
     """The usable samples of the data sets, numbered from 0 by set, shard and position in the shard.
 
     Args:
+        sets: the indexes of each data set's shards.
         part: those that are trained on, or those that are held out for validation.
+        held_out_bits: which rows of each shard are held out, as far as that is known already.
 
     Attributes:
         indexes: of all shards.
@@ -145,10 +68,14 @@ class Shards:
         sources: Sources,
         sets: list[list[Index]],
         part: Part = "training",
+        held_out_bits: dict[str, np.ndarray] | None = None,
     ) -> None:
         self.config = config
         self.sources = sources
+        self.sets = sets
         self.part = part
+        # A bit per sample stays in memory, as finding it out reads and hashes all keys.
+        self.held_out_bits = {} if held_out_bits is None else held_out_bits
         self.indexes = [index for indexes in sets for index in indexes]
 
         # Only counts are kept: the rows of a shard are selected again when it is opened.
@@ -171,27 +98,6 @@ class Shards:
         # The first sample of each shard, and the total.
         self._starts = [0, *accumulate(size for sizes in self.sizes for size in sizes)]
         self._table = lru_cache(MAX_OPEN)(self.table)
-
-    @classmethod
-    def open_validation(cls, config: DataConfig, progress: bool = True) -> "Shards | None":
-        """The samples of `config.validation`; None if it is not given. Errors are those of `open`,
-        and a UserError if no sample is held out.
-        """
-        if config.validation is None:
-            return None
-        if isinstance(config.validation, str):
-            own = replace(config, shards=config.validation, validation=None)
-            return cls.open(own, progress)
-
-        sources = config.sources()
-        indexes = open_indexes(config, sources, progress=progress)
-        shards = cls(config, sources, indexes, part="validation")
-        if not len(shards):
-            raise UserError(
-                f"data.validation: {config.validation} of the keys of data.shards holds out none "
-                f"of {sum(shards.removed.values()):,} samples; raise it, or give tars of their own"
-            )
-        return shards
 
     @classmethod
     def open(cls, config: DataConfig, progress: bool = True) -> "Shards":
@@ -217,6 +123,41 @@ class Shards:
                 "raise it"
             )
         return shards
+
+    def open_validation(self) -> "Shards | None":
+        """The samples of `config.validation`, given those that are trained on; None if there is
+        none.
+
+        Raises:
+            UserError: no sample is held out; or what `open` raises; or a shard is also trained on.
+        """
+        config = self.config
+        if config.held_out:
+            held_out = Shards(
+                config, self.sources, self.sets, "validation", held_out_bits=self.held_out_bits
+            )
+            if not len(held_out):
+                raise UserError(
+                    f"data.validation: {config.validation} of the keys of data.shards holds out "
+                    f"none of {len(self):,} samples; raise it, or give tars of their own"
+                )
+            return held_out
+
+        if not isinstance(config.validation, str):
+            return None
+        try:
+            own = Shards.open(replace(config, shards=config.validation, validation=None))
+        except UserError as error:
+            # There they are the shards of a data set.
+            raise UserError(
+                f"data.validation: {str(error).removeprefix('data.shards: ')}"
+            ) from None
+
+        locations = [index.location for index in (*self.indexes, *own.indexes)]
+        check_unique(
+            locations, "in data.validation too, which is not to be trained on; take it out of one"
+        )
+        return own
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -300,9 +241,14 @@ class Shards:
         if not self.config.held_out:
             return rows
 
-        keys = index.keys(rows)
-        held_out = np.array([is_held_out(key, self.config.held_out) for key in keys], bool)
-        return rows[held_out == (self.part == "validation")]
+        if index.location not in self.held_out_bits:
+            keys = index.keys(np.arange(index.num_samples))
+            held_out = [is_held_out(key, self.config.held_out) for key in keys]
+            self.held_out_bits[index.location] = np.packbits(held_out)
+
+        bits = self.held_out_bits[index.location]
+        is_validation = np.unpackbits(bits, count=index.num_samples).astype(bool)
+        return rows[is_validation[rows] == (self.part == "validation")]
 
     def name(self, i: int) -> tuple[str, str]:
         """Shard and key of sample `i`."""
@@ -355,7 +301,7 @@ def open_indexes(
     cache = config.cache_folder
     sets = [expand(patterns) for patterns in config.sets]
     locations = [location for members in sets for location in members]
-    check_unique(locations, "in two data sets")
+    check_unique(locations, f"in two data sets, {REPEATED}")
 
     def read(location: str) -> Index:
         # Another process may have replaced the shard since `build_indexes`.

@@ -62,21 +62,22 @@ def expand(patterns: tuple[str, ...]) -> list[str]:
 
     if not locations:
         raise UserError("data.shards: empty; name the tars, for example shards/{00000..00127}.tar")
-    check_unique(locations, "named twice")
+    check_unique(locations, f"named twice, {REPEATED}")
     return locations
 
 
+REPEATED = "so its samples would be repeated; name it once"
+
+
 def check_unique(locations: Sequence[str], fault: str) -> None:
-    """UserError with this `fault` if two locations are equal."""
+    """UserError with this `fault`, which says what to do, if two locations are equal."""
     # ./a.tar and a.tar are the same file; URLs are compared as written.
     normalized = sorted(
         location if is_remote(location) else str(Path(location)) for location in locations
     )
     for location, following in pairwise(normalized):
         if location == following:
-            raise UserError(
-                f"data.shards: {location}: {fault}, so its samples would be repeated; name it once"
-            )
+            raise UserError(f"data.shards: {location}: {fault}")
 
 
 def _local_files(name: str) -> list[str]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from pipeline.config import ConfigError
-from pipeline.data.shards import DataConfig
+from pipeline.data.config import DataConfig
 from pipeline.diffusion.objective import DiffusionConfig
 from pipeline.diffusion.solvers import SamplerConfig
 from pipeline.nn.unet import UNetConfig

@@ -10,14 +10,13 @@ Shapes: B images, C channels, S side, T noise levels per image.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
 from mindspore import Tensor
 
 from pipeline.config import build
-from pipeline.data.image import to_float, to_uint8
+from pipeline.data.image import ImageSize, to_float, to_uint8
 from pipeline.diffusion.objective import diffusion_loss
 from pipeline.diffusion.process import add_noise
 from pipeline.diffusion.schedule import ScheduleConfig
@@ -41,7 +40,6 @@ class Stage(ABC):
         network: the U-Net.
         inputs: what conditions the network, in sampling.
         loss_inputs: what `loss` takes: x, eps, logsnr, `inputs` and, with dropout, its seeds.
-        validation_inputs: the same without those seeds.
         tile_limit: larger images, in elements at full resolution, are sampled in tiles.
         compiled_steps: of sampling, see `pipeline.generate.engine`.
     """
@@ -54,9 +52,12 @@ class Stage(ABC):
         self.config = config
         self.inputs = Inputs(prompt=self.prompt_inputs, others=self.extra_inputs)
 
-        self.validation_inputs = replace(self.inputs, leading=("x", "eps", "logsnr"))
         seeds = ("dropout_seeds",) if config.unet.dropout else ()
-        self.loss_inputs = replace(self.validation_inputs, others=(*seeds, *self.inputs.others))
+        self.loss_inputs = Inputs(
+            leading=("x", "eps", "logsnr"),
+            prompt=self.inputs.prompt,
+            others=(*seeds, *self.inputs.others),
+        )
 
         self.network = UNet(
             config.unet,
@@ -94,9 +95,9 @@ class Stage(ABC):
         return PROMPT_INPUTS[self.config.conditioning]
 
     @property
-    def train_window(self) -> int | None:
-        """Side of the window of each image that training uses, in pixels; None: the whole."""
-        return None
+    def image_size(self) -> ImageSize:
+        """The images of training, or the windows of them."""
+        return ImageSize(side=self.config.size)
 
     # Images.
 
@@ -136,10 +137,6 @@ class Stage(ABC):
     def loss(self, *tensors: Tensor) -> Tensor:
         """The loss of each image (B,), given what `loss_inputs` names. Runs compiled."""
         return self.named_loss(self.loss_inputs.unpack(tensors))
-
-    def validation_loss(self, *tensors: Tensor) -> Tensor:
-        """The same given what `validation_inputs` names, so that nothing is dropped out."""
-        return self.named_loss(self.validation_inputs.unpack(tensors))
 
     def named_loss(self, inputs: dict[str, Tensor]) -> Tensor:
         """The loss of each image (B,) from its inputs, which a kind of stage may override."""

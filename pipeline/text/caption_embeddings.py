@@ -8,7 +8,6 @@ a caption's tokens, and text_mask (B, L) bool.
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,13 +16,12 @@ from pipeline.data.shards import Shards
 from pipeline.errors import UserError
 from pipeline.rng import generator
 from pipeline.stage.inputs import Arrays
-from pipeline.text.store import Recipe, TextStore
+from pipeline.text.store import CACHE_TEXT, Recipe, TextStore
 
 if TYPE_CHECKING:
     from pipeline.text.encoder import TextConfig, TextEncoder
 
 log = logging.getLogger("cascade")
-CACHE_TEXT = "run `cascade cache-text CONFIG`"  # what mends a store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,31 +125,34 @@ def encode_text(encoder: "TextEncoder", captions: Sequence[str]) -> Arrays:
     return {"text": text, "text_mask": mask}
 
 
-def open_caption_embeddings(config: "TextConfig", shards: Shards) -> StoredText | LiveText:
-    """The stored embeddings; or, where nothing is stored, an encoder.
+def open_caption_embeddings(
+    config: "TextConfig", data_sets: Sequence[Shards]
+) -> list[StoredText | LiveText]:
+    """The stored embeddings of each data set; or, where nothing is stored for any, an encoder.
 
     Raises:
-        UserError: the store lacks something, or was written from another encoder or other captions.
+        UserError: a store lacks something, or was written from another encoder or other captions.
     """
-    store = TextStore(shards, recipe(config))
-    faults = store.faults()
+    made_by = recipe(config)
+    stores = [TextStore(shards, made_by) for shards in data_sets]
+    faults = [fault for store in stores for fault in store.faults()]
     if not faults:
-        return StoredText(store)
+        return [StoredText(store) for store in stores]
 
-    # Only a store that was never begun is replaced by live encoding: a part of one, or another
-    # recipe's, is more likely a mistake.
-    num_files = len(shards.indexes) * len(store.fields)
-    if len(faults) < num_files or any(reason != "is missing" for *_, reason in faults):
-        path, *_, reason = faults[0]
+    # Only what was never begun is replaced by live encoding: a part of it, or another recipe's, is
+    # more likely a mistake.
+    num_files = sum(len(store.shards.indexes) * len(store.fields) for store in stores)
+    if len(faults) < num_files or any(fault.reason != "is missing" for fault in faults):
         more = f" ({len(faults)} such files)" if len(faults) > 1 else ""
-        raise UserError(f"{path} {reason}{more}; {CACHE_TEXT}")
+        raise UserError(f"{faults[0].path} {faults[0].reason}{more}; {CACHE_TEXT}")
 
     log.warning(
         "no stored embeddings: captions are encoded during training, which slows it down; %s to "
         "encode them ahead",
         CACHE_TEXT,
     )
-    return LiveText(shards, store.recipe, load_encoder(config))
+    encoder = load_encoder(config)
+    return [LiveText(shards, made_by, encoder) for shards in data_sets]
 
 
 def recipe(config: "TextConfig") -> Recipe:
@@ -190,9 +191,7 @@ def manifest_fields(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-@lru_cache(1)
 def load_encoder(config: "TextConfig") -> "TextEncoder":
-    """The encoder; loaded once, as training and validation may both encode captions."""
     from pipeline.text.encoder import TextEncoder  # late: MindSpore, which nothing else here needs
 
     return TextEncoder.load(config.encoder, config.encoder, config.length)

@@ -143,9 +143,13 @@ def class_id(names: Sequence[str] | int, name_or_id: str | int) -> int:
     raise UserError(f"{name_or_id!r} is no class; {fix}")
 
 
-def open_prompts(text: "TextConfig | None", classes: ClassConfig | None, shards: Shards) -> Prompts:
-    """The prompts of `shards`, by whichever of the two is configured."""
+def open_prompts(
+    text: "TextConfig | None", classes: ClassConfig | None, data_sets: Sequence[Shards]
+) -> list[Prompts]:
+    """The prompts of each data set, by whichever of the two is configured."""
     if text is not None:
-        return open_caption_embeddings(text, shards)
+        return [*open_caption_embeddings(text, data_sets)]
 
-    return NoPrompts() if classes is None else ClassPrompts(classes, shards)
+    return [
+        NoPrompts() if classes is None else ClassPrompts(classes, shards) for shards in data_sets
+    ]

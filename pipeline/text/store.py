@@ -34,6 +34,7 @@ from pipeline.files import try_lock, write_tensors_atomically
 from pipeline.text.captions import CLEANING, clean
 
 MAX_OPEN = 128  # files
+CACHE_TEXT = "run `cascade cache-text CONFIG`"  # what mends a store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +120,7 @@ class TextStore:
         if zlib.crc32(embedding.tobytes()) != file.crc32[entry]:
             raise UserError(
                 f"{self.path(shard, field)} is damaged (caption {caption} of sample {row} has "
-                "another checksum); remove it and run `cascade cache-text CONFIG`"
+                f"another checksum); remove it and {CACHE_TEXT}"
             )
         return embedding
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pipeline import runtime
 from pipeline.config import dump
-from pipeline.data.loader import ImageSize, Loader
+from pipeline.data.loader import Loader
 from pipeline.data.shards import Shards
 from pipeline.errors import JobError, UserError
 from pipeline.files import lock
@@ -37,7 +37,7 @@ from pipeline.train.process_group import ProcessGroup
 from pipeline.train.resume import Progress, prepare_run_dir, resumable_state, resume
 from pipeline.train.state import TrainState
 from pipeline.train.step import MicroBatches, StepResult, TrainStep, never, prefetch
-from pipeline.train.validation import Validation, open_validation_set
+from pipeline.train.validation import Validation, ValidationSet
 
 log = logging.getLogger("cascade")
 
@@ -80,9 +80,10 @@ def train_in_group(
     # indexing the shards may take long.
     share = positions_of_rank(config, group.rank, group.world)
     shards = Shards.open(config.data, progress=group.is_main)
-    prompts = open_prompts(config.text, config.classes, shards)
-    validates = group.is_main and config.train.validate_every > 0
-    validation_set = open_validation_set(config) if validates else None
+    validates = group.is_main and config.train.validate_every
+    validation_shards = shards.open_validation() if validates else None
+    data_sets = [shards] if validation_shards is None else [shards, validation_shards]
+    prompts, *validation_prompts = open_prompts(config.text, config.classes, data_sets)
     cast_matmuls(stage.network, config.train.precision)
 
     # The run folder is made only now: a mistake in the configuration leaves none behind.
@@ -92,7 +93,10 @@ def train_in_group(
         check_ranks_agree(group, config, shards)
 
         loader = open_loader(stage, shards, prompts, share)
-        validation = Validation(stage, validation_set) if validation_set else None
+        validation = None
+        if validation_shards is not None:
+            samples = ValidationSet(shards=validation_shards, prompts=validation_prompts[0])
+            validation = Validation(stage, samples, loader.quarantine)
         trainer = Trainer(stage, loader, group, heartbeat, validation)
         trainer.resume(newest)
 
@@ -315,7 +319,7 @@ def open_loader(stage: Stage, shards: Shards, prompts: Prompts, share: range) ->
         shards,
         prompts,
         seed=config.seed,
-        size=ImageSize(side=config.size, window=stage.train_window),
+        size=stage.image_size,
         make_inputs=stage.training_inputs,
         quarantine=Path(config.run) / "quarantine.jsonl",
         share=share,

@@ -2,12 +2,19 @@
 
 import json
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import ConfigError, build, differences, dump, read_yaml, to_dict
+from pipeline.config import (
+    ConfigError,
+    Difference,
+    build,
+    differences,
+    dump,
+    read_yaml,
+    to_dict,
+)
 from pipeline.data.shards import Shards
 from pipeline.errors import UserError
 from pipeline.files import write_atomically
@@ -43,15 +50,6 @@ MAY_CHANGE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Change:
-    """A field of the configuration that differs from the one the run was trained with."""
-
-    field: str  # dotted path
-    before: Any
-    now: Any
-
-
-@dataclass(frozen=True, kw_only=True)
 class Progress:
     """How far a run is."""
 
@@ -59,20 +57,28 @@ class Progress:
     num_skipped: int = 0  # of them, not applied
 
 
-def forbidden_changes(run: Path, config: StageConfig) -> Iterator[Change]:
+def forbidden_changes(run: Path, config: StageConfig) -> list[Difference]:
     """The changes from the configuration saved in `run` that are not in `MAY_CHANGE`.
 
     UserError if the saved one is of another version of this package.
     """
     path = run / "config.yaml"
     if not path.exists():
-        return
+        return []
 
-    for field, before, now in differences(read_saved(path, config), to_dict(config)):
-        # Tars of their own have no influence on training, unlike a fraction that is held out.
-        is_other_validation = field == "data.validation" and float not in map(type, (before, now))
-        if not field.startswith(MAY_CHANGE) and not is_other_validation:
-            yield Change(field=field, before=before, now=now)
+    return [
+        change
+        for change in differences(read_saved(path, config), to_dict(config))
+        if not may_change(change)
+    ]
+
+
+def may_change(change: Difference) -> bool:
+    """Whether the steps done so far would have been the same."""
+    # Tars of their own have no influence on training, unlike a fraction that is held out.
+    if change.path == "data.validation":
+        return float not in map(type, (change.before, change.now))
+    return change.path.startswith(MAY_CHANGE)
 
 
 def read_saved(path: Path, config: StageConfig) -> dict[str, Any]:
@@ -104,7 +110,7 @@ def finished(config: StageConfig) -> bool:
     except (FileNotFoundError, ValueError, KeyError):
         # There is no stage, or a broken one, which the last step writes again.
         return False
-    return step >= config.train.steps and not list(forbidden_changes(run, config))
+    return step >= config.train.steps and not forbidden_changes(run, config)
 
 
 def prepare_run_dir(run: Path, config: StageConfig) -> Path | None:
@@ -116,7 +122,7 @@ def prepare_run_dir(run: Path, config: StageConfig) -> Path | None:
     if newest is not None:
         for change in forbidden_changes(run, config):
             raise UserError(
-                f"{change.field}: was {change.before} when {run} was trained to {newest.name} and "
+                f"{change.path}: was {change.before} when {run} was trained to {newest.name} and "
                 f"is {change.now} now; take the old value, or another run folder"
             )
 

@@ -1,14 +1,13 @@
 """Validation: the loss on samples that are not trained on, by noise level.
 
-The samples, their captions, noise and levels are the same at every validation of a run, whatever
-the number of ranks and however often it was resumed: two validations differ by the weights alone.
-Levels are stratified over bins (`ValidationDraws`), as the loss at one level is worth
-nothing at another. Rank 0 computes it; the others wait.
+The samples, their captions, noise and levels follow from the configuration alone: whatever the
+number of ranks and however often a run was resumed, two of its validations differ by the weights.
+Levels are stratified over bins (`ValidationDraws`), as the loss at one level is worth nothing at
+another. Rank 0 computes it; the others wait.
 """
 
 import logging
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -16,15 +15,14 @@ from mindspore import Tensor
 
 from pipeline import device, runtime
 from pipeline.data.decode import BadImage
-from pipeline.data.loader import ImageSize, cut
+from pipeline.data.image import ImageSize, read_square
 from pipeline.data.quarantine import Quarantine
 from pipeline.data.shards import DamagedSample, Shards
 from pipeline.errors import UserError
 from pipeline.rng import PURPOSES, Draws, generator
-from pipeline.stage.config import StageConfig
 from pipeline.stage.request import batch_rows
 from pipeline.stage.stage import Stage
-from pipeline.text.prompts import Prompts, open_prompts
+from pipeline.text.prompts import Prompts
 
 log = logging.getLogger("cascade")
 
@@ -35,18 +33,6 @@ class ValidationSet:
 
     shards: Shards
     prompts: Prompts
-
-
-def open_validation_set(config: StageConfig) -> ValidationSet | None:
-    """The samples of `data.validation`; None if it is not given.
-
-    Raises:
-        UserError: there are none, or no embeddings of their captions.
-    """
-    shards = Shards.open_validation(config.data)
-    if shards is None:
-        return None
-    return ValidationSet(shards=shards, prompts=open_prompts(config.text, config.classes, shards))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,27 +88,28 @@ class Validation:
     Args:
         stage: whose network is measured, with the weights that it has at each call.
         samples: from which `train.num_validation` are taken.
+        quarantine: of the run; gets those that cannot be used.
 
     Raises:
         UserError: no sample can be used.
     """
 
-    def __init__(self, stage: Stage, samples: ValidationSet) -> None:
+    def __init__(self, stage: Stage, samples: ValidationSet, quarantine: Quarantine) -> None:
         self.stage = stage
         self.prompts = samples.prompts
-        shards = samples.shards
         self.sample_ids, self.images = read_images(
-            shards,
+            samples.shards,
             stage.config.train.num_validation,
-            ImageSize(side=stage.config.size, window=stage.train_window),
-            Quarantine(
-                Path(stage.config.run) / "quarantine.jsonl", len(shards), shards.config.max_damage
-            ),
+            size=stage.image_size,
+            quarantine=quarantine,
         )
-        log.info("validation: %d of %d samples", len(self.sample_ids), len(shards))
+        log.info("validation: %d of %d samples", len(self.sample_ids), len(samples.shards))
+
+        # Without the seeds of dropout, so that nothing is dropped out.
+        self.inputs = replace(stage.inputs, leading=stage.loss_inputs.leading)
 
         def loss(*tensors: Tensor) -> Tensor:
-            return stage.validation_loss(*tensors)
+            return stage.named_loss(self.inputs.unpack(tensors))
 
         self.compiled_loss = runtime.jit(loss)
 
@@ -132,9 +119,11 @@ class Validation:
         for rows in batch_rows(len(losses), self.stage.config.sample.batch_size):
             sample_ids = [self.sample_ids[row] for row in rows]
             positions = rows.tolist()
-            prompt = self.prompts.embed(sample_ids, self.stage.config.seed, 0, positions)
+            prompt = self.prompts.embed(
+                sample_ids, self.stage.config.seed, step=0, positions=positions
+            )
             arrays = self.stage.training_inputs(self.images[rows], prompt, self.draws(positions))
-            tensors = map(device.to_device, self.stage.validation_inputs.flatten(arrays))
+            tensors = map(device.to_device, self.inputs.flatten(arrays))
             losses[rows] = self.compiled_loss(*tensors).asnumpy()
         return losses
 
@@ -165,19 +154,21 @@ class Validation:
 
 
 def read_images(
-    shards: Shards, num_samples: int, size: ImageSize, quarantine: Quarantine
+    shards: Shards, num_samples: int, *, size: ImageSize, quarantine: Quarantine
 ) -> tuple[list[int], np.ndarray]:
     """The ids of at most `num_samples` samples, evenly over the shards, and their images in the
     middle, uint8 (N, S, S, 3). Those that cannot be used are left out.
     """
     places = np.linspace(0, len(shards) - 1, min(num_samples, len(shards)))
-    sample_ids = []
-    images = []
+    sample_ids: list[int] = []
+    # Filled one by one: a window keeps its whole image's memory.
+    images = np.empty((len(places), size.used, size.used, 3), np.uint8)
+
     for sample_id in places.round().astype(int).tolist():
         try:
-            images.append(cut(shards.image(sample_id), size))
+            images[len(sample_ids)] = read_square(shards.image(sample_id), size)
         except (BadImage, DamagedSample) as error:
-            quarantine.write(*shards.name(sample_id), str(error))
+            quarantine.write((*shards.name(sample_id), str(error)))
         else:
             sample_ids.append(sample_id)
 
@@ -186,4 +177,4 @@ def read_images(
             f"data.validation: none of {len(places)} samples can be used; the reasons are in "
             f"{quarantine.path}; give others"
         )
-    return sample_ids, np.stack(images)
+    return sample_ids, images[: len(sample_ids)]

@@ -16,10 +16,11 @@ import pytest
 from numpy.lib.stride_tricks import sliding_window_view
 
 from pipeline.config import build
+from pipeline.data.config import DataConfig
 from pipeline.data.decode import decode
-from pipeline.data.image import crop_resize
-from pipeline.data.loader import MAX_ATTEMPTS, ImageSize, Loader, MakeInputs
-from pipeline.data.shards import DataConfig, Shards
+from pipeline.data.image import ImageSize, crop_resize
+from pipeline.data.loader import MAX_ATTEMPTS, Loader, MakeInputs
+from pipeline.data.shards import Shards
 from pipeline.errors import UserError
 from pipeline.rng import Draws
 from pipeline.stage.inputs import Arrays

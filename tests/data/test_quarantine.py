@@ -20,7 +20,7 @@ def test_each_sample_once_over_processes_and_runs(tmp_path: Path) -> None:
     first, second = (Quarantine(path, 100, 1.0) for _ in range(2))
     for quarantine in (first, second, first, Quarantine(path, 100, 1.0)):
         quarantine.add("0.tar", "a", "is broken")
-        quarantine.write("0.tar", "", "cut short")
+        quarantine.write(("0.tar", "", "cut short"))
     assert lines(path) == [
         {"shard": "0.tar", "key": "a", "reason": "is broken"},
         {"shard": "0.tar", "key": "", "reason": "cut short"},
@@ -30,10 +30,10 @@ def test_each_sample_once_over_processes_and_runs(tmp_path: Path) -> None:
 def test_a_truncated_last_line_is_written_again(tmp_path: Path) -> None:
     path = tmp_path / "quarantine.jsonl"
     for key in "ab":
-        Quarantine(path, 9, 1.0).write("0.tar", key, "is broken")
+        Quarantine(path, 9, 1.0).write(("0.tar", key, "is broken"))
     complete = path.read_text()
     path.write_text(complete[:-9])
-    Quarantine(path, 9, 1.0).write("0.tar", "b", "is broken")
+    Quarantine(path, 9, 1.0).write(("0.tar", "b", "is broken"))
     assert path.read_text() == complete
 
 
@@ -71,3 +71,15 @@ def test_samples_of_earlier_runs_do_not_count(tmp_path: Path) -> None:
     for key in "abcd":
         Quarantine(path, 10, 0.1).add("0.tar", key, "is broken")
     assert len(lines(path)) == 4
+
+
+def test_many_samples_are_written_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "quarantine.jsonl"
+    quarantine = Quarantine(path, 9, 1.0)
+    quarantine.write()
+    assert not path.exists()
+    quarantine.write(("0.tar", "a", "is broken"))
+    samples = [("0.tar", key, "is broken") for key in "abcb"]
+    Quarantine(path, 9, 1.0).write(*samples)
+    quarantine.write(*samples)
+    assert [json.loads(line)["key"] for line in path.read_text().splitlines()] == ["a", "b", "c"]

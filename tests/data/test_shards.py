@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from pipeline.config import ConfigError, build
-from pipeline.data.shards import DamagedSample, DataConfig, Shards, is_held_out, open_indexes
+from pipeline.data.config import DataConfig
+from pipeline.data.shards import DamagedSample, Shards, is_held_out, open_indexes
 from pipeline.errors import UserError
 from tests.helpers.image_files import html
 from tests.helpers.server import Server
@@ -268,7 +269,7 @@ def names(shards: Shards | None) -> set[tuple[str, str]]:
 
 
 def held_out(shards: Any, **options: Any) -> Shards | None:
-    return Shards.open_validation(build(DataConfig, {"shards": shards, **options}), progress=False)
+    return opened(shards, **options).open_validation()
 
 
 def test_a_fraction_of_the_keys_is_held_out(shards_folder: Path) -> None:
@@ -324,3 +325,19 @@ def test_nothing_held_out_is_refused(folder: Path) -> None:
 def test_a_fraction_that_is_none_is_refused(fraction: float) -> None:
     with pytest.raises(ConfigError, match=r"validation: .* is not a fraction between 0 and 1"):
         build(DataConfig, {"shards": "a.tar", "validation": fraction})
+
+
+def test_tars_that_are_trained_on_are_refused_for_validation(folder: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        held_out(f"{folder}/*.tar", validation=f"{folder}/./a.tar", max_damage=1)
+    assert str(caught.value) == (
+        f"data.shards: {folder}/a.tar: in data.validation too, which is not to be trained on; "
+        "take it out of one"
+    )
+
+
+def test_errors_of_tars_for_validation_name_their_field(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"^data\.validation: .*/none\.tar: no such file"):
+        held_out(f"{folder}/a.tar", validation=f"{folder}/none.tar")
+    with pytest.raises(ConfigError, match=r"validation: expected a number.* write 1\.0e-2 without"):
+        build(DataConfig, {"shards": "a.tar", "validation": "1e-2"})

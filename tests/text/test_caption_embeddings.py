@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from pipeline.config import build
-from pipeline.data.shards import DataConfig, Shards
+from pipeline.data.config import DataConfig
+from pipeline.data.shards import Shards
 from pipeline.errors import UserError
 from pipeline.text.caption_embeddings import (
     CaptionChoice,
@@ -70,13 +71,13 @@ def test_live_text_equals_stored_text(
 ) -> None:
     config = text_config(t5_folder, clean=clean)
     shards = open_shards(folder, captions=captions)
-    opened = open_caption_embeddings(config, shards)
+    (opened,) = open_caption_embeddings(config, [shards])
     assert isinstance(opened, LiveText)
     assert not opened.threadsafe
     live = LiveText(shards, opened.recipe, encoder)
 
     assert build_store(config, shards, encoder) == len(captions)
-    stored = open_caption_embeddings(config, shards)
+    (stored,) = open_caption_embeddings(config, [shards])
     assert isinstance(stored, StoredText)
     assert stored.threadsafe
     assert stored.recipe == live.recipe
@@ -98,7 +99,7 @@ def test_encoding_during_training_is_warned_of(
     folder: Path, t5_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "cascade"):
-        open_caption_embeddings(text_config(t5_folder), open_shards(folder))
+        open_caption_embeddings(text_config(t5_folder), [open_shards(folder)])
     assert (
         "no stored embeddings: captions are encoded during training, which slows it down; run "
         "`cascade cache-text CONFIG` to encode them ahead" in caplog.text
@@ -132,7 +133,29 @@ def test_a_partial_store_is_refused(folder: Path, t5_folder: Path, encoder: Text
     first_shard = Shards.open(build(DataConfig, {"shards": f"{folder}/0.tar"}), progress=False)
     build_store(config, first_shard, encoder)
     with pytest.raises(UserError, match=r"1\.text-.* is missing; run `cascade cache-text CONFIG`$"):
-        open_caption_embeddings(config, open_shards(folder))
+        open_caption_embeddings(config, [open_shards(folder)])
+
+
+def test_data_sets_are_stored_all_or_none(
+    folder: Path, t5_folder: Path, encoder: TextEncoder
+) -> None:
+    """Else an encoder of many gigabytes would be loaded for a few samples of validation."""
+    config = text_config(t5_folder)
+    (folder / "1.tar").write_bytes((folder / "0.tar").read_bytes())
+    training, validation = (
+        Shards.open(build(DataConfig, {"shards": f"{folder}/{name}.tar"}), progress=False)
+        for name in "01"
+    )
+    live = open_caption_embeddings(config, [training, validation])
+    assert [type(text) for text in live] == [LiveText, LiveText]
+
+    build_store(config, training, encoder)
+    with pytest.raises(UserError, match=r"1\.text-.* is missing; run `cascade cache-text CONFIG`$"):
+        open_caption_embeddings(config, [training, validation])
+
+    build_store(config, validation, encoder)
+    stored = open_caption_embeddings(config, [training, validation])
+    assert [type(text) for text in stored] == [StoredText, StoredText]
 
 
 @pytest.mark.parametrize(
@@ -149,9 +172,9 @@ def test_a_stale_store_is_refused(
     with pytest.raises(
         UserError, match="is of another text encoder, length, caption field or cleaning"
     ):
-        open_caption_embeddings(text_config(t5_folder, **text), open_shards(folder, **data))
+        open_caption_embeddings(text_config(t5_folder, **text), [open_shards(folder, **data)])
 
 
 def test_another_width_than_the_encoders_is_refused(folder: Path, t5_folder: Path) -> None:
     with pytest.raises(UserError, match=r"text\.width: 17, but the encoder in .* has 16; set that"):
-        open_caption_embeddings(text_config(t5_folder, width=17), open_shards(folder))
+        open_caption_embeddings(text_config(t5_folder, width=17), [open_shards(folder)])

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from pipeline.config import ConfigError, build
-from pipeline.data.shards import DataConfig, Shards
+from pipeline.data.config import DataConfig
+from pipeline.data.shards import Shards
 from pipeline.errors import UserError
 from pipeline.text.prompts import (
     PROMPT_INPUTS,
@@ -63,7 +64,7 @@ def test_samples_that_have_a_class_and_their_one_hot_labels(
     shards = open_shards(folder, config)
     assert keys(shards) == expected_keys
 
-    prompts = open_prompts(None, config, shards)
+    (prompts,) = open_prompts(None, config, [shards])
     assert isinstance(prompts, ClassPrompts)
     prompt = prompts.embed(range(len(shards)), 0, 0, range(len(shards)))
     assert tuple(prompt) == PROMPT_INPUTS["class"]
@@ -82,7 +83,7 @@ def test_an_unconditional_stage_takes_samples_without_a_caption(folder: Path) ->
     shards = open_shards(folder, None)
     assert keys(shards) == "abcd"
 
-    prompts = open_prompts(None, None, shards)
+    (prompts,) = open_prompts(None, None, [shards])
     assert isinstance(prompts, NoPrompts)
     assert prompts.embed([0, 1], 0, 0, [0, 1]) == {}
     assert prompts.manifest_fields == {}

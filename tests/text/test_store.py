@@ -15,7 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 from launch.cli.main import dispatch
 from pipeline.config import build
-from pipeline.data.shards import DataConfig, Shards
+from pipeline.data.config import DataConfig
+from pipeline.data.shards import Shards
 from pipeline.errors import JobError, UserError
 from pipeline.text import store as module
 from pipeline.text.store import Recipe, TextStore
@@ -265,7 +266,7 @@ def test_what_is_held_out_for_validation_is_stored_too(folder: Path) -> None:
     """Training and validation read the same files."""
     data = build(DataConfig, {"shards": f"{folder}/*.tar", "validation": 0.5})
     training = Shards.open(data, progress=False)
-    validation = Shards.open_validation(data, progress=False)
+    validation = training.open_validation()
     assert validation is not None
     assert 0 < len(training) < 8
 

@@ -14,7 +14,8 @@ import yaml
 
 from pipeline import kernels
 from pipeline.config import build
-from pipeline.data.shards import DataConfig, Shards
+from pipeline.data.config import DataConfig
+from pipeline.data.shards import Shards
 from pipeline.errors import JobError, UserError
 from pipeline.generate.cascade_folder import export
 from pipeline.nn.unet import UNetConfig

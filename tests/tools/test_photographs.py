@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data.shards import DataConfig, Shards
+from pipeline.data.config import DataConfig
+from pipeline.data.shards import Shards
 from pipeline.errors import UserError
 from pipeline.rng import generator
 from tests.helpers.tools import read_tar

@@ -22,7 +22,8 @@ from safetensors.numpy import load_file
 from launch.cli.main import dispatch
 from pipeline import device
 from pipeline.config import build
-from pipeline.data.shards import DataConfig, Shards
+from pipeline.data.config import DataConfig
+from pipeline.data.shards import Shards
 from pipeline.errors import JobError, UserError
 from pipeline.files import lock
 from pipeline.rng import Draws
@@ -410,7 +411,7 @@ def test_tars_for_validation_may_change_and_a_fraction_may_not(
     def changes(validation: str | float | None) -> list[str]:
         raw = raw_config(copied_run, shards_folder, t5_folder, validate_every=2)
         raw["data"]["validation"] = validation
-        return [change.field for change in forbidden_changes(copied_run, build(BaseConfig, raw))]
+        return [change.path for change in forbidden_changes(copied_run, build(BaseConfig, raw))]
 
     assert changes(None) == changes("other/*.tar") == []
     assert changes(0.25) == ["data.validation"]

@@ -7,12 +7,15 @@ import pytest
 from mindspore import Tensor
 
 from pipeline.config import build
+from pipeline.data.quarantine import Quarantine
+from pipeline.data.shards import Shards
 from pipeline.errors import UserError
 from pipeline.nn.parameters import assign
 from pipeline.rng import PURPOSES, Draws
 from pipeline.stage.registry import stage_class
 from pipeline.stage.stage import Stage
-from pipeline.train.validation import Validation, ValidationDraws, open_validation_set
+from pipeline.text.prompts import open_prompts
+from pipeline.train.validation import Validation, ValidationDraws, ValidationSet
 from tests.conftest import stage_yaml
 from tests.helpers import palette
 from tests.helpers.tars import jpeg, sample, tar
@@ -30,9 +33,12 @@ def make(kind: str, run: Path, shards: Path, t5: Path) -> Stage:
 
 
 def validation_of(stage: Stage) -> Validation:
-    samples = open_validation_set(stage.config)
-    assert samples is not None
-    return Validation(stage, samples)
+    config = stage.config
+    shards = Shards.open(config.data, progress=False).open_validation()
+    assert shards is not None
+    (prompts,) = open_prompts(config.text, config.classes, [shards])
+    quarantine = Quarantine(Path(config.run) / "quarantine.jsonl", len(shards), 1.0)
+    return Validation(stage, ValidationSet(shards=shards, prompts=prompts), quarantine)
 
 
 @pytest.fixture(scope="module", params=["base", "sr32", "palette"])
@@ -108,8 +114,14 @@ def unconditional(run: Path, shards: Path) -> Stage:
     raw |= {"size": 8, "conditioning": "none"}
     raw["unet"] |= {"attention": ["none", "none"], "patch": 1}
     raw["sample"]["guidance"] = 1.0
-    raw["data"] |= {"validation": f"{shards}/0.tar", "max_damage": 1.0, "captions": {}}
     run.mkdir()
+    (run / "trained.tar").write_bytes(tar(sample("trained on")))
+    raw["data"] |= {
+        "shards": f"{run}/trained.tar",
+        "validation": f"{shards}/0.tar",
+        "max_damage": 1.0,
+        "captions": {},
+    }
     cls = stage_class("base")
     return cls(build(cls.Config, raw))
 

@@ -136,7 +136,8 @@ def seconds_per_image(rounds: Sequence[Answer]) -> float:
 
 def mean_kilobytes(folder: Path) -> float:
     """Of an image in the tars of a folder."""
-    from pipeline.data.shards import DataConfig, Shards
+    from pipeline.data.config import DataConfig
+    from pipeline.data.shards import Shards
 
     indexes = Shards.open(DataConfig(shards=f"{folder}/*.tar"), progress=False).indexes
     sizes = np.concatenate([index.column("size")[:, 0] for index in indexes])

@@ -151,7 +151,8 @@ def overrides(folder: Path, run_dir: Path, *, steps: int, changes: Mapping[str, 
 
 def write_data(folder: Path) -> None:
     """Scenes, and the embeddings of their captions, so that no encoder is part of a training."""
-    from pipeline.data.shards import DataConfig, Shards
+    from pipeline.data.config import DataConfig
+    from pipeline.data.shards import Shards
     from pipeline.text.caption_embeddings import load_encoder, recipe
     from pipeline.text.encoder import TextConfig
     from pipeline.text.store import TextStore

@@ -39,7 +39,7 @@ class StageGradient(nn.Cell):
 
 def loss_inputs(stage: Any) -> list[Tensor]:
     """The inputs of the loss for one image and an empty caption."""
-    side = stage.train_window or stage.config.size
+    side = stage.image_size.used
     text = stage.config.text
 
     images = np.zeros((1, side, side, 3), np.uint8)

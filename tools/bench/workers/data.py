@@ -96,8 +96,10 @@ def decode_only(task: ReadTask, worker: int) -> Iterator[int]:
 
 def ours(task: ReadTask) -> Iterator[int]:
     """The whole loader: index, order, checksums, decoding, cropping, batches."""
-    from pipeline.data.loader import ImageSize, Loader
-    from pipeline.data.shards import DataConfig, Shards
+    from pipeline.data.config import DataConfig
+    from pipeline.data.image import ImageSize
+    from pipeline.data.loader import Loader
+    from pipeline.data.shards import Shards
     from pipeline.rng import Draws
     from pipeline.stage.inputs import Arrays
     from pipeline.text.prompts import NoPrompts
